@@ -1,0 +1,145 @@
+"""The configuration: TOML in, frozen structs out. Knows nothing of engines, servers or frameworks.
+
+The tables are those of moshi-server (contract section 4). What is ours alone lives in tables named `moshi_stt`, which
+moshi-server ignores: `[moshi_stt]` for the server, `[modules.NAME.moshi_stt]` for a module.
+"""
+
+from typing import Literal
+
+import msgspec
+
+from moshi_stt.constants import SAMPLE_RATE
+
+GIB = 1 << 30
+
+
+class LimitsConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """`[moshi_stt]`: bounds of the server."""
+
+    max_upload_bytes: int = 1 * GIB
+    """Largest POST body."""
+    max_message_bytes: int = 64 << 20
+    """Largest WebSocket message."""
+    inbox_seconds: float = 20.0
+    """Audio a stream may have waiting before its socket is no longer read."""
+    outbox_events: int = 1_024
+    stuck_seconds: float = 30.0
+    """A reader that takes nothing for so long is closed."""
+    ping_seconds: float = 10.0
+    idle_seconds: float = 120.0
+    """A client from which no audio, marker or init came for so long is closed."""
+    silent_seconds: float = 20.0
+    """A client from which nothing at all, not even a pong, came for so long is closed."""
+    slot_wait_seconds: float = 100.0
+    """How long a POST waits for a free slot."""
+
+
+class TransformerConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """`[modules.NAME.model.transformer]` (contract section 4.4)."""
+
+    d_model: int
+    num_heads: int
+    num_layers: int
+    dim_feedforward: int
+    causal: bool
+    norm_first: bool
+    bias_ff: bool
+    bias_attn: bool
+    context: int
+    max_period: float
+    use_conv_block: bool
+    use_conv_bias: bool
+    norm: str
+    positional_embedding: str
+    conv_layout: bool
+    conv_kernel_size: int
+    kv_repeat: int
+    max_seq_len: int
+    gating: str | None = None
+    layer_scale: float | None = None
+    cross_attention: bool = False
+    shared_cross_attn: bool = False
+
+
+class ExtraHeadsConfig(msgspec.Struct, frozen=True, kw_only=True):
+    num_heads: int
+    dim: int
+
+
+class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """`[modules.NAME.model]` (contract section 4.4)."""
+
+    text_in_vocab_size: int
+    text_out_vocab_size: int
+    audio_vocab_size: int
+    audio_codebooks: int
+    transformer: TransformerConfig
+    extra_heads: ExtraHeadsConfig | None = None
+    conditioners: dict[str, dict[str, object]] | None = None
+
+
+class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """`[modules.NAME.moshi_stt]`: how the model is run."""
+
+    device: Literal["auto", "cpu", "cuda", "mps", "mlx"] = "auto"
+    quantize: Literal["none", "int8", "int4"] = "none"
+    kv_dtype: Literal["auto", "bf16", "f32", "fp8"] = "auto"
+    mimi_dtype: Literal["tf32", "f32", "bf16"] = "tf32"
+    threads: int = 0
+    """CPU threads of the model; 0 chooses."""
+    fixed_shapes: bool = False
+    """Compute rows in shapes that do not depend on the neighbours."""
+
+
+class KyutaiModule(msgspec.Struct, frozen=True, kw_only=True):
+    """`Asr`, `BatchedAsr` or `PyBatchedAsr`, resolved. File keys are after `$NAME` expansion, `hf://` still unresolved."""
+
+    name: str
+    path: str
+    type: Literal["Asr", "BatchedAsr", "PyBatchedAsr"]
+    batch_size: int | Literal["auto"]
+    lm_model_file: str
+    text_tokenizer_file: str
+    audio_tokenizer_file: str
+    asr_delay_in_tokens: int
+    model: ModelConfig | None
+    """None for `PyBatchedAsr`: the spec then comes from the repository's config.json, whose hf:// name is `config_file`."""
+    config_file: str | None = None
+    temperature: float = 0.0
+    dtype_override: Literal["bf16", "f16", "f32", "f64"] | None = None
+    conditioning_delay: float | None = None
+    conditioning_learnt_padding: bool = False
+    log_frequency_s: float | None = None
+    engine: EngineConfig = EngineConfig()
+
+
+class EmbeddedModule(msgspec.Struct, frozen=True, kw_only=True):
+    """`Embedded`: the small English model that comes with the package."""
+
+    name: str
+    path: str
+    batch_size: int = 64
+    """Streams at once."""
+    threads: int = 0
+    """Recogniser threads; 0 takes one for each core."""
+
+
+Module = KyutaiModule | EmbeddedModule
+
+
+class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """A whole file, checked."""
+
+    static_dir: str | None
+    """None serves the page that comes with the package."""
+    log_dir: str | None
+    """None writes no log file."""
+    instance_name: str
+    authorized_ids: frozenset[str]
+    modules: tuple[Module, ...]
+    limits: LimitsConfig = LimitsConfig()
+
+
+def inbox_samples(limits: LimitsConfig) -> int:
+    """The inbox bound in samples."""
+    return int(limits.inbox_seconds * SAMPLE_RATE)

@@ -1,0 +1,210 @@
+"""The two interfaces everything hangs on: `Engine`, which admits streams, and `Backend`, which steps frames.
+
+Knows nothing of sockets, encodings, or any model framework. Legend of axes for the whole project:
+B row (a stream in this step), T frame, K codebook, H head, D dim, S sample.
+"""
+
+import asyncio
+import time
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from typing import NamedTuple, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moshi_stt.engine.stream import Stream
+from moshi_stt.errors import EngineFailed, NoFreeSlot
+
+
+class StepOutput(NamedTuple):
+    """What one step says of each of its rows.
+
+    text_token: int64 (B,)        the token produced at this position (contract section 5.5)
+    logprob:    float32 (B,)      natural-log probability of that token
+    pause:      float32 (B, H)    pause probability per extra head; H = 0 where the model has none
+    """
+
+    text_token: NDArray[np.int64]
+    logprob: NDArray[np.float32]
+    pause: NDArray[np.float32]
+
+
+class Backend(Protocol):
+    """A frame-synchronous model with persistent state in numbered slots.
+
+    All methods are called from one thread, the model thread. A row's output depends on its slot's own frames since its
+    last `fresh` alone, never on the other rows.
+    """
+
+    slots: int
+    """How many slots have state. Slot numbers are 0 .. slots - 1."""
+
+    heads: int
+    """Extra heads of the model; 0 means that its streams send no `Step`."""
+
+    def step(self, pcm: NDArray[np.float32], slots: NDArray[np.int64], fresh: NDArray[np.bool_]) -> StepOutput:
+        """Step each row once.
+
+        pcm (B, 1920) float32 at 24 kHz; slots (B,) without repeats; fresh (B,): start that slot's state from zero first.
+        Raises whatever the framework raises; the engine then counts as failed.
+        """
+        ...
+
+    def warm_up(self) -> None:
+        """Run what makes the first real step as fast as the later ones. Leaves every slot's state undefined until `fresh`."""
+        ...
+
+    def close(self) -> None:
+        """Free the device's memory."""
+        ...
+
+
+@dataclass(frozen=True)
+class EngineInfo:
+    """What an engine says of itself: printed at start, shown by `modules_info`, `/ready` and `moshi-stt status`."""
+
+    kind: str
+    """`batched_asr` or `embedded`."""
+
+    model: str
+    """Name or resolved path of the model."""
+
+    audio_tokenizer: str
+    """Resolved path of the audio tokenizer, empty where there is none."""
+
+    languages: tuple[str, ...]
+    device: str
+    dtype: str
+    total_slots: int
+    details: dict[str, str] = field(default_factory=dict)
+    """More lines for the start-up log: measured step time, load time, real-time streams this means."""
+
+
+class EngineObserver(Protocol):
+    """Who counts. Methods may be called from any thread and must return at once."""
+
+    def stepped(self, seconds: float, rows: int) -> None:
+        """One model step (or one recogniser call) of `rows` streams took this wall time."""
+
+    def lagged(self, seconds: float) -> None:
+        """Time from the arrival of the last sample an event depends on to the event's delivery."""
+
+    def opened(self) -> None:
+        """A slot was taken."""
+
+    def closed(self, steps: int) -> None:
+        """A slot was freed after this many steps of its stream."""
+
+    def refused(self) -> None:
+        """An `open` found no free slot."""
+
+    def failed(self) -> None:
+        """A stream ended with an `Error`."""
+
+
+class SilentObserver:
+    """Counts nothing."""
+
+    def stepped(self, seconds: float, rows: int) -> None: ...
+
+    def lagged(self, seconds: float) -> None: ...
+
+    def opened(self) -> None: ...
+
+    def closed(self, steps: int) -> None: ...
+
+    def refused(self) -> None: ...
+
+    def failed(self) -> None: ...
+
+
+class Engine(ABC):
+    """Admits streams. All methods are called from the event loop's thread."""
+
+    info: EngineInfo
+
+    def __init__(self, observer: EngineObserver | None = None) -> None:
+        self.observer: EngineObserver = observer or SilentObserver()
+        self._slot_freed = asyncio.Condition()
+        self.failure: EngineFailed | None = None
+        self._failed = asyncio.Event()
+
+    @abstractmethod
+    async def start(self) -> None:
+        """Load and warm the model. Returns when the first step will be as fast as the later ones.
+
+        Raises CheckpointError or EngineError naming what is wrong.
+        """
+
+    @abstractmethod
+    async def stop(self) -> None:
+        """End every stream with an `Error` (close code 1001), free the model, join the threads. Idempotent."""
+
+    @abstractmethod
+    def open(self, *, live: bool = True) -> Stream:
+        """Admit a stream: its first event is `Ready`.
+
+        live: False for files; live streams have priority over them.
+        Raises NoFreeSlot, or EngineFailed after a failure.
+        """
+
+    @property
+    @abstractmethod
+    def ready(self) -> bool:
+        """Whether the model is warm and not failed."""
+
+    @property
+    @abstractmethod
+    def used_slots(self) -> int: ...
+
+    @property
+    @abstractmethod
+    def queued_samples(self) -> int:
+        """Samples received from all streams and not yet stepped."""
+
+    @property
+    def total_slots(self) -> int:
+        return self.info.total_slots
+
+    async def open_when_free(self, timeout_seconds: float, *, live: bool = False) -> Stream:
+        """`open`, waiting up to timeout_seconds for a slot. Raises NoFreeSlot when none came free."""
+        deadline = time.monotonic() + timeout_seconds
+        async with self._slot_freed:
+            while True:
+                try:
+                    return self.open(live=live)
+                except NoFreeSlot:
+                    left = deadline - time.monotonic()
+                    if left <= 0:
+                        raise
+                    try:
+                        await asyncio.wait_for(self._slot_freed.wait(), left)
+                    except TimeoutError:
+                        raise NoFreeSlot from None
+
+    async def wait_failed(self) -> EngineFailed:
+        """Return the failure when it comes; never returns while the engine is well."""
+        await self._failed.wait()
+        assert self.failure is not None
+        return self.failure
+
+    def _announce_free_slot(self) -> None:
+        """Wake one `open_when_free`. For subclasses, on the event loop's thread."""
+
+        async def notify() -> None:
+            async with self._slot_freed:
+                self._slot_freed.notify()
+
+        task = asyncio.get_running_loop().create_task(notify())
+        _background.add(task)
+        task.add_done_callback(_background.discard)
+
+    def _announce_failure(self, failure: EngineFailed) -> None:
+        """Turn the engine red. For subclasses, on the event loop's thread."""
+        if self.failure is None:
+            self.failure = failure
+            self._failed.set()
+
+
+_background: set[asyncio.Task[None]] = set()

@@ -1,0 +1,271 @@
+"""One listener: commands go in on the event loop, a worker thread drains them, events come back. Knows no model and no socket.
+
+Bounds, and what happens at them:
+
+* inbox: `inbox_samples` of PCM. A full inbox makes `feed` wait, so that its caller stops reading the
+  socket; nothing is dropped.
+* outbox: `outbox_events`. From a quarter of it on, a `Step` directly behind a `Step` replaces it. A full outbox makes
+  `writable` False, so that the engine stops stepping this stream (and its inbox fills). A reader that takes nothing for
+  `stuck_seconds` while the outbox is full ends the stream with an `Error` (close code 1008).
+"""
+
+import asyncio
+import threading
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moshi_stt.constants import SAMPLE_RATE
+from moshi_stt.errors import EngineError
+from moshi_stt.events import AnyEvent, Error, Step
+
+
+@dataclass(frozen=True)
+class StreamLimits:
+    """What one stream may hold."""
+
+    inbox_samples: int = 20 * SAMPLE_RATE
+    outbox_events: int = 1_024
+    stuck_seconds: float = 30.0
+    pending_marks: int = 1_024
+
+
+class Pcm(NamedTuple):
+    """samples: float32 (S,) at 24 kHz. arrived: time.monotonic() when they came."""
+
+    samples: NDArray[np.float32]
+    arrived: float
+
+
+class Mark(NamedTuple):
+    id: int
+
+
+class Reset(NamedTuple):
+    """Start the model state anew; answered by `Ready`."""
+
+
+class Finish(NamedTuple):
+    """No more audio: flush what is pending, then end."""
+
+
+Command = Pcm | Mark | Reset | Finish
+
+
+class Stream:
+    """A stream of an engine. Made by `Engine.open`; the caller must `close` it.
+
+    `feed`, `mark`, `reset`, `finish`, `close`, `take` and iteration belong to the event loop's thread;
+    `drain`, `stepped` and `writable` to the engine's worker threads.
+    """
+
+    def __init__(
+        self, limits: StreamLimits, *, live: bool, wake: Callable[[], None], release: Callable[["Stream"], None]
+    ) -> None:
+        """wake: tell the worker that commands are there. release: give the slot back; called once, by `close`."""
+        self.limits = limits
+        self.live = live
+        self._wake = wake
+        self._release = release
+        self._loop = asyncio.get_running_loop()
+        self._lock = threading.Lock()
+        self._commands: deque[Command] = deque()
+        self._pending_samples = 0
+        self._pending_marks = 0
+        self._room = asyncio.Event()
+        self._room.set()
+        self._outbox: deque[AnyEvent] = deque()
+        self._arrived = asyncio.Event()
+        self._finishing = False
+        self._ended = False
+        self.closed = False
+        self._stuck_timer: asyncio.TimerHandle | None = None
+
+    # ---- the caller's side -------------------------------------------------------------------------------------------
+
+    async def feed(self, pcm: NDArray[np.float32]) -> None:
+        """Append audio: float32 (S,), 24 kHz mono, any length, 0 included. Waits while the inbox is full.
+
+        Returns without effect once the stream has ended by itself (its `Error` says why).
+        Raises EngineError after `finish` or `close`.
+        """
+        if pcm.dtype != np.float32 or pcm.ndim != 1:
+            raise ValueError(f"feed takes float32 of one dimension, got {pcm.dtype} of shape {pcm.shape}")
+        arrived = time.monotonic()
+        start = 0
+        while start < len(pcm):
+            self._check_open("feed")
+            if self._ended:
+                return
+            with self._lock:
+                room = self.limits.inbox_samples - self._pending_samples
+                if room > 0:
+                    piece = pcm[start : start + room]
+                    self._commands.append(Pcm(piece, arrived))
+                    self._pending_samples += len(piece)
+                    start += len(piece)
+                else:
+                    self._room.clear()
+            if room > 0:
+                self._wake()
+            else:
+                await self._room.wait()
+
+    async def mark(self, id: int) -> None:
+        """Ask for `Marker(id)` when everything fed before this has been transcribed. Waits while too many are pending."""
+        while True:
+            self._check_open("mark")
+            if self._ended:
+                return
+            with self._lock:
+                has_room = self._pending_marks < self.limits.pending_marks
+                if has_room:
+                    self._commands.append(Mark(id))
+                    self._pending_marks += 1
+                else:
+                    self._room.clear()
+            if has_room:
+                self._wake()
+                return
+            await self._room.wait()
+
+    async def reset(self) -> None:
+        """Start the model state anew after what was fed so far; answered by `Ready`."""
+        self._check_open("reset")
+        with self._lock:
+            self._commands.append(Reset())
+        self._wake()
+
+    async def finish(self) -> None:
+        """No more audio. What is pending is transcribed, then iteration ends. Idempotent."""
+        if self._finishing or self._ended or self.closed:
+            return
+        self._finishing = True
+        with self._lock:
+            self._commands.append(Finish())
+        self._wake()
+
+    def close(self) -> None:
+        """Free the slot at once, whatever state the stream is in. Pending audio and events are dropped. Idempotent."""
+        if self.closed:
+            return
+        self.closed = True
+        self._end()
+        with self._lock:
+            self._commands.clear()
+            self._pending_samples = 0
+        self._release(self)
+
+    async def take(self) -> list[AnyEvent]:
+        """Every event that is there, waiting for at least one. An empty list means that the stream has ended."""
+        while not self._outbox:
+            if self._ended:
+                return []
+            self._arrived.clear()
+            await self._arrived.wait()
+        was_full = not self.writable
+        events = list(self._outbox)
+        self._outbox.clear()
+        if self._stuck_timer is not None:
+            self._stuck_timer.cancel()
+            self._stuck_timer = None
+        if was_full:
+            self._wake()
+        return events
+
+    async def __aiter__(self) -> AsyncIterator[AnyEvent]:
+        while events := await self.take():
+            for event in events:
+                yield event
+
+    # ---- the engine's side, any thread -------------------------------------------------------------------------------
+
+    def drain(self) -> list[Command]:
+        """Take every pending command, in order. The samples count as pending until `stepped`."""
+        with self._lock:
+            commands = list(self._commands)
+            self._commands.clear()
+        return commands
+
+    @property
+    def pending_samples(self) -> int:
+        """Samples fed and not yet `stepped`."""
+        return self._pending_samples
+
+    @property
+    def writable(self) -> bool:
+        """Whether the outbox has room; where it has not, the engine leaves this stream's audio where it is."""
+        return len(self._outbox) < self.limits.outbox_events
+
+    def stepped(self, samples: int, marks: int = 0) -> None:
+        """These many samples and marks have left the engine's hands: make room for more."""
+        with self._lock:
+            self._pending_samples = max(0, self._pending_samples - samples)
+            self._pending_marks = max(0, self._pending_marks - marks)
+            waiting = not self._room.is_set()
+        if waiting:
+            self._loop.call_soon_threadsafe(self._room.set)
+
+    # ---- the engine's side, event loop -------------------------------------------------------------------------------
+
+    def deliver(self, events: Iterable[AnyEvent], *, ended: bool = False) -> None:
+        """Put events into the outbox. After `close` or the end they are dropped. ended: nothing follows them."""
+        if self._ended:
+            return
+        outbox = self._outbox
+        merge_from = self.limits.outbox_events // 4
+        for event in events:
+            if len(outbox) >= merge_from and type(event) is Step and type(outbox[-1]) is Step:
+                outbox[-1] = event
+            else:
+                outbox.append(event)
+        if ended:
+            self._end()
+        elif not self.writable and self._stuck_timer is None:
+            self._stuck_timer = self._loop.call_later(self.limits.stuck_seconds, self._give_up)
+        if outbox:
+            self._arrived.set()
+
+    def fail(self, message: str, close_code: int = 1011) -> None:
+        """End the stream with an `Error`, behind what is already in the outbox."""
+        self.deliver([Error(message, close_code)], ended=True)
+
+    def _give_up(self) -> None:
+        self._stuck_timer = None
+        self._outbox.clear()
+        self.fail(
+            f"nothing was read for {self.limits.stuck_seconds:g} s while {self.limits.outbox_events} messages waited: "
+            "read the socket while you write to it",
+            1008,
+        )
+
+    def _end(self) -> None:
+        self._ended = True
+        if self._stuck_timer is not None:
+            self._stuck_timer.cancel()
+            self._stuck_timer = None
+        self._arrived.set()
+        self._room.set()
+
+    def _check_open(self, verb: str) -> None:
+        if self.closed or self._finishing:
+            raise EngineError(f"cannot {verb}: the stream is {'closed' if self.closed else 'finished'}")
+
+
+class Delivery(NamedTuple):
+    """Events of one stream, on their way from a worker thread to the event loop."""
+
+    stream: Stream
+    events: Sequence[AnyEvent]
+    ended: bool = False
+
+
+def deliver_all(deliveries: Sequence[Delivery]) -> None:
+    """Hand a whole step's events over in one turn of the event loop: `loop.call_soon_threadsafe(deliver_all, batch)`."""
+    for stream, events, ended in deliveries:
+        stream.deliver(events, ended=ended)
