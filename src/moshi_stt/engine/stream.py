@@ -60,8 +60,9 @@ Command = Pcm | Mark | Reset | Finish
 class Stream:
     """A stream of an engine. Made by `Engine.open`; the caller must `close` it.
 
-    `feed`, `mark`, `reset`, `finish`, `close`, `take` and iteration belong to the event loop's thread;
-    `drain`, `stepped` and `writable` to the engine's worker threads.
+    `feed`, `mark`, `reset`, `finish`, `close`, `take` and iteration belong to the event loop's thread, as do the forms that
+    never wait (`offer`, `offer_mark`, `reset_now`, `finish_now`, `take_now`, `listen`), with which a server of many streams
+    does without a task for each. `drain`, `stepped` and `writable` belong to the engine's worker threads.
     """
 
     def __init__(
@@ -79,6 +80,8 @@ class Stream:
         self._pending_marks = 0
         self._room = asyncio.Event()
         self._room.set()
+        self._on_events: Callable[[], None] | None = None
+        self._on_room: Callable[[], None] | None = None
         self._outbox: deque[AnyEvent] = deque()
         self._arrived = asyncio.Event()
         self._finishing = False
@@ -94,48 +97,62 @@ class Stream:
         Returns without effect once the stream has ended by itself (its `Error` says why).
         Raises EngineError after `finish` or `close`.
         """
+        arrived = time.monotonic()
+        start = self.offer(pcm, arrived)
+        while start < len(pcm):
+            await self._room.wait()
+            start += self.offer(pcm[start:], arrived)
+
+    def offer(self, pcm: NDArray[np.float32], arrived: float | None = None) -> int:
+        """Append as much of pcm as there is room for, now, and return how many samples that was.
+
+        arrived: time.monotonic() when they came; None is now. Once the stream has ended by itself all are taken, to no effect.
+        Raises EngineError after `finish` or `close`.
+        """
         if pcm.dtype != np.float32 or pcm.ndim != 1:
             raise ValueError(f"feed takes float32 of one dimension, got {pcm.dtype} of shape {pcm.shape}")
-        arrived = time.monotonic()
-        start = 0
-        while start < len(pcm):
-            self._check_open("feed")
-            if self._ended:
-                return
-            with self._lock:
-                room = self.limits.inbox_samples - self._pending_samples
-                if room > 0:
-                    piece = pcm[start : start + room]
-                    self._commands.append(Pcm(piece, arrived))
-                    self._pending_samples += len(piece)
-                    start += len(piece)
-                else:
-                    self._room.clear()
-            if room > 0:
-                self._wake()
-            else:
-                await self._room.wait()
+        self._check_open("feed")
+        wanted = len(pcm)
+        if self._ended or not wanted:
+            return wanted
+        with self._lock:
+            taken = min(wanted, self.limits.inbox_samples - self._pending_samples)
+            if taken > 0:
+                self._commands.append(Pcm(pcm[:taken], time.monotonic() if arrived is None else arrived))
+                self._pending_samples += taken
+            if taken < wanted:
+                self._room.clear()
+        if taken > 0:
+            self._wake()
+        return max(taken, 0)
 
     async def mark(self, id: int) -> None:
         """Ask for `Marker(id)` when everything fed before this has been transcribed. Waits while too many are pending."""
-        while True:
-            self._check_open("mark")
-            if self._ended:
-                return
-            with self._lock:
-                has_room = self._pending_marks < self.limits.pending_marks
-                if has_room:
-                    self._commands.append(Mark(id))
-                    self._pending_marks += 1
-                else:
-                    self._room.clear()
-            if has_room:
-                self._wake()
-                return
+        while not self.offer_mark(id):
             await self._room.wait()
+
+    def offer_mark(self, id: int) -> bool:
+        """`mark`, if there is room for one more; returns whether there was."""
+        self._check_open("mark")
+        if self._ended:
+            return True
+        with self._lock:
+            has_room = self._pending_marks < self.limits.pending_marks
+            if has_room:
+                self._commands.append(Mark(id))
+                self._pending_marks += 1
+            else:
+                self._room.clear()
+        if has_room:
+            self._wake()
+        return has_room
 
     async def reset(self) -> None:
         """Start the model state anew after what was fed so far; answered by `Ready`."""
+        self.reset_now()
+
+    def reset_now(self) -> None:
+        """`reset`, which never waits."""
         self._check_open("reset")
         with self._lock:
             self._commands.append(Reset())
@@ -143,6 +160,10 @@ class Stream:
 
     async def finish(self) -> None:
         """No more audio. What is pending is transcribed, then iteration ends. Idempotent."""
+        self.finish_now()
+
+    def finish_now(self) -> None:
+        """`finish`, which never waits."""
         if self._finishing or self._ended or self.closed:
             return
         self._finishing = True
@@ -168,6 +189,10 @@ class Stream:
                 return []
             self._arrived.clear()
             await self._arrived.wait()
+        return self.take_now()
+
+    def take_now(self) -> list[AnyEvent]:
+        """Every event that is there. Empty when there is none; `ended` says whether more can come."""
         was_full = not self.writable
         events = list(self._outbox)
         self._outbox.clear()
@@ -177,6 +202,21 @@ class Stream:
         if was_full:
             self._wake()
         return events
+
+    @property
+    def ended(self) -> bool:
+        """Whether nothing will be added to what `take_now` has."""
+        return self._ended
+
+    def listen(self, on_events: Callable[[], None], on_room: Callable[[], None]) -> None:
+        """Be called back on the event loop instead of waiting.
+
+        on_events: there is something for `take_now`, or the stream has ended. May be called more often than that.
+        on_room: an `offer` that took less than everything may be repeated.
+        Neither may raise, nor call the stream from inside.
+        """
+        self._on_events = on_events
+        self._on_room = on_room
 
     async def __aiter__(self) -> AsyncIterator[AnyEvent]:
         while events := await self.take():
@@ -209,7 +249,7 @@ class Stream:
             self._pending_marks = max(0, self._pending_marks - marks)
             waiting = not self._room.is_set()
         if waiting:
-            self._loop.call_soon_threadsafe(self._room.set)
+            self._loop.call_soon_threadsafe(self._announce_room)
 
     # ---- the engine's side, event loop -------------------------------------------------------------------------------
 
@@ -230,6 +270,8 @@ class Stream:
             self._stuck_timer = self._loop.call_later(self.limits.stuck_seconds, self._give_up)
         if outbox:
             self._arrived.set()
+            if self._on_events is not None:
+                self._on_events()
 
     def fail(self, message: str, close_code: int = 1011) -> None:
         """End the stream with an `Error`, behind what is already in the outbox."""
@@ -250,7 +292,16 @@ class Stream:
             self._stuck_timer.cancel()
             self._stuck_timer = None
         self._arrived.set()
+        if self._on_events is not None:
+            self._on_events()
+        self._announce_room()
+
+    def _announce_room(self) -> None:
+        if self._room.is_set():
+            return
         self._room.set()
+        if self._on_room is not None:
+            self._on_room()
 
     def _check_open(self, verb: str) -> None:
         if self.closed or self._finishing:
