@@ -1,0 +1,483 @@
+"""A TOML file, or the name of a shipped one, to a checked `ServerConfig`. Fetches nothing and starts nothing.
+
+The tables are read as moshi-server reads them (contract section 4). Where that server panics, hangs or looks the other way,
+this one says what is wrong; what is merely odd is a warning.
+"""
+
+import math
+import os
+import re
+import tomllib
+from collections.abc import Callable
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, cast
+
+from moshi_stt.config import (
+    EmbeddedModule,
+    EngineConfig,
+    ExtraHeadsConfig,
+    KyutaiModule,
+    LimitsConfig,
+    ModelConfig,
+    Module,
+    ServerConfig,
+    TransformerConfig,
+)
+from moshi_stt.config_table import Table, did_you_mean, show
+from moshi_stt.constants import DEFAULT_PATH, FRAME_RATE, PUBLIC_KEY
+from moshi_stt.errors import ConfigError
+
+OTHER_KINDS = ("Tts", "Lm", "Mimi", "Py", "PyPost")
+"""What else moshi-server can load."""
+
+FIXED_ROUTES = ("/api/build_info", "/api/modules_info", "/metrics", "/health", "/ready")
+
+MIMI_ENTRIES = 2_048
+"""Entries of each Mimi codebook, without the pad."""
+
+MIMI_CODEBOOKS = 32
+"""Codebooks of Mimi that the speech-to-text models can use."""
+
+ASR_SLOTS = 16
+"""Streams at once of a module of type `Asr`, which has no `batch_size` of its own."""
+
+MIMI_FILE = "mimi-pytorch-e351c8d8@125.safetensors"
+"""Name of the audio tokenizer in every published repository."""
+
+
+class LoadedConfig(NamedTuple):
+    """config: the checked file. source: its path, or `NAME (shipped)`. warnings: what stops nothing but should be known."""
+
+    config: ServerConfig
+    source: str
+    warnings: list[str]
+
+
+def embedded_config() -> ServerConfig:
+    """What `worker` serves without a file: the embedded model, the well-known key, no log file."""
+    module = EmbeddedModule(name="asr", path=DEFAULT_PATH)
+    return ServerConfig(
+        static_dir=None, log_dir=None, instance_name="moshi-stt", authorized_ids=frozenset({PUBLIC_KEY}), modules=(module,)
+    )
+
+
+def shipped_names() -> list[str]:
+    """Names of the configurations that come with the package."""
+    folder = resources.files("moshi_stt") / "configs"
+    return sorted(entry.name.removesuffix(".toml") for entry in folder.iterdir() if entry.name.endswith(".toml"))
+
+
+def shipped_text(name: str) -> str:
+    """Text of a shipped configuration. Raises ConfigError for a name that is none."""
+    bare = name.removesuffix(".toml")
+    names = shipped_names()
+    if bare not in names:
+        raise ConfigError(f"Unknown config: {name}{did_you_mean(bare, names)} (there are {', '.join(names)})")
+    return (resources.files("moshi_stt") / "configs" / f"{bare}.toml").read_text(encoding="utf-8")
+
+
+def load_config(name: str) -> LoadedConfig:
+    """Load a TOML file by its path, or a shipped configuration by its name (a file of that name goes first).
+
+    Raises ConfigError that names file, table, key, what came, what was expected and what to do.
+    """
+    path = Path(name)
+    if path.is_file():
+        return parse_config(_read(path), name)
+    if "/" not in name and "\\" not in name and name.removesuffix(".toml") in shipped_names():
+        return parse_config(shipped_text(name), f"{name.removesuffix('.toml')} (shipped)")
+    if path.is_dir():
+        raise ConfigError(f"{name}: is a directory; expected a TOML file")
+    names = shipped_names()
+    raise ConfigError(
+        f"{name}: no such file, and no shipped configuration of that name{did_you_mean(path.stem, names)} "
+        f"(there are {', '.join(names)}). Give the path of a TOML file, or one of these names."
+    )
+
+
+def parse_config(text: str, file: str) -> LoadedConfig:
+    """Check the text of a configuration. `file` is what messages call it. Raises ConfigError."""
+    try:
+        data = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as e:
+        raise ConfigError(f"{file}: not valid TOML: {e}. Mend that line and try again.") from None
+    top = Table(file, "", data, [])
+    static_dir = _plain(top, "static_dir")
+    log_dir = _plain(top, "log_dir")
+    instance_name = _plain(top, "instance_name")
+    if "/" in instance_name:
+        top.fail("instance_name", "it becomes part of the log file's name; expected a name without a slash.")
+    keys = top.get("authorized_ids", list[str], hint=f'Give the keys that clients may use, for example ["{PUBLIC_KEY}"].')
+    if not keys:
+        top.warn("authorized_ids", "the list is empty, so no client can connect; add a key")
+    limits = _limits(top.table("moshi_stt"))
+    modules = _modules(top)
+    top.warn_unknown()
+    config = ServerConfig(
+        static_dir=static_dir or None,
+        log_dir=log_dir or None,
+        instance_name=instance_name,
+        authorized_ids=frozenset(keys),
+        modules=modules,
+        limits=limits,
+    )
+    return LoadedConfig(config, file, top.warnings)
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as e:
+        raise ConfigError(f"{path}: not valid TOML: byte {e.start} is not UTF-8. Save the file as UTF-8.") from None
+    except OSError as e:
+        raise ConfigError(f"{path}: cannot be read: {e.strerror}. Check the file's permissions.") from None
+
+
+# ---- strings ---------------------------------------------------------------------------------------------------------
+
+
+def expand(text: str, missing: Callable[[str], None] = lambda name: None) -> str:
+    """Replace every `$NAME` by the environment's value, or by nothing where it is unset (`missing` is then told)."""
+
+    def value(match: re.Match[str]) -> str:
+        name = match[1]
+        if name not in os.environ:
+            missing(name)
+        return os.environ.get(name, "")
+
+    return re.sub(r"\$([A-Za-z_][A-Za-z0-9_]*)", value, text)
+
+
+def _plain(table: Table, key: str) -> str:
+    """A string with `$NAME` expanded, that may not be on a hub."""
+    text = table.get(key, str)
+    if text.startswith("hf://"):
+        table.fail(key, "hf:// names a file on a model hub; expected a plain name or path here.")
+    return _expanded(table, key, text)
+
+
+def _expanded(table: Table, key: str, text: str) -> str:
+    if "${" in text:
+        table.warn(key, "${NAME} is not expanded, only $NAME is")
+    if text.startswith("~"):
+        table.warn(key, "~ is not expanded; write $HOME")
+    return expand(text, lambda name: table.warn(key, f"${name} is not set in the environment and becomes empty text"))
+
+
+def _file(table: Table, key: str, text: str | None = None) -> str:
+    """A file key: `hf://` names keep their form, after a check; paths have `$NAME` expanded."""
+    if text is None:
+        text = cast(str, table.get(key, str, hint='Give a path, or "hf://OWNER/REPOSITORY/FILE".'))
+    if text.startswith("hf://"):
+        parts = text.removeprefix("hf://").split("/")
+        if len(parts) < 3 or not all(parts):
+            table.fail(key, 'expected "hf://OWNER/REPOSITORY/FILE", at least three names with a slash between them.')
+    else:
+        text = _expanded(table, key, text)
+        if not text:
+            table.fail(key, 'expected a path or "hf://OWNER/REPOSITORY/FILE", found nothing (after $NAME expansion).')
+    if text.endswith(".gguf"):
+        table.fail(key, "gguf files are not supported; use the .safetensors file of the same model.")
+    return text
+
+
+# ---- tables ----------------------------------------------------------------------------------------------------------
+
+
+def _limits(table: Table | None) -> LimitsConfig:
+    if table is None:
+        return LimitsConfig()
+    limits = table.struct(LimitsConfig)
+    for key in LimitsConfig.__struct_fields__:
+        if getattr(limits, key) <= 0:
+            table.fail(key, "expected a number above 0. Leave the key out for the default.")
+    if limits.inbox_seconds < 1 / FRAME_RATE:
+        table.fail("inbox_seconds", f"expected at least one frame of audio, {1 / FRAME_RATE:g} s.")
+    if limits.ping_seconds >= limits.silent_seconds:
+        table.fail(
+            "ping_seconds", f"expected less than silent_seconds ({limits.silent_seconds:g}); a ping keeps a quiet client."
+        )
+    return limits
+
+
+def _modules(top: Table) -> tuple[Module, ...]:
+    tables = top.table("modules")
+    modules: list[Module] = []
+    for name in tables.data if tables else ():
+        assert tables is not None
+        table = tables.table(name)
+        assert table is not None
+        module = _module(table, name)
+        for other in modules:
+            if other.path == module.path:
+                table.fail(
+                    "path", f"[modules.{other.name}] has the same path; two modules cannot share one. Change one of them."
+                )
+        modules.append(module)
+    if not modules:
+        top.warn("modules", "there is no module, so nothing would be served; add one (`moshi-stt configs embedded` shows how)")
+    return tuple(modules)
+
+
+def _module(table: Table, name: str) -> Module:
+    readers: dict[str, Callable[[Table, str, str], Module]] = {
+        "Asr": _batched,
+        "BatchedAsr": _batched,
+        "PyBatchedAsr": _py_batched,
+        "Embedded": _embedded,
+    }
+    one_of = f"expected one of {', '.join(show(k) for k in readers)}"
+    kind = table.get("type", str, hint=f"{one_of[0].upper()}{one_of[1:]}.")
+    if kind in OTHER_KINDS:
+        table.fail("type", f"this server does speech-to-text only; {one_of}. Remove the module, or run it with moshi-server.")
+    if kind not in readers:
+        table.fail("type", f"{one_of}{did_you_mean(kind, readers)}")
+    module = readers[kind](table, name, _path(table))
+    table.warn_unknown()
+    return module
+
+
+def _path(table: Table) -> str:
+    path = cast(str, table.get("path", str, hint=f'Give the HTTP route, usually "{DEFAULT_PATH}".'))
+    if not path.startswith("/"):
+        table.fail("path", f'expected a route that begins with "/". Write "/{path}".')
+    if re.search(r"[\s?#{}*]", path):
+        table.fail("path", "expected a plain route, without spaces and without ? # { } *.")
+    if path in FIXED_ROUTES or path == "/":
+        table.fail("path", f'the server itself answers there. Take another route, usually "{DEFAULT_PATH}".')
+    return path
+
+
+def _batch_size(table: Table, default: Any = ...) -> int:
+    size = table.get("batch_size", int, default, hint="Give the number of streams to serve at once, for example 64.")
+    if size < 1:
+        table.fail("batch_size", "expected at least 1. Give the number of streams to serve at once, for example 64.")
+    return cast(int, size)
+
+
+def _batch_size_or_auto(table: Table, default: Any = ...) -> int | Literal["auto"]:
+    if table.has("batch_size") and table.data["batch_size"] == "auto":
+        return "auto"
+    return _batch_size(table, default)
+
+
+def _embedded(table: Table, name: str, path: str) -> EmbeddedModule:
+    batch_size = _batch_size(table, EmbeddedModule(name=name, path=path).batch_size)
+    return table.struct(EmbeddedModule, name=name, path=path, batch_size=batch_size)
+
+
+def _engine(table: Table) -> EngineConfig:
+    ours = table.table("moshi_stt")
+    return ours.struct(EngineConfig) if ours else EngineConfig()
+
+
+def _batched(table: Table, name: str, path: str) -> KyutaiModule:
+    """`Asr` and `BatchedAsr`."""
+    kind = table.data["type"]
+    model_table = table.table("model", required=True)
+    assert model_table is not None
+    model = _model(model_table)
+    delay = cast(int, table.get("asr_delay_in_tokens", int, hint="6 for the 1B model, 32 for the 2.6B."))
+    conditioning_delay = table.get("conditioning_delay", float, None)
+    learnt_padding = table.get("conditioning_learnt_padding", bool, False)
+    _check_conditioning(table, kind, model, conditioning_delay, learnt_padding)
+    if conditioning_delay is not None and kind == "BatchedAsr":
+        delay = math.floor(conditioning_delay * FRAME_RATE) + 1
+    _check_delay(table, delay, model.transformer.context)
+    if table.has("log_frequency_s"):
+        table.warn("log_frequency_s", "token logs are not written by this server; ignored")
+    return KyutaiModule(
+        name=name,
+        path=path,
+        type=kind,
+        batch_size=_batch_size_or_auto(table, ASR_SLOTS if kind == "Asr" else ...),
+        lm_model_file=_file(table, "lm_model_file"),
+        text_tokenizer_file=_file(table, "text_tokenizer_file"),
+        audio_tokenizer_file=_file(table, "audio_tokenizer_file"),
+        asr_delay_in_tokens=delay,
+        model=model,
+        temperature=table.get("temperature", float, 0.0),
+        dtype_override=table.get("dtype_override", Literal["bf16", "f16", "f32", "f64"], None),
+        conditioning_delay=conditioning_delay,
+        conditioning_learnt_padding=learnt_padding,
+        log_frequency_s=table.get("log_frequency_s", float, None),
+        engine=_engine(table),
+    )
+
+
+def _check_delay(table: Table, delay: int, context: int) -> None:
+    if delay >= context:
+        key = "conditioning_delay" if table.data.get("conditioning_delay") is not None else "asr_delay_in_tokens"
+        table.fail(
+            key,
+            f"a delay of {delay} frames makes no sense with a context of {context}; "
+            "expected less than the context. It is 6 for the 1B model and 32 for the 2.6B.",
+        )
+
+
+def _check_conditioning(table: Table, kind: str, model: ModelConfig, delay: float | None, learnt_padding: bool) -> None:
+    """The rules of contract section 4.3."""
+    if delay is not None and delay < 0:
+        table.fail("conditioning_delay", "expected seconds, 0 or more.")
+    if not model.conditioners:
+        return
+    if "delay" not in model.conditioners:
+        table.fail(None, 'model.conditioners has no conditioner named "delay"; it is the only one that this server can set.')
+    if delay is not None and learnt_padding and kind == "BatchedAsr":
+        table.fail("conditioning_delay", "expected either this or conditioning_learnt_padding = true, not both. Remove one.")
+    if delay is None and (not learnt_padding or kind == "Asr"):
+        also = "" if kind == "Asr" else " or conditioning_learnt_padding = true"
+        table.fail("conditioning_delay", f"the model has conditioners, so expected conditioning_delay = SECONDS{also}. Add it.")
+    if delay is not None and model.conditioners["delay"]["type"] != "ContinuousAttribute":
+        table.fail("conditioning_delay", 'the conditioner named "delay" is of type "Lut"; expected "ContinuousAttribute".')
+
+
+# ---- PyBatchedAsr ----------------------------------------------------------------------------------------------------
+
+
+class _Py(NamedTuple):
+    """The `py` table, as the script that comes with moshi-server reads it."""
+
+    lm: str
+    mimi: str
+    config: str
+    device: Literal["auto", "cpu", "cuda"]
+    temperature: float
+
+
+def _py_batched(table: Table, name: str, path: str) -> KyutaiModule:
+    py_table = table.table("py", required=True)
+    assert py_table is not None
+    if table.has("script"):
+        table.warn("script", "scripts are not run: this server's own engine runs the model of [py] instead")
+    delay = cast(int, table.get("asr_delay_in_tokens", int, hint="6 for the 1B model, 32 for the 2.6B."))
+    py = _read_py(py_table, delay)
+    engine = _engine(table)
+    if engine.device == "auto" and py.device != "auto":
+        engine = EngineConfig(**{f: getattr(engine, f) for f in engine.__struct_fields__} | {"device": py.device})
+    return KyutaiModule(
+        name=name,
+        path=path,
+        type="PyBatchedAsr",
+        batch_size=_batch_size_or_auto(table),
+        lm_model_file=py.lm,
+        text_tokenizer_file=_file(table, "text_tokenizer_file"),
+        audio_tokenizer_file=py.mimi,
+        asr_delay_in_tokens=delay,
+        model=None,
+        config_file=py.config,
+        temperature=py.temperature,
+        engine=engine,
+    )
+
+
+def _read_py(py: Table, delay: int) -> _Py:
+    repo = py.get("hf_repo", str, None)
+    if repo is None and not (py.has("moshi_weight") and py.has("mimi_weight") and py.has("config_path")):
+        py.fail("hf_repo", 'the key is missing; expected the repository of the model, for example "kyutai/stt-1b-en_fr".')
+    if repo is not None and (repo.count("/") != 1 or not all(repo.split("/"))):
+        py.fail("hf_repo", 'expected "OWNER/REPOSITORY", for example "kyutai/stt-1b-en_fr".')
+
+    def file(key: str, published: str) -> str:
+        return _file(py, key) if py.has(key) else f"hf://{repo}/{published}"
+
+    for unused in ("log_folder", "tokenizer", "debug"):
+        py.has(unused)
+    own_delay = py.get("asr_delay_in_tokens", int, delay)
+    if own_delay != delay:
+        py.warn("asr_delay_in_tokens", f"is {own_delay}, and {delay} in the module's table; the module's is used")
+    device = py.get("device", str, "auto").split(":")[0]
+    if device not in ("auto", "cuda", "cpu"):
+        py.fail("device", 'expected "cuda" or "cpu".')
+    read = _Py(
+        lm=file("moshi_weight", "model.safetensors"),
+        mimi=file("mimi_weight", MIMI_FILE),
+        config=file("config_path", "config.json"),
+        device=cast(Any, device),
+        temperature=py.get("temp", float, 0.0),
+    )
+    py.warn_unknown()
+    return read
+
+
+# ---- the model -------------------------------------------------------------------------------------------------------
+
+
+def _model(table: Table) -> ModelConfig:
+    if table.has("depformer"):
+        table.fail("depformer", "speech-to-text models have none. Remove the table.")
+    transformer_table = table.table("transformer", required=True)
+    assert transformer_table is not None
+    heads_table = table.table("extra_heads")
+    heads = heads_table.struct(ExtraHeadsConfig) if heads_table else None
+    if heads is not None and heads_table is not None:
+        _at_least_one(heads_table, heads, "num_heads", "dim")
+    model = table.struct(
+        ModelConfig,
+        transformer=_transformer(transformer_table),
+        extra_heads=heads,
+        conditioners=_conditioners(table.table("conditioners")),
+    )
+    if model.text_in_vocab_size != model.text_out_vocab_size + 1:
+        table.fail(
+            "text_in_vocab_size",
+            f"expected text_out_vocab_size + 1 = {model.text_out_vocab_size + 1} (the last id is the start token).",
+        )
+    if model.audio_vocab_size != MIMI_ENTRIES + 1:
+        table.fail("audio_vocab_size", f"expected {MIMI_ENTRIES + 1}: Mimi has {MIMI_ENTRIES} entries, the last id is the pad.")
+    if not 1 <= model.audio_codebooks <= MIMI_CODEBOOKS:
+        table.fail("audio_codebooks", f"expected 1 to {MIMI_CODEBOOKS}, the codebooks that Mimi has.")
+    return model
+
+
+def _at_least_one(table: Table, values: object, *keys: str) -> None:
+    for key in keys:
+        if getattr(values, key) < 1:
+            table.fail(key, "expected at least 1.")
+
+
+def _transformer(table: Table) -> TransformerConfig:
+    t = table.struct(TransformerConfig)
+    _at_least_one(table, t, "d_model", "num_heads", "num_layers", "dim_feedforward", "context")
+    supported = "No published speech-to-text model has another value, and this server cannot run one."
+    for key, value in (
+        ("causal", True),
+        ("norm_first", True),
+        ("use_conv_block", False),
+        ("kv_repeat", 1),
+        ("cross_attention", False),
+        ("shared_cross_attn", False),
+        ("positional_embedding", "Rope"),
+        ("bias_ff", False),
+        ("bias_attn", False),
+        ("norm", "RmsNorm"),
+        ("gating", "silu"),
+        ("layer_scale", None),
+    ):
+        if getattr(t, key) != value:
+            what = "the key to be absent" if value is None else show(value)
+            missing = "" if key in table.data else " (the key is absent)"
+            table.fail(key, f"expected {what}{missing}. {supported}")
+    if t.d_model % t.num_heads or (t.d_model // t.num_heads) % 2:
+        table.fail("num_heads", f"expected a divisor of d_model = {t.d_model} that leaves an even head size.")
+    if t.max_period <= 1:
+        table.fail("max_period", "expected a number above 1, usually 100000.")
+    return t
+
+
+def _conditioners(table: Table | None) -> dict[str, dict[str, object]] | None:
+    if table is None:
+        return None
+    kinds: dict[str, dict[str, Any]] = {
+        "Lut": {"n_bins": int, "dim": int, "possible_values": list[str]},
+        "ContinuousAttribute": {"dim": int, "scale_factor": float, "max_period": float},
+    }
+    read: dict[str, dict[str, object]] = {}
+    for name in table.data:
+        conditioner = table.table(name)
+        assert conditioner is not None
+        kind = conditioner.get("type", Literal["Lut", "ContinuousAttribute"])
+        read[name] = {"type": kind} | {key: conditioner.get(key, t) for key, t in kinds[kind].items()}
+        conditioner.warn_unknown()
+    return read
