@@ -4,6 +4,7 @@ Bounds, and what happens at them:
 
 * inbox: `inbox_samples` of PCM. A full inbox makes `feed` wait, so that its caller stops reading the
   socket; nothing is dropped.
+  Nor does it hold more than `pending_commands` pieces and `pending_marks` markers, however small they are.
 * outbox: `outbox_events`. From a quarter of it on, a `Step` directly behind a `Step` replaces it. A full outbox makes
   `writable` False, so that the engine stops stepping this stream (and its inbox fills). A reader that takes nothing for
   `stuck_seconds` while the outbox is full ends the stream with an `Error` (close code 1008).
@@ -33,6 +34,7 @@ class StreamLimits:
     outbox_events: int = 1_024
     stuck_seconds: float = 30.0
     pending_marks: int = 1_024
+    pending_commands: int = 8_192
 
 
 class Pcm(NamedTuple):
@@ -61,7 +63,7 @@ class Stream:
     """A stream of an engine. Made by `Engine.open`; the caller must `close` it.
 
     `feed`, `mark`, `reset`, `finish`, `close`, `take` and iteration belong to the event loop's thread, as do the forms that
-    never wait (`offer`, `offer_mark`, `reset_now`, `finish_now`, `take_now`, `listen`), with which a server of many streams
+    never wait (`offer`, `offer_mark`, `offer_reset`, `finish_now`, `take_now`, `listen`), with which a server of many streams
     does without a task for each. `drain`, `stepped` and `writable` belong to the engine's worker threads.
     """
 
@@ -116,7 +118,8 @@ class Stream:
         if self._ended or not wanted:
             return wanted
         with self._lock:
-            taken = min(wanted, self.limits.inbox_samples - self._pending_samples)
+            room = self.limits.inbox_samples - self._pending_samples
+            taken = min(wanted, room) if len(self._commands) < self.limits.pending_commands else 0
             if taken > 0:
                 self._commands.append(Pcm(pcm[:taken], time.monotonic() if arrived is None else arrived))
                 self._pending_samples += taken
@@ -137,7 +140,7 @@ class Stream:
         if self._ended:
             return True
         with self._lock:
-            has_room = self._pending_marks < self.limits.pending_marks
+            has_room = self._pending_marks < self.limits.pending_marks and len(self._commands) < self.limits.pending_commands
             if has_room:
                 self._commands.append(Mark(id))
                 self._pending_marks += 1
@@ -148,15 +151,24 @@ class Stream:
         return has_room
 
     async def reset(self) -> None:
-        """Start the model state anew after what was fed so far; answered by `Ready`."""
-        self.reset_now()
+        """Start the model state anew after what was fed so far; answered by `Ready`. Waits while too much is pending."""
+        while not self.offer_reset():
+            await self._room.wait()
 
-    def reset_now(self) -> None:
-        """`reset`, which never waits."""
+    def offer_reset(self) -> bool:
+        """`reset`, if there is room for one more command; returns whether there was."""
         self._check_open("reset")
+        if self._ended:
+            return True
         with self._lock:
-            self._commands.append(Reset())
-        self._wake()
+            has_room = len(self._commands) < self.limits.pending_commands
+            if has_room:
+                self._commands.append(Reset())
+            else:
+                self._room.clear()
+        if has_room:
+            self._wake()
+        return has_room
 
     async def finish(self) -> None:
         """No more audio. What is pending is transcribed, then iteration ends. Idempotent."""
@@ -230,6 +242,9 @@ class Stream:
         with self._lock:
             commands = list(self._commands)
             self._commands.clear()
+            waiting = len(commands) >= self.limits.pending_commands and not self._room.is_set()
+        if waiting:
+            self._loop.call_soon_threadsafe(self._announce_room)
         return commands
 
     @property
