@@ -1,0 +1,76 @@
+"""What `SegmentEngine` asks of a recogniser that wants whole stretches of speech. Knows no model and no stream."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+RECOGNISER_RATE = 16_000
+"""Samples a second of everything a `Recogniser` takes (mono float32)."""
+
+VAD_FRAME = 512
+"""Samples in one frame of `Recogniser.speech_probability`: 32 ms."""
+
+
+class Spoken(NamedTuple):
+    """One recognised word.
+
+    text: as written, with its case and punctuation. tokens: what the model emitted for it.
+    logprob: natural-log probability, summed over the tokens.
+    """
+
+    text: str
+    tokens: tuple[int, ...]
+    logprob: float
+
+
+class Span(NamedTuple):
+    """When a word was said: seconds from the start of the samples given."""
+
+    start: float
+    stop: float
+
+
+VadState = Any
+"""State of the speech detector between two frames of a stream: immutable, and the recogniser's own affair."""
+
+
+class Recogniser(Protocol):
+    """A loaded model, shared by all streams. Every method may be called from several threads at once.
+
+    A result depends on its arguments alone.
+    """
+
+    name: str
+    languages: tuple[str, ...]
+
+    def vad_start(self) -> VadState:
+        """The detector's state before the first frame."""
+        ...
+
+    def speech_probability(self, frame: NDArray[np.float32], state: VadState) -> tuple[float, VadState]:
+        """Probability in [0, 1] that `frame`, float32 (VAD_FRAME,), holds speech; and the state for the next frame."""
+        ...
+
+    def recognise(
+        self, samples: NDArray[np.float32], said: Sequence[Spoken] = (), draft: Sequence[Spoken] = ()
+    ) -> list[Spoken]:
+        """The words of samples, float32 (S,) of at most 30 s, that follow `said`.
+
+        said: words at the start of the samples that are settled: the result continues them.
+        draft: a guess of what follows (an earlier hypothesis); it only saves time where it is right.
+        Raises whatever the model's framework raises.
+        """
+        ...
+
+    def align(self, samples: NDArray[np.float32], texts: Sequence[str]) -> list[Span]:
+        """When each of these words was said within samples, float32 (S,).
+
+        Spans lie inside the samples and do not overlap; a word that cannot be placed gets an interpolated one.
+        """
+        ...
+
+    def close(self) -> None:
+        """Free the memory."""
+        ...

@@ -1,0 +1,142 @@
+"""When each word was said: forced alignment by pocketsphinx. Knows how to say words; knows no recogniser and no stream."""
+
+import itertools
+import queue
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pocketsphinx
+from numpy.typing import NDArray
+
+from moshi_stt.engine.recogniser import RECOGNISER_RATE, Span
+from moshi_stt.errors import CheckpointError
+from moshi_stt.models.pronounce import letters_to_phones, spoken_forms
+
+FRAME_SECONDS = 0.01
+SHORTEST_SECONDS = 0.1
+"""Less audio than this is not worth a search: its words share it out."""
+
+ADDED_WORDS = 2_000
+"""A decoder that learnt so many words outside its dictionary is replaced by a new one: it cannot forget any."""
+
+TAIL_SAMPLES = RECOGNISER_RATE // 10
+"""Silence behind the audio: the search wants to end in it."""
+
+FILLER_MARKS = "<[+("
+PEAK = 32_767
+
+
+class _Decoder:
+    """One pocketsphinx decoder with its dictionary. Not thread-safe."""
+
+    def __init__(self) -> None:
+        folder = Path(pocketsphinx.get_model_path("en-us"))
+        try:
+            self.search: Any = pocketsphinx.Decoder(
+                hmm=str(folder / "en-us"),
+                dict=str(folder / "cmudict-en-us.dict"),
+                lm=None,
+                loglevel="FATAL",
+                cmn="batch",  # "live" would carry the level of one stream's audio over to the next
+                bestpath=False,  # its lattice search drops a word that ends with the audio
+            )
+        except RuntimeError as error:
+            raise CheckpointError(
+                f"pocketsphinx {pocketsphinx.__version__} cannot load its acoustic model from {folder}: {error}; "
+                "run `pip install --force-reinstall 'pocketsphinx>=5.1.1,<6'`"
+            ) from error
+        self.added = 0
+
+    def sayable(self, form: str) -> str:
+        """The dictionary's key for a spoken form; one that is not there is added with a pronunciation by rule."""
+        for key in (form, form.strip("'")):
+            if self.search.lookup_word(key) is not None:
+                return key
+        self.search.add_word(form, " ".join(letters_to_phones(form)), True)
+        self.added += 1
+        return form
+
+    def spans(self, samples: NDArray[np.float32], keys: Sequence[str]) -> list[tuple[float, float]]:
+        """Start and stop in seconds of each key in order, as far as the search got: maybe fewer than there are keys."""
+        self.search.set_align_text(" ".join(keys))
+        self.search.start_utt()
+        try:
+            pcm = (np.clip(np.pad(samples, (0, TAIL_SAMPLES)), -1.0, 1.0) * PEAK).astype("<i2").tobytes()
+            self.search.process_raw(pcm, no_search=False, full_utt=True)
+        finally:
+            self.search.end_utt()
+        return [
+            (segment.start_frame * FRAME_SECONDS, (segment.end_frame + 1) * FRAME_SECONDS)
+            for segment in self.search.seg() or ()
+            if segment.word[0] not in FILLER_MARKS
+        ][: len(keys)]
+
+
+class Aligner:
+    """A pool of decoders. Thread-safe; a call waits while all are busy."""
+
+    def __init__(self, decoders: int) -> None:
+        self._pool: queue.SimpleQueue[_Decoder] = queue.SimpleQueue()
+        for _ in range(decoders):
+            self._pool.put(_Decoder())
+
+    def align(self, samples: NDArray[np.float32], texts: Sequence[str]) -> list[Span]:
+        """When each of the words was said: inside the samples, in order, without overlap. Never fails for want of a way."""
+        seconds = len(samples) / RECOGNISER_RATE
+        forms = [spoken_forms(text) for text in texts]
+        if not any(forms) or seconds < SHORTEST_SECONDS:
+            return share_out(texts, 0.0, seconds)
+        decoder = self._pool.get()
+        try:
+            keys = [[decoder.sayable(form) for form in spoken] for spoken in forms]
+            found = decoder.spans(samples, [key for group in keys for key in group])
+            if decoder.added > ADDED_WORDS:
+                decoder = _Decoder()
+        finally:
+            self._pool.put(decoder)
+        return _word_spans(texts, keys, found, seconds)
+
+    def close(self) -> None:
+        """Free the decoders that are not in use."""
+        while True:
+            try:
+                self._pool.get_nowait()
+            except queue.Empty:
+                return
+
+
+def share_out(texts: Sequence[str], start: float, stop: float) -> list[Span]:
+    """Spans for words of which nothing is known but where they lie together: in proportion to their lengths."""
+    weights = np.array([max(1, sum(letter.isalnum() for letter in text)) for text in texts], float)
+    edges = start + (stop - start) * np.concatenate([[0.0], np.cumsum(weights) / weights.sum()])
+    return [Span(float(left), float(right)) for left, right in itertools.pairwise(edges)]
+
+
+def _word_spans(
+    texts: Sequence[str], keys: Sequence[Sequence[str]], found: Sequence[tuple[float, float]], seconds: float
+) -> list[Span]:
+    """Join the spans of each word's spoken forms; words without one share the gap that they stand in."""
+    placed: list[Span | None] = []
+    position = 0
+    for group in keys:
+        pieces = found[position : position + len(group)]
+        position += len(group)
+        if group and len(pieces) == len(group):
+            stop = min(pieces[-1][1], seconds)
+            placed.append(Span(min(pieces[0][0], stop), stop))
+        else:
+            placed.append(None)
+    spans: list[Span] = []
+    while len(spans) < len(placed):
+        first = len(spans)
+        span = placed[first]
+        if span is not None:
+            spans.append(span)
+            continue
+        last = next((index for index in range(first, len(placed)) if placed[index] is not None), len(placed))
+        left = spans[-1].stop if spans else 0.0
+        follower = placed[last] if last < len(placed) else None
+        spans.extend(share_out(texts[first:last], left, follower.start if follower else seconds))
+    return spans

