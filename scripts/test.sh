@@ -1,0 +1,20 @@
+#!/usr/bin/env bash
+# Lint, types and the default tests, in an environment of their own (.venv-test). Arguments go to pytest.
+set -euo pipefail
+. "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+
+cd "$root"
+need_writable "$root"
+mkdir -p "$run_dir"
+test_venv=$root/.venv-test
+make_venv "$test_venv"
+say "Installing the package and the tools for its tests (about 250 MB)."
+pip_install "$test_venv" --only-binary pocketsphinx --only-binary sphn -e '.[dev]' || install_failed "scripts/test.sh"
+
+say "== ruff"
+"$test_venv/bin/ruff" check .
+"$test_venv/bin/ruff" format --check .
+say "== mypy"
+"$test_venv/bin/mypy"
+say "== pytest"
+"$test_venv/bin/python" -m pytest "$@"

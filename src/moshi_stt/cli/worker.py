@@ -1,0 +1,161 @@
+"""`moshi-stt worker`: configuration and flags to a running server. Knows neither sockets nor models."""
+
+import argparse
+import errno
+import ipaddress
+import logging
+import socket
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from moshi_stt.config import EngineConfig, KyutaiModule, ServerConfig
+from moshi_stt.constants import DEFAULT_PORT, PUBLIC_KEY
+from moshi_stt.errors import ConfigError
+
+log = logging.getLogger(__name__)
+
+
+def add_parser(subparsers: Any) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = subparsers.add_parser(
+        "worker",
+        help="serve speech-to-text over WebSocket and HTTP",
+        description="Serve speech-to-text over WebSocket and HTTP. Without --config: the embedded English model.",
+    )
+    parser.add_argument(
+        "-l", "--log", default="info", metavar="LEVEL", help="off, error, warn, info (default), debug, trace; or 0 to 5"
+    )
+    parser.add_argument("-a", "--addr", default="0.0.0.0", metavar="IP", help="address to listen on (default 0.0.0.0)")
+    parser.add_argument(
+        "-p", "--port", type=_port, default=DEFAULT_PORT, metavar="N", help="port, 0 for a free one (default 8080)"
+    )
+    parser.add_argument("--cpu", action="store_true", help="run the models on the CPU, whatever else is there")
+    parser.add_argument("--config", metavar="FILE", help="TOML file, or the name of a shipped one (see `moshi-stt configs`)")
+    parser.add_argument("--silent", action="store_true", help="no log on stdout, only in the log file")
+    ours = parser.add_argument_group("not in moshi-server", "These override [modules.NAME.moshi_stt] of the file.")
+    ours.add_argument("--device", choices=["auto", "cpu", "cuda", "mps", "mlx"], help="what runs the models")
+    ours.add_argument("--quantize", choices=["none", "int8", "int4"], help="weights of fewer bits")
+    ours.add_argument("--batch-size", type=_batch_size, metavar="N", help="streams at once, of every module")
+    return parser
+
+
+def run(args: argparse.Namespace) -> int:
+    """Serve until a signal or a failure. Returns the server's exit status; raises ConfigError before it has begun."""
+    from moshi_stt.cli.engines import build_engines
+    from moshi_stt.cli.logs import parse_level, set_up_logging
+    from moshi_stt.config_load import LoadedConfig, embedded_config, load_config
+
+    level = parse_level(args.log)
+    host = parse_address(args.addr)
+    loaded = load_config(args.config) if args.config else LoadedConfig(embedded_config(), "the built-in configuration", [])
+    config = override(loaded.config, args)
+    if not config.modules:
+        raise ConfigError(f"{loaded.source}: there is no [modules.NAME] table, so nothing would be served. Add a module.")
+    check_port_free(host, args.port)
+    set_up_logging(
+        level,
+        log_dir=config.log_dir,
+        instance_name=config.instance_name,
+        silent=args.silent,
+        keys=config.authorized_ids,
+    )
+    log.info("configuration: %s", loaded.source)
+    for warning in loaded.warnings + warnings_of(config, host):
+        log.warning("%s", warning)
+    engines = build_engines(config, force_cpu=args.cpu)
+
+    from moshi_stt.server.app import serve
+
+    return serve(packaged_page_if_missing(config), engines, host, args.port)
+
+
+def _port(text: str) -> int:
+    port = int(text)
+    if not 0 <= port <= 65_535:
+        raise argparse.ArgumentTypeError(f"{port} is not a port: expected 0 to 65535")
+    return port
+
+
+def _batch_size(text: str) -> int:
+    size = int(text)
+    if size < 1:
+        raise argparse.ArgumentTypeError(f"{size} streams: expected at least 1")
+    return size
+
+
+def parse_address(text: str) -> str:
+    """An IP address, or `localhost`, as an IP address. Raises ConfigError for anything else."""
+    if text == "localhost":
+        return "127.0.0.1"
+    try:
+        return str(ipaddress.ip_address(text))
+    except ValueError:
+        raise ConfigError(
+            f"--addr {text}: expected an IP address: 127.0.0.1 for this machine alone, 0.0.0.0 for every interface"
+        ) from None
+
+
+def override(config: ServerConfig, args: argparse.Namespace) -> ServerConfig:
+    """The configuration with the command line's device, quantisation and batch size put into every module."""
+    engine: dict[str, Any] = {k: v for k in ("device", "quantize") if (v := getattr(args, k)) is not None}
+    if args.cpu:
+        if engine.get("device", "cpu") != "cpu":
+            raise ConfigError(f"--cpu and --device {engine['device']} contradict each other: give one of them")
+        engine["device"] = "cpu"
+    modules = []
+    for module in config.modules:
+        changed = module
+        if isinstance(changed, KyutaiModule) and engine:
+            new_engine: EngineConfig = msgspec.structs.replace(changed.engine, **engine)
+            changed = msgspec.structs.replace(changed, engine=new_engine)
+        elif engine.get("quantize", "none") != "none":
+            raise ConfigError(
+                f"--quantize {args.quantize}: the embedded model has no other weights; choose Kyutai's by --config"
+            )
+        if args.batch_size is not None:
+            changed = msgspec.structs.replace(changed, batch_size=args.batch_size)
+        modules.append(changed)
+    return msgspec.structs.replace(config, modules=tuple(modules))
+
+
+def check_port_free(host: str, port: int) -> None:
+    """Raise ConfigError where the port cannot be bound, before minutes go into loading a model."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as e:
+            raise ConfigError(bind_problem(e, host, port)) from None
+
+
+def bind_problem(error: OSError, host: str, port: int) -> str:
+    """Why a port cannot be had, and what to do."""
+    if error.errno == errno.EADDRINUSE:
+        return f"port {port} on {host} is in use by another program. Stop that program, or take another port: --port {port + 1}"
+    if error.errno == errno.EACCES:
+        return f"port {port} on {host}: this user may not listen there (below 1024 is for root). Take another port: --port 8080"
+    if error.errno == errno.EADDRNOTAVAIL:
+        return f"address {host} is not an address of this machine. Take 127.0.0.1 or 0.0.0.0: --addr 127.0.0.1"
+    return f"cannot listen on {host} port {port}: {error.strerror}"
+
+
+def warnings_of(config: ServerConfig, host: str) -> list[str]:
+    """What is legal and probably not meant."""
+    found = []
+    if not ipaddress.ip_address(host).is_loopback and PUBLIC_KEY in config.authorized_ids:
+        found.append(
+            f"{host} can be reached from other machines and the key is the well-known {PUBLIC_KEY!r}: anyone who reaches this "
+            "port can use it. Put a key of your own into authorized_ids, or listen on 127.0.0.1 alone: --addr 127.0.0.1"
+        )
+    if config.static_dir is not None and not Path(config.static_dir).is_dir():
+        found.append(f"static_dir = {config.static_dir!r} does not exist; serving the page that comes with the package")
+    return found
+
+
+def packaged_page_if_missing(config: ServerConfig) -> ServerConfig:
+    """The configuration with a static_dir that does not exist taken out."""
+    if config.static_dir is not None and not Path(config.static_dir).is_dir():
+        return msgspec.structs.replace(config, static_dir=None)
+    return config
