@@ -1,0 +1,228 @@
+"""Timed words to text, word lists, JSON, SRT and WebVTT. Knows nothing of where the words come from.
+
+A cue ends where a sentence ends, where the speaker pauses, or where it would get too long to be read: two lines of 42
+characters, seven seconds. Times are seconds from the start of the audio.
+"""
+
+import json
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
+
+from moshi_stt.events import EndWord, Event, Word
+
+LINE_CHARACTERS = 42
+CUE_CHARACTERS = 2 * LINE_CHARACTERS
+CUE_SECONDS = 7.0
+PAUSE_SECONDS = 0.8
+"""A silence so long ends a cue."""
+PARAGRAPH_SECONDS = 2.0
+"""A silence so long ends a line of plain text."""
+SHORTEST_CUE_SECONDS = 1.0
+"""A cue stays so long where the next one leaves room."""
+SHORTEST_SENTENCE_CHARACTERS = 12
+"""A shorter sentence shares its cue with the next one."""
+UNKNOWN_WORD_SECONDS = 0.3
+"""Length taken for a word whose end was never told."""
+
+_SENTENCE_END = (".", "?", "!", "…", "。", "？", "！")
+_CLAUSE_END = (",", ";", ":", "—", "–")
+_CLOSING = "\"'”’»)]"
+
+
+class TimedWord(NamedTuple):
+    """A word, its start and end in seconds, and the natural-log probability of its tokens where the engine has one."""
+
+    text: str
+    start: float
+    end: float
+    logprob: float | None = None
+
+
+class Cue(NamedTuple):
+    """Words that are shown together."""
+
+    words: tuple[TimedWord, ...]
+    start: float
+    end: float
+
+    @property
+    def text(self) -> str:
+        return join_words(self.words)
+
+
+def pair_words(events: Iterable[Event]) -> list[TimedWord]:
+    """Words with their ends, from a stream's events in order. Events of other kinds are passed over.
+
+    A word without an `EndWord` ends where the next one begins, after 0.3 s at the latest.
+    """
+    words: list[TimedWord] = []
+    ended = True
+    for event in events:
+        if isinstance(event, Word):
+            if not ended:
+                words[-1] = words[-1]._replace(end=max(words[-1].start, min(words[-1].end, event.start_time)))
+            words.append(TimedWord(event.text, event.start_time, event.start_time + UNKNOWN_WORD_SECONDS, event.logprob))
+            ended = False
+        elif isinstance(event, EndWord) and not ended:
+            words[-1] = words[-1]._replace(end=max(words[-1].start, event.stop_time))
+            ended = True
+    return words
+
+
+def join_words(words: Iterable[TimedWord]) -> str:
+    """The words with single blanks between them."""
+    return " ".join(text for word in words if (text := " ".join(word.text.split())))
+
+
+# ---- cutting -------------------------------------------------------------------------------------------------------------
+
+
+def cut_cues(words: Sequence[TimedWord]) -> list[Cue]:
+    """Words in order of time to cues that neither overlap nor are empty."""
+    groups: list[list[TimedWord]] = []
+    current: list[TimedWord] = []
+    for word in words:
+        if not word.text.split():
+            continue
+        if current and _ends_before(current, word):
+            groups.append(current)
+            current = []
+        while current and _too_long([*current, word]):
+            cut = _best_cut(current)
+            groups.append(current[:cut])
+            current = current[cut:]
+        current.append(word)
+    if current:
+        groups.append(current)
+    return _times_of(groups)
+
+
+def _ends_before(current: Sequence[TimedWord], word: TimedWord) -> bool:
+    last = current[-1]
+    if word.start - last.end >= PAUSE_SECONDS:
+        return True
+    return _ends_with(last.text, _SENTENCE_END) and len(join_words(current)) >= SHORTEST_SENTENCE_CHARACTERS
+
+
+def _too_long(words: Sequence[TimedWord]) -> bool:
+    if words[-1].end - words[0].start > CUE_SECONDS:
+        return True
+    text = join_words(words)
+    return len(text) > CUE_CHARACTERS or (len(words) > 1 and not _fits_two_lines(text))
+
+
+def _fits_two_lines(text: str) -> bool:
+    return len(text) <= LINE_CHARACTERS or max(map(len, _lines(text))) <= LINE_CHARACTERS
+
+
+def _best_cut(words: Sequence[TimedWord]) -> int:
+    """How many words of a full cue stay: behind a clause in its second half, else at its longest gap there, else all."""
+    half = (len(words) + 1) // 2
+    clauses = [index + 1 for index in range(half - 1, len(words)) if _ends_with(words[index].text, _CLAUSE_END + _SENTENCE_END)]
+    if clauses:
+        return clauses[-1]
+    gaps = [(words[index].start - words[index - 1].end, index) for index in range(half, len(words))]
+    longest, index = max(gaps, default=(0.0, len(words)))
+    return index if longest >= PAUSE_SECONDS / 4 else len(words)
+
+
+def _ends_with(text: str, marks: tuple[str, ...]) -> bool:
+    return text.rstrip().rstrip(_CLOSING).endswith(marks)
+
+
+def _times_of(groups: Sequence[Sequence[TimedWord]]) -> list[Cue]:
+    cues = []
+    earliest = 0.0
+    for index, group in enumerate(groups):
+        start = max(earliest, group[0].start)
+        end = max(start + 0.001, *(word.end for word in group))
+        next_start = groups[index + 1][0].start if index + 1 < len(groups) else float("inf")
+        end = max(start + 0.001, min(max(end, start + SHORTEST_CUE_SECONDS), next_start))
+        cues.append(Cue(tuple(group), start, end))
+        earliest = end
+    return cues
+
+
+def _lines(text: str) -> list[str]:
+    """One line, or two of about the same length."""
+    if len(text) <= LINE_CHARACTERS:
+        return [text]
+    blanks = [index for index, character in enumerate(text) if character == " "]
+    if not blanks:
+        return [text]
+    cut = min(blanks, key=lambda index: (abs(len(text) - 1 - 2 * index), index))
+    return [text[:cut], text[cut + 1 :]]
+
+
+# ---- formats -------------------------------------------------------------------------------------------------------------
+
+
+def format_text(words: Sequence[TimedWord]) -> str:
+    """Plain text; a pause of two seconds begins a new line."""
+    lines: list[list[TimedWord]] = []
+    for word in words:
+        if not lines or word.start - lines[-1][-1].end >= PARAGRAPH_SECONDS:
+            lines.append([])
+        lines[-1].append(word)
+    return "".join(f"{join_words(line)}\n" for line in lines)
+
+
+def format_words(words: Sequence[TimedWord]) -> str:
+    """One word a line: start, end, text, with tabs between."""
+    return "".join(f"{word.start:.3f}\t{word.end:.3f}\t{' '.join(word.text.split())}\n" for word in words)
+
+
+def format_srt(words: Sequence[TimedWord]) -> str:
+    """SubRip."""
+    return "\n".join(
+        f"{number}\n{timestamp(cue.start, ',')} --> {timestamp(cue.end, ',')}\n{_srt_text(cue.text)}\n"
+        for number, cue in enumerate(cut_cues(words), 1)
+    )
+
+
+def format_vtt(words: Sequence[TimedWord]) -> str:
+    """WebVTT."""
+    cues = (f"\n{timestamp(cue.start, '.')} --> {timestamp(cue.end, '.')}\n{_vtt_text(cue.text)}\n" for cue in cut_cues(words))
+    return "WEBVTT\n" + "".join(cues)
+
+
+def format_json(words: Sequence[TimedWord], **more: object) -> str:
+    """One object: what `more` says, the text, the words, the cues as segments. Times in seconds."""
+    document = dict(more)
+    document["text"] = join_words(words)
+    document["words"] = [
+        {"text": word.text, "start": round(word.start, 3), "end": round(word.end, 3)}
+        | ({} if word.logprob is None else {"logprob": round(word.logprob, 4)})
+        for word in words
+    ]
+    document["segments"] = [
+        {"start": round(cue.start, 3), "end": round(cue.end, 3), "text": cue.text} for cue in cut_cues(words)
+    ]
+    return json.dumps(document, ensure_ascii=False, indent=2) + "\n"
+
+
+FORMATS: dict[str, Callable[[Sequence[TimedWord]], str]] = {
+    "text": format_text,
+    "json": format_json,
+    "srt": format_srt,
+    "vtt": format_vtt,
+    "words": format_words,
+}
+SUFFIXES = {"text": ".txt", "json": ".json", "srt": ".srt", "vtt": ".vtt", "words": ".tsv"}
+
+
+def timestamp(seconds: float, point: str) -> str:
+    """`00:01:02,345` for 62.345 and point `,`. Negative times are 0."""
+    milliseconds = max(0, round(seconds * 1000))
+    minutes, milliseconds = divmod(milliseconds, 60_000)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours:02}:{minutes:02}:{milliseconds // 1000:02}{point}{milliseconds % 1000:03}"
+
+
+def _srt_text(text: str) -> str:
+    return "\n".join(_lines(text.replace("-->", "->")))
+
+
+def _vtt_text(text: str) -> str:
+    lines = _lines(text)
+    return "\n".join(line.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;") for line in lines)
