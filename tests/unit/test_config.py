@@ -1,5 +1,7 @@
 """The TOML files: Kyutai's load unchanged, broken ones are refused with a message that names the place and the remedy."""
 
+# ruff: noqa: E501  (a row of a table reads best on one line)
+
 import math
 from collections.abc import Callable
 from pathlib import Path
