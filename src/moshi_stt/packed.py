@@ -135,7 +135,7 @@ def show(message: bytes, start: int, end: int) -> str:
 def quote(data: bytes) -> str:
     """The beginning of a string that may be no UTF-8, in printable ASCII: at most 50 characters."""
     shown = ascii(data[:32].decode("utf-8", "backslashreplace"))
-    return shown[:49] + "…" if len(shown) > 49 or len(data) > 32 else shown
+    return shown[:47] + "..." if len(shown) > 50 or len(data) > 32 else shown
 
 
 # ---- reading: arrays of numbers ------------------------------------------------------------------------------------------
