@@ -1,0 +1,169 @@
+"""`TorchBackend`: the engine's frame-synchronous backend over Mimi and the language model. Knows no streams, words or sockets.
+
+Step n of a stream (contract section 5.5): the language model sees the codes of frame n - 1 and the text token of step n - 1,
+while Mimi encodes frame n, so neither waits for the other.
+
+Per-slot state besides the models', first axis the slot:
+frames (slots,) int64      steps done since the stream began
+text   (slots,) int64      token of the last step
+codes  (slots, K) int64    codes of the last frame
+The last slot of every tensor is scratch, for rows that pad a step to a fixed number of rows.
+"""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from moshi_stt.constants import FRAME_SAMPLES
+from moshi_stt.engine.engine import StepOutput
+from moshi_stt.models.spec import ModelSpec
+from moshi_stt.models.torch_impl.lm import LanguageModel, LMState
+from moshi_stt.models.torch_impl.mimi import MimiEncoder, MimiState
+from moshi_stt.models.torch_impl.sampling import choose
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What was loaded, for the start-up log."""
+
+    device: str
+    dtype: str
+    """Of the language model; Mimi is float32."""
+    lm_parameters: int
+    weight_bytes: int
+    """Weights on the device, both models."""
+    slot_bytes: int
+    """State of one slot on the device."""
+    load_seconds: float
+    notes: tuple[str, ...] = ()
+
+
+@dataclass
+class BackendState:
+    """Every tensor that belongs to slots. `slots` counts the scratch slot."""
+
+    lm: LMState
+    mimi: MimiState
+    frames: Tensor
+    text: Tensor
+    codes: Tensor
+    named: dict[str, Tensor] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.named = {"frames": self.frames, "text": self.text, "codes": self.codes, **self.lm.tensors(), **self.mimi.tensors()}
+
+    def slot_bytes(self) -> int:
+        """Bytes of one slot."""
+        return sum(tensor[0].numel() * tensor.element_size() for tensor in self.named.values())
+
+
+class TorchBackend:
+    """See `engine.Backend`. Deterministic: the same frames give the same tokens."""
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        lm: LanguageModel,
+        mimi: MimiEncoder,
+        state: BackendState,
+        *,
+        fixed_rows: int = 0,
+        seed: int = 0,
+        report: LoadReport | None = None,
+    ) -> None:
+        """fixed_rows: step so many rows at once, always, padding with the scratch slot, so that no row's rounding can depend
+        on how many others there are; 0 steps the rows that come. seed: of the noise where spec.temperature > 0.
+        """
+        self.spec = spec
+        self.lm = lm
+        self.mimi = mimi
+        self.state = state
+        self.slots = len(state.frames) - 1
+        self.heads = spec.lm.extra_heads
+        self.fixed_rows = fixed_rows
+        self.seed = seed
+        self.report = report
+        self.device = state.frames.device
+
+    # ---- Backend -----------------------------------------------------------------------------------------------------
+
+    def step(self, pcm: NDArray[np.float32], slots: NDArray[np.int64], fresh: NDArray[np.bool_]) -> StepOutput:
+        """Step each row once: pcm (B, 1920), slots (B,), fresh (B,). See `engine.Backend.step`."""
+        block = self.fixed_rows or max(len(slots), 1)
+        outputs = []
+        with torch.inference_mode():
+            for start in range(0, len(slots), block):
+                rows = slice(start, start + block)
+                outputs.append(self._step_block(pcm[rows], slots[rows], fresh[rows]))
+        packed = np.concatenate(outputs) if outputs else np.zeros((0, 2 + self.heads), np.float32)
+        return StepOutput(packed[:, 0].astype(np.int64), packed[:, 1].copy(), packed[:, 2:].copy())
+
+    def warm_up(self) -> None:
+        """Step the scratch slot, which every other slot's stream never sees."""
+        for _ in range(3):
+            self.step(np.zeros((1, FRAME_SAMPLES), np.float32), np.array([self.slots]), np.array([True]))
+
+    def close(self) -> None:
+        """Free the weights and the state. No step may follow."""
+        del self.lm, self.mimi, self.state
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    # ---- state of one slot -------------------------------------------------------------------------------------------
+
+    def save(self, slot: int) -> dict[str, Tensor]:
+        """A copy of everything a slot's stream depends on, on the host, by name."""
+        return {name: tensor[slot].to("cpu", copy=True) for name, tensor in self.state.named.items()}
+
+    def restore(self, slot: int, saved: dict[str, Tensor]) -> None:
+        """Make a slot's stream go on from where `save` was called, of this slot or another."""
+        for name, tensor in self.state.named.items():
+            tensor[slot].copy_(saved[name])
+
+    # ---- one step ----------------------------------------------------------------------------------------------------
+
+    def _step_block(self, pcm: NDArray[np.float32], slots: NDArray[np.int64], fresh: NDArray[np.bool_]) -> NDArray[np.float32]:
+        """To the device, step, and back in one copy: float32 (B, 2 + heads)."""
+        rows = len(slots)
+        spare = max(self.fixed_rows - rows, 0)
+        if spare:
+            pcm = np.concatenate([pcm, np.zeros((spare, FRAME_SAMPLES), np.float32)])
+            slots = np.concatenate([slots, np.full(spare, self.slots)])
+            fresh = np.concatenate([fresh, np.ones(spare, bool)])
+        packed = self.step_rows(
+            torch.from_numpy(pcm).to(self.device),
+            torch.from_numpy(slots).to(self.device),
+            torch.from_numpy(fresh).to(self.device),
+        )
+        return packed.cpu().numpy()[:rows]
+
+    def step_rows(self, pcm: Tensor, slots: Tensor, fresh: Tensor) -> Tensor:
+        """The whole step on the device, of static shape and without synchronisation.
+
+        pcm float32 (B, 1920), slots int64 (B,), fresh bool (B,).
+        Returns float32 (B, 2 + heads): the token, its log-probability, the pauses.
+        """
+        state = self.state
+        frames = torch.where(fresh, 0, state.frames[slots])
+        token, logprob, pause = self.step_lm(frames, slots)
+        codes = self.mimi.step(state.mimi, pcm, frames, slots)
+        state.frames[slots] = frames + 1
+        state.text[slots] = token
+        state.codes[slots] = codes
+        return torch.cat([token[:, None].float(), logprob[:, None], pause], dim=1)
+
+    def step_lm(self, frames: Tensor, slots: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The language model's half of the step, which reads the last frame's codes and not this frame's sound.
+
+        frames, slots int64 (B,). Returns token int64 (B,), logprob float32 (B,), pause float32 (B, heads).
+        """
+        spec, state = self.spec, self.state
+        first = frames == 0
+        text = torch.where(first, spec.lm.start_token, state.text[slots])
+        codes = torch.where(first[:, None], spec.lm.pad_code, state.codes[slots])
+        logits, pause = self.lm.step(state.lm, text, codes, frames, slots)
+        token, logprob = choose(logits, frames, spec.temperature, self.seed)
+        return token, logprob, pause
