@@ -51,6 +51,13 @@ class Backend(Protocol):
         """
         ...
 
+    def copy(self, source: int, target: int) -> None:
+        """Make slot `target`'s state what slot `source`'s is: convolution tails, K/V, positions, last token and codes.
+
+        They go their own ways from there. It lets a marker be answered early without touching the stream's own state.
+        """
+        ...
+
     def warm_up(self) -> None:
         """Run what makes the first real step as fast as the later ones. Leaves every slot's state undefined until `fresh`."""
         ...

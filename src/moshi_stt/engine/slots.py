@@ -1,0 +1,56 @@
+"""Who owns which slot of a model's state. Knows neither the state nor the streams.
+
+A slot is lent with a generation number, so that giving one back twice, or late, does not touch its next owner.
+"""
+
+from typing import NamedTuple
+
+from moshi_stt.errors import NoFreeSlot
+
+
+class Slot(NamedTuple):
+    """index: which state. generation: the how-manieth loan of it."""
+
+    index: int
+    generation: int
+
+
+class SlotPool:
+    """Slots `first .. first + count - 1`, lent one by one. For one thread."""
+
+    def __init__(self, count: int, first: int = 0) -> None:
+        self._first = first
+        self._generations = [0] * count
+        self._lent = [False] * count
+        self._free = list(range(first + count - 1, first - 1, -1))
+
+    @property
+    def total(self) -> int:
+        return len(self._lent)
+
+    @property
+    def used(self) -> int:
+        return len(self._lent) - len(self._free)
+
+    def acquire(self) -> Slot:
+        """Lend the slot that came back last. Raises NoFreeSlot."""
+        if not self._free:
+            raise NoFreeSlot
+        index = self._free.pop()
+        self._lent[index - self._first] = True
+        self._generations[index - self._first] += 1
+        return Slot(index, self._generations[index - self._first])
+
+    def release(self, slot: Slot) -> bool:
+        """Take a slot back. False, and nothing done, when that loan is over already."""
+        place = slot.index - self._first
+        if not self._lent[place] or self._generations[place] != slot.generation:
+            return False
+        self._lent[place] = False
+        self._free.append(slot.index)
+        return True
+
+
+def spare_slots(streams: int) -> int:
+    """Slots that a backend needs beyond those of its streams: copies on which markers are answered early (docs/engine.md)."""
+    return min(8, max(1, streams // 8))

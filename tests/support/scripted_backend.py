@@ -1,0 +1,112 @@
+"""Backends without a model: tokens from a list, or a function of the stream's own audio. Knows no engine and no socket."""
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moshi_stt.constants import FRAME_SAMPLES
+from moshi_stt.engine.batch import LoadedModel
+from moshi_stt.engine.engine import EngineInfo, StepOutput
+from moshi_stt.engine.slots import spare_slots
+
+
+class FakeBackend:
+    """Slots with a position and a hash of the frames they heard. Checks what the engine promises; steps can fail or hang.
+
+    raise_at, hang_at: the step (1 is the first after the warm-up) that raises, or waits for `resume`.
+    """
+
+    def __init__(self, slots: int, heads: int = 4, *, raise_at: int | None = None, hang_at: int | None = None) -> None:
+        self.slots = slots
+        self.heads = heads
+        self.position = np.zeros(slots, np.int64)
+        self.heard = np.zeros(slots, np.int64)
+        self.raise_at, self.hang_at = raise_at, hang_at
+        self.resume = threading.Event()
+        self.steps = 0
+        self.rows: list[int] = []
+        self.closed = False
+        self.step_seconds = 0.0
+        self._thread: int | None = None
+
+    def warm_up(self) -> None:
+        self._check_thread()
+
+    def close(self) -> None:
+        self._check_thread()
+        self.closed = True
+
+    def copy(self, source: int, target: int) -> None:
+        self._check_thread()
+        self.position[target] = self.position[source]
+        self.heard[target] = self.heard[source]
+
+    def step(self, pcm: NDArray[np.float32], slots: NDArray[np.int64], fresh: NDArray[np.bool_]) -> StepOutput:
+        self._check_thread()
+        assert pcm.shape == (len(slots), FRAME_SAMPLES)
+        assert pcm.dtype == np.float32
+        assert len(set(slots.tolist())) == len(slots) == len(fresh)
+        self.steps += 1
+        self.rows.append(len(slots))
+        if self.raise_at == self.steps:
+            raise RuntimeError("device-side assert triggered")
+        if self.hang_at == self.steps:
+            self.resume.wait(60)
+        if self.step_seconds:
+            time.sleep(self.step_seconds)
+        self.position[slots[fresh]] = 0
+        self.heard[slots[fresh]] = 1
+        sums = np.frombuffer(np.ascontiguousarray(pcm).tobytes(), np.uint32).reshape(len(slots), -1).sum(1, dtype=np.int64)
+        self.heard[slots] = (self.heard[slots] * 1_000_003 + sums + 12_345) % (1 << 40)
+        self.position[slots] += 1
+        tokens = np.asarray(self.tokens(slots), np.int64)
+        noise = (self.heard[slots, None] >> (8 * np.arange(self.heads))) & 255
+        return StepOutput(tokens, (-1 - tokens % 7).astype(np.float32) / 4, (noise / 256).astype(np.float32))
+
+    def tokens(self, slots: NDArray[np.int64]) -> Sequence[int] | NDArray[np.int64]:
+        raise NotImplementedError
+
+    def _check_thread(self) -> None:
+        """All methods are called from one thread."""
+        self._thread = self._thread or threading.get_ident()
+        assert self._thread == threading.get_ident()
+
+
+class PseudoModel(FakeBackend):
+    """Tokens are a function of the stream's own frames and their order. About half padding, an eighth boundaries."""
+
+    def tokens(self, slots: NDArray[np.int64]) -> NDArray[np.int64]:
+        draw = (self.heard[slots] >> 7) % 16
+        return np.where(draw < 8, 3, np.where(draw < 10, 0, 4 + (self.heard[slots] >> 13) % 60))
+
+
+class Scripted(FakeBackend):
+    """The same token list for every stream, from its first frame on; padding behind the list."""
+
+    def __init__(self, slots: int, script: Sequence[int], heads: int = 4, **faults: int | None) -> None:
+        super().__init__(slots, heads, **faults)
+        self.script = list(script)
+
+    def tokens(self, slots: NDArray[np.int64]) -> list[int]:
+        return [self.script[p - 1] if p <= len(self.script) else 3 for p in self.position[slots].tolist()]
+
+
+def spell(ids: Sequence[int]) -> str:
+    """A word's text that shows its ids: `spell([5, 6])` is "5.6"."""
+    return ".".join(map(str, ids))
+
+
+def loader(
+    make: Callable[[int], FakeBackend], streams: int, decode: Callable[[Sequence[int]], str] = spell
+) -> Callable[[], LoadedModel]:
+    """A loader for `BatchEngine` around `make(slots)`, whose step counter and faults begin behind the engine's own start."""
+
+    def load() -> LoadedModel:
+        backend = make(streams + spare_slots(streams))
+        info = EngineInfo("batched_asr", "scripted", "", ("en",), "none", "float32", streams)
+        return LoadedModel(backend, decode, info, streams)
+
+    return load
