@@ -32,7 +32,7 @@ class Framer:
         return self.samples % FRAME_SAMPLES
 
     def push(self, samples: NDArray[np.float32], arrived: float) -> None:
-        """Append float32 (S,), any length, 0 included; the array is kept, not copied. arrived: time.monotonic() of their coming."""
+        """Append float32 (S,), any length, 0 included; the array is kept, not copied. arrived: when they came."""
         if len(samples):
             self._pieces.append((samples, arrived))
             self.samples += len(samples)

@@ -3,12 +3,13 @@
 A slot is lent with a generation number, so that giving one back twice, or late, does not touch its next owner.
 """
 
-from typing import NamedTuple
+from dataclasses import dataclass
 
 from moshi_stt.errors import NoFreeSlot
 
 
-class Slot(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Slot:
     """index: which state. generation: the how-manieth loan of it."""
 
     index: int

@@ -114,6 +114,12 @@ class TorchBackend:
 
     # ---- state of one slot -------------------------------------------------------------------------------------------
 
+    def copy(self, source: int, target: int) -> None:
+        """Make slot `target`'s state what slot `source`'s is; they go their own ways from there."""
+        with torch.inference_mode():
+            for tensor in self.state.named.values():
+                tensor[target].copy_(tensor[source])
+
     def save(self, slot: int) -> dict[str, Tensor]:
         """A copy of everything a slot's stream depends on, on the host, by name."""
         return {name: tensor[slot].to("cpu", copy=True) for name, tensor in self.state.named.items()}
