@@ -195,9 +195,10 @@ def numbers_at(message: bytes, start: int, end: int) -> NDArray[np.float32]:
         if run is not None:
             values[first : first + size], at = run
             continue
-        elements, at = _elements(message, at, end, size)
+        elements, after = _elements(message, at, end, size)
         if not {*map(type, elements)} <= {int, float}:
-            raise WrongElement(message, array, _is_number)
+            raise WrongElement(message, at, first, size, _is_number)
+        at = after
         with np.errstate(over="ignore"):
             values[first : first + size] = elements
     return values
@@ -213,9 +214,11 @@ def bytes_at(message: bytes, start: int, end: int) -> bytes:
     count, at = array
     data = bytearray()
     for first in range(0, count, CHUNK):
-        elements, at = _elements(message, at, end, min(CHUNK, count - first))
+        size = min(CHUNK, count - first)
+        elements, after = _elements(message, at, end, size)
         if {*map(type, elements)} != {int} or min(elements) < 0 or max(elements) > 255:
-            raise WrongElement(message, array, _is_byte)
+            raise WrongElement(message, at, first, size, _is_byte)
+        at = after
         data += bytes(elements)
     return bytes(data)
 
@@ -223,17 +226,17 @@ def bytes_at(message: bytes, start: int, end: int) -> bytes:
 class WrongElement(ValueError):
     """An array holds what it must not. `index`: of the first such element. `found`: that element, as `show` says it."""
 
-    def __init__(self, message: bytes, array: tuple[int, int], fits: Callable[[str, bytes], bool]) -> None:
-        count, body = array
-        unpacker = msgpack.Unpacker(max_buffer_size=len(message) - body)
-        unpacker.feed(message[body:])
-        self.index, self.found = -1, ""
-        for index in range(count):
-            start = body + unpacker.tell()
+    def __init__(self, message: bytes, start: int, first: int, count: int, fits: Callable[[str, bytes], bool]) -> None:
+        """It is among the `count` elements that begin at `start`, the first of which has the index `first`."""
+        unpacker = msgpack.Unpacker(max_buffer_size=len(message) - start)
+        unpacker.feed(memoryview(message)[start:])
+        self.index, self.found = first, "what cannot be read"
+        for index in range(first, first + count):
+            at = start + unpacker.tell()
             unpacker.skip()
-            end = body + unpacker.tell()
-            if not fits(KIND[message[start]], message[start:end]):
-                self.index, self.found = index, show(message, start, end)
+            end = start + unpacker.tell()
+            if not fits(KIND[message[at]], message[at:end]):
+                self.index, self.found = index, show(message, at, end)
                 break
         super().__init__(f"element {self.index} is {self.found}")
 
