@@ -6,6 +6,7 @@ A message has the same order everywhere: file, table, key, what came, what was e
 import difflib
 import functools
 import json
+import math
 import operator
 import re
 import types
@@ -79,8 +80,8 @@ def fits(value: object, kind: Any) -> bool:
         return kind is bool and isinstance(value, bool)
     if kind is int:
         return isinstance(value, int) and value >= 0
-    if kind is float:
-        return isinstance(value, int | float)
+    if kind is float:  # TOML has nan and inf; no key of ours has a use for them
+        return isinstance(value, int | float) and math.isfinite(value)
     if kind is str:
         return isinstance(value, str)
     return isinstance(value, dict)

@@ -296,6 +296,8 @@ BROKEN: list[tuple[Callable[[], str], str]] = [
     (change("asr_delay_in_tokens = 6", "asr_delay_in_tokens = 750"), "a delay of 750 frames makes no sense with a context of 750"),
     (change("temperature = 0.0", "conditioning_delay = 100"), "conditioning_delay = 100: a delay of 1251 frames makes no sense"),
     (change("temperature = 0.0", "conditioning_delay = -1"), "conditioning_delay = -1: expected seconds, 0 or more"),
+    (change("temperature = 0.0", "conditioning_delay = nan"), "conditioning_delay = NaN: expected a number."),
+    (change("temperature = 0.0", "temperature = inf"), "temperature = Infinity: expected a number."),
     (change("temperature = 0.0", 'temperature = "hot"'), 'temperature = "hot": expected a number.'),
     (change("temperature = 0.0", 'dtype_override = "int8"'), 'dtype_override = "int8": expected one of "bf16", "f16", "f32", "f64".'),
     (change("conditioning_learnt_padding = true", "conditioning_learnt_padding = 1"), "conditioning_learnt_padding = 1: expected true or false."),

