@@ -1,0 +1,277 @@
+"""The server: routes, and the process's three phases: start, loop, shutdown. Knows `Engine`, not what is behind it."""
+
+import asyncio
+import errno
+import logging
+import signal
+import socket
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from contextlib import suppress
+from typing import Any
+
+from aiohttp import hdrs, web
+
+from moshi_stt.config import ServerConfig
+from moshi_stt.engine.engine import Engine
+from moshi_stt.errors import ConfigError, EngineFailed, MoshiSttError
+from moshi_stt.server import frames, info, upload, ws
+from moshi_stt.server.auth import header_key, query_pairs, query_string
+from moshi_stt.server.metrics import Metrics
+from moshi_stt.server.service import SERVICE, Served, Service
+from moshi_stt.server.static import StaticFiles
+
+log = logging.getLogger(__name__)
+
+BACKLOG = 1_024
+"""Connections that the kernel holds while we are busy."""
+
+KEEPALIVE_SECONDS = 75.0
+"""How long an HTTP connection may be idle, its first request included."""
+
+SHUTDOWN_SECONDS = 8.0
+"""How long running sessions have for their last message and the close handshake, at shutdown."""
+
+FAILURE_SECONDS = 3.0
+"""The same after an engine's failure."""
+
+MODULE_METHODS = "POST,GET,HEAD"
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+
+def create_app(config: ServerConfig, engines: Mapping[str, Engine], metrics: Metrics | None = None) -> web.Application:
+    """The routes over these engines, by module name. Starting and stopping the engines is the caller's business.
+
+    Raises ConfigError for two modules on one path, and for a path that is no path.
+    """
+    service = Service.build(config, engines, metrics)
+    app = web.Application()
+    app[SERVICE] = service
+    routes = app.router
+    for path, answer in (
+        ("/api/build_info", lambda: info.json_response(info.build_info())),
+        ("/api/modules_info", lambda: info.json_response(info.modules_info(service))),
+        ("/metrics", lambda: info.metrics(service)),
+        ("/health", lambda: info.health(service)),
+        ("/ready", lambda: info.ready(service)),
+    ):
+        routes.add_route("*", path, _fixed(answer))
+    taken = {resource.canonical for resource in routes.resources()}
+    for served in service:
+        path = served.module.path
+        if not path.startswith("/") or "{" in path or "}" in path:
+            raise ConfigError(f"module {served.module.name}: path {path!r} must begin with / and have no braces")
+        if path in taken:
+            raise ConfigError(f"module {served.module.name}: path {path!r} is already taken: give each module its own")
+        taken.add(path)
+        routes.add_route("*", path, _module(service, served), expect_handler=_expect(service))
+    routes.add_route("*", "/{path:.*}", StaticFiles(config.static_dir).handle)
+    app.cleanup_ctx.append(_run_service)
+    return app
+
+
+async def _run_service(app: web.Application) -> Any:
+    """The clocks of the connections run as long as the app does."""
+    service = app[SERVICE]
+    await asyncio.to_thread(info.build_info)  # asks git, once
+    ticking = asyncio.create_task(service.tick())
+    yield
+    ticking.cancel()
+    with suppress(asyncio.CancelledError):
+        await ticking
+    await service.close_connections("the server is shutting down: connect again", frames.GOING_AWAY, SHUTDOWN_SECONDS)
+    service.watch.stop()
+
+
+def _fixed(answer: Callable[[], web.Response]) -> Handler:
+    """A route that takes GET and HEAD, and no query."""
+
+    async def handle(request: web.Request) -> web.StreamResponse:
+        if request.method not in (hdrs.METH_GET, hdrs.METH_HEAD):
+            return web.Response(status=405, headers={hdrs.ALLOW: "GET,HEAD"})
+        pairs = len(query_pairs(query_string(request)))
+        if pairs:
+            text = f"Failed to deserialize query string: invalid length {pairs}, expected 0 elements in map"
+            return web.Response(status=400, text=text)
+        return answer()
+
+    return handle
+
+
+def _module(service: Service, served: Served) -> Handler:
+    async def handle(request: web.Request) -> web.StreamResponse:
+        if request.method in (hdrs.METH_GET, hdrs.METH_HEAD):
+            return await ws.handle(request, service, served)
+        if request.method == hdrs.METH_POST:
+            return await upload.handle(request, service, served)
+        return web.Response(status=405, headers={hdrs.ALLOW: MODULE_METHODS})
+
+    return handle
+
+
+def _expect(service: Service) -> Callable[[web.Request], Awaitable[web.StreamResponse | None]]:
+    """Answer `Expect: 100-continue` only to who may send: the others get their 401 without sending a body."""
+
+    async def expect(request: web.Request) -> web.StreamResponse | None:
+        if service.keys.allow(header_key(request)) and request.headers.get(hdrs.EXPECT, "").lower() == "100-continue":
+            await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+            request.writer.output_size = 0  # the answer itself has not begun
+        return None
+
+    return expect
+
+
+class Server:
+    """One process's server. `start`, `wait`, `stop`, each once; `port` is known after `start`."""
+
+    def __init__(
+        self, config: ServerConfig, engines: Mapping[str, Engine], host: str, port: int, metrics: Metrics | None = None
+    ) -> None:
+        self._host, self._port = host, port
+        self._engines = {module.name: engines[module.name] for module in config.modules}
+        self._app = create_app(config, engines, metrics)
+        self.service = self._app[SERVICE]
+        self._runner = web.AppRunner(
+            self._app, access_log=None, handler_cancellation=True, keepalive_timeout=KEEPALIVE_SECONDS, handle_signals=False
+        )
+        self._listener: socket.socket | None = None
+        self._watchers: list[asyncio.Task[None]] = []
+        self._failed = asyncio.Event()
+
+    @property
+    def port(self) -> int:
+        assert self._listener is not None
+        port: int = self._listener.getsockname()[1]
+        return port
+
+    async def start(self) -> None:
+        """Bind, listen, then start the engines: health can be asked while the model loads.
+
+        Raises ConfigError where the address cannot be had, and what an engine's start raises; the server is stopped then.
+        """
+        self._listener = bind(self._host, self._port)
+        try:
+            await self._runner.setup()
+            await web.SockSite(self._runner, self._listener, backlog=BACKLOG).start()
+            for name, engine in self._engines.items():
+                await engine.start()
+                self._watchers.append(asyncio.create_task(self._watch(name, engine)))
+        except BaseException as error:
+            self.service.fail(f"the server could not start: {error}")
+            await self.stop()
+            raise
+        self.service.started.set()
+
+    async def wait(self, stop: asyncio.Event) -> int:
+        """Serve until `stop` is set (returns 0) or an engine has failed (returns 1)."""
+        waits = [asyncio.create_task(stop.wait()), asyncio.create_task(self._failed.wait())]
+        try:
+            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for wait in waits:
+                wait.cancel()
+        return 1 if self._failed.is_set() else 0
+
+    async def stop(self) -> None:
+        """Take nothing new; end what runs with an Error and 1001, in bounded time; stop the engines. Idempotent."""
+        service = self.service
+        service.stopping = True
+        for site in list(self._runner.sites):
+            await site.stop()
+        if self._listener is not None:
+            self._listener.close()
+        await service.cancel_uploads(SHUTDOWN_SECONDS)
+        await service.close_connections("the server is shutting down: connect again", frames.GOING_AWAY, SHUTDOWN_SECONDS)
+        await self._runner.cleanup()
+        for watcher in self._watchers:
+            watcher.cancel()
+        for name, engine in self._engines.items():
+            try:
+                await engine.stop()
+            except Exception:
+                log.exception("module %s: the engine did not stop cleanly", name)
+
+    async def _watch(self, name: str, engine: Engine) -> None:
+        """When the engine fails: turn red, tell its clients, and ask for the process to end."""
+        failure: EngineFailed = await engine.wait_failed()
+        log.critical("module %s failed: %s", name, failure)
+        service = self.service
+        service.fail(f"module {name} failed: {failure}")
+        await service.close_connections(f"the model failed: {failure}", frames.INTERNAL, FAILURE_SECONDS)
+        self._failed.set()
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A bound TCP socket. Raises ConfigError in plain words, with the next command to run."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((host, port))
+        listener.setblocking(False)
+    except (OSError, OverflowError) as error:
+        listener.close()
+        number = getattr(error, "errno", None)
+        if number == errno.EADDRINUSE:
+            raise ConfigError(
+                f"port {port} on {host} is in use. To see by what: `lsof -i :{port}`. If it is this server: `scripts/stop.sh`. "
+                f"To take another port: `moshi-stt worker --port {port + 1}`"
+            ) from None
+        if number in (errno.EACCES, errno.EPERM):
+            raise ConfigError(
+                f"port {port} on {host} may not be bound by this user: take one above 1023: `moshi-stt worker --port 8080`"
+            ) from None
+        if number == errno.EADDRNOTAVAIL:
+            raise ConfigError(f"{host} is no address of this machine: `moshi-stt worker --addr 127.0.0.1`") from None
+        raise ConfigError(f"cannot listen on {host} port {port}: {error}") from None
+    return listener
+
+
+def serve(config: ServerConfig, engines: Mapping[str, Engine], host: str, port: int) -> int:
+    """Serve until SIGINT or SIGTERM (0) or a failure (1). A second signal ends the process at once.
+
+    Raises ConfigError, CheckpointError or EngineError where the server cannot start.
+    """
+    return run(_serve(config, engines, host, port))
+
+
+async def _serve(config: ServerConfig, engines: Mapping[str, Engine], host: str, port: int) -> int:
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+
+    def on_signal(name: str) -> None:
+        log.info("%s: shutting down; again to end at once", name)
+        stop.set()
+        for each in (signal.SIGINT, signal.SIGTERM):
+            loop.remove_signal_handler(each)
+            signal.signal(each, signal.SIG_DFL)
+
+    server = Server(config, engines, host, port)
+    for each in (signal.SIGINT, signal.SIGTERM):
+        with suppress(NotImplementedError):  # Windows
+            loop.add_signal_handler(each, on_signal, each.name)
+    starting = asyncio.create_task(server.start())
+    stopped = asyncio.create_task(stop.wait())
+    await asyncio.wait((starting, stopped), return_when=asyncio.FIRST_COMPLETED)
+    stopped.cancel()
+    if not starting.done():
+        starting.cancel()
+        with suppress(asyncio.CancelledError, MoshiSttError):
+            await starting
+        return 0
+    await starting
+    for served in server.service:
+        log.info("serving %s on http://%s:%d%s", served.module.name, host, server.port, served.module.path)
+    try:
+        return await server.wait(stop)
+    finally:
+        await server.stop()
+
+
+def run(main: Coroutine[Any, Any, int]) -> int:
+    """Run on uvloop where it is installed."""
+    try:
+        import uvloop
+    except ImportError:
+        return asyncio.run(main)
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        return runner.run(main)

@@ -1,0 +1,165 @@
+"""What the server counts, as Prometheus reads it. Knows engines only by what they report; counts in any thread.
+
+The four `asr_*` families are moshi-server's, to the byte (contract section 7.6): counters without `_total`, whole numbers
+without a decimal point. prometheus_client's own text form has neither, hence `render`. Families that begin with
+`moshi_stt_` are ours.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client.metrics_core import GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+from prometheus_client.samples import Sample
+
+from moshi_stt import __version__
+from moshi_stt.constants import SAMPLE_RATE
+from moshi_stt.engine.engine import Engine
+
+CONTENT_TYPE = "text/plain; version=0.0.4"
+
+STEP_SECONDS = (0.02, 0.03, 0.04, 0.05, 0.06, 0.07, 0.08)
+CONNECTION_STEPS = (2, 25, 125, 250, 500, 750, 1125, 1500, 2250, 3000, 4500)
+LAG_SECONDS = (0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.5, 0.64, 1.0, 1.28, 2.0, 2.56, 5.12, 10.0, 30.0)
+ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
+
+
+class Metrics:
+    """The counts of one process. Satisfies `EngineObserver`."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        self.frames_received = 0
+        """WebSocket messages read; a plain number, counted on the event loop alone."""
+        self.frames_sent = 0
+
+        def counter(name: str, help: str, *labels: str) -> Counter:
+            return Counter(name, help, labels, registry=self.registry)
+
+        def histogram(name: str, help: str, buckets: Iterable[float]) -> Histogram:
+            return Histogram(name, help, buckets=tuple(buckets), registry=self.registry)
+
+        self.connects = counter("asr_connect", "Number of connections to the asr.", "handler").labels("all")
+        self.open_channels = Gauge(
+            "asr_open_channels", "Number of open channels (users currently connected).", ["handler"], registry=self.registry
+        ).labels("all")
+        self.step_seconds = histogram("asr_model_step_duration", "ASR model step duration distribution.", STEP_SECONDS)
+        self.connection_steps = histogram(
+            "asr_connection_num_steps", "ASR model, distribution of number of steps for a connection.", CONNECTION_STEPS
+        )
+        self.lag_seconds = histogram(
+            "moshi_stt_lag_seconds",
+            "Seconds from the arrival of the last sample an event depends on to its delivery.",
+            LAG_SECONDS,
+        )
+        self.step_rows = histogram("moshi_stt_step_rows", "Streams that took part in a model step.", ROWS)
+        self.refusals = counter("moshi_stt_refused", "Requests turned away, by reason.", "reason")
+        self.errors = counter("moshi_stt_errors", "Sessions that ended with an Error, by kind.", "kind")
+        self.uploads = counter("moshi_stt_uploads", "Files received by POST, by status of the answer.", "status")
+        self.websockets = Gauge("moshi_stt_websockets", "Open WebSockets, with or without a slot.", registry=self.registry)
+        self.registry.register(_Plain(self))
+
+    def watch(self, engines: Callable[[], Iterable[tuple[str, Engine]]]) -> None:
+        """Read queue depth, slots and health of these engines, by module name, at each scrape."""
+        self.registry.register(_Engines(engines))
+
+    # ---- EngineObserver: any thread ----------------------------------------------------------------------------------
+
+    def stepped(self, seconds: float, rows: int) -> None:
+        self.step_seconds.observe(seconds)
+        self.step_rows.observe(rows)
+
+    def lagged(self, seconds: float) -> None:
+        self.lag_seconds.observe(seconds)
+
+    def opened(self) -> None:
+        self.open_channels.inc()
+
+    def closed(self, steps: int) -> None:
+        self.open_channels.dec()
+        self.connection_steps.observe(steps)
+
+    def refused(self) -> None:
+        self.refusals.labels("no_free_slot").inc()
+
+    def failed(self) -> None:
+        self.errors.labels("stream").inc()
+
+    def render(self) -> bytes:
+        """The text of a scrape, sorted by name."""
+        families = sorted(self.registry.collect(), key=lambda family: family.name)
+        return "".join(line for family in families for line in _lines(family)).encode()
+
+
+class _Plain(Collector):
+    """The numbers that are counted without a lock."""
+
+    def __init__(self, metrics: Metrics) -> None:
+        self._metrics = metrics
+
+    def collect(self) -> Iterator[Metric]:
+        for name, text, value in (
+            ("moshi_stt_messages_received", "WebSocket messages received.", self._metrics.frames_received),
+            ("moshi_stt_messages_sent", "WebSocket messages sent.", self._metrics.frames_sent),
+        ):
+            family = Metric(name, text, "counter")
+            family.add_sample(name + "_total", {}, value)
+            yield family
+
+
+class _Engines(Collector):
+    """What the engines know themselves."""
+
+    def __init__(self, engines: Callable[[], Iterable[tuple[str, Engine]]]) -> None:
+        self._engines = engines
+
+    def collect(self) -> Iterator[Metric]:
+        info = GaugeMetricFamily("moshi_stt_info", "Always 1; the labels say what runs.", labels=["version"])
+        info.add_metric([__version__], 1)
+        yield info
+        readings: tuple[tuple[str, str, Callable[[Engine], float]], ...] = (
+            (
+                "moshi_stt_queued_seconds",
+                "Seconds of audio received and not yet stepped.",
+                lambda e: e.queued_samples / SAMPLE_RATE,
+            ),
+            ("moshi_stt_used_slots", "Slots that have a stream.", lambda e: e.used_slots),
+            ("moshi_stt_total_slots", "Slots there are.", lambda e: e.total_slots),
+            ("moshi_stt_ready", "Whether the model is warm and not failed.", lambda e: float(e.ready)),
+        )
+        for name, text, read in readings:
+            family = GaugeMetricFamily(name, text, labels=["module"])
+            for module, engine in self._engines():
+                if engine.ready or name == "moshi_stt_ready":
+                    family.add_metric([module], read(engine))
+            yield family
+
+
+def _lines(family: Metric) -> Iterator[str]:
+    text = family.documentation.replace("\\", r"\\").replace("\n", r"\n")
+    yield f"# HELP {family.name} {text}\n# TYPE {family.name} {family.type}\n"
+    for sample in family.samples:
+        if not sample.name.endswith("_created"):
+            name = sample.name.removesuffix("_total") if family.type == "counter" else sample.name
+            yield f"{name}{_labels(sample)} {_number(sample.value)}\n"
+
+
+def _labels(sample: Sample) -> str:
+    if not sample.labels:
+        return ""
+    pairs = []
+    for name, value in sample.labels.items():
+        text = _number(float(value)) if name == "le" else value
+        escaped = text.replace("\\", r"\\").replace("\n", r"\n").replace('"', r"\"")
+        pairs.append(f'{name}="{escaped}"')
+    return "{" + ",".join(pairs) + "}"
+
+
+def _number(value: float) -> str:
+    """As Rust prints a float: whole numbers without a decimal point."""
+    if math.isinf(value):
+        return "+Inf" if value > 0 else "-Inf"
+    if math.isnan(value):
+        return "NaN"
+    return str(int(value)) if value == int(value) else repr(value)

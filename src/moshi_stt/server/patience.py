@@ -1,0 +1,78 @@
+"""How long a connection waits for its client. Knows no socket: it is told what happened, with the time, and says what is due.
+
+Only time in which we really wait for the client counts: not while its socket is left unread because its inbox is full, and
+not while we still have its audio to work on.
+"""
+
+from dataclasses import dataclass
+
+from moshi_stt.config import LimitsConfig
+from moshi_stt.server import frames
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Why a connection must end. kind: label of the error count. code: WebSocket status."""
+
+    kind: str
+    sentence: str
+    code: int
+
+
+class Patience:
+    """The clocks of one connection."""
+
+    def __init__(self, limits: LimitsConfig, now: float) -> None:
+        self._limits = limits
+        self._heard = now
+        """When anything at all came last."""
+        self._active = now
+        """When a binary message came or went last, or we were busy."""
+        self._pinged = now
+        self._stuck: float | None = None
+        """Since when the send buffer has been full without shrinking."""
+        self._unsent = 0
+
+    def pinged(self, now: float) -> None:
+        self._pinged = now
+
+    def ping_due(self, now: float) -> bool:
+        return now - self._pinged >= self._limits.ping_seconds
+
+    def note(self, now: float, *, heard: bool, active: bool, unsent: int | None) -> None:
+        """Since the last call: whether the client was heard (or could not be), whether it was active (or we busy).
+
+        unsent: bytes in the send buffer while it is too full to be written to, else None.
+        """
+        if heard:
+            self._heard = now
+        if active:
+            self._active = now
+        if unsent is None:
+            self._stuck = None
+        elif self._stuck is None or unsent < self._unsent:
+            self._stuck = now
+        self._unsent = unsent or 0
+
+    def judge(self, now: float, *, half_closed: bool) -> Verdict | None:
+        """What the connection must be ended for, if anything. half_closed: the client can say no more, and need not."""
+        limits = self._limits
+        if self._stuck is not None and now - self._stuck >= limits.stuck_seconds:
+            sentence = f"nothing was read for {limits.stuck_seconds:g} s: read the socket while you write to it"
+            return Verdict("stuck", sentence, frames.POLICY)
+        if half_closed:
+            if now - self._active >= limits.idle_seconds:
+                return Verdict("idle", "the rest of the transcript did not come in time", frames.INTERNAL)
+            return None
+        if now - self._heard >= limits.silent_seconds:
+            sentence = f"nothing came from the client for {limits.silent_seconds:g} s, not even an answer to a ping"
+            return Verdict("silent", sentence, frames.POLICY)
+        if now - self._active >= limits.idle_seconds:
+            return Verdict("idle", f"no audio, marker or init came for {limits.idle_seconds:g} s", frames.POLICY)
+        return None
+
+
+def tick_seconds(limits: LimitsConfig) -> float:
+    """How often the clocks are looked at: an eighth of the shortest limit, between 20 ms and 1 s."""
+    shortest = min(limits.ping_seconds, limits.silent_seconds, limits.idle_seconds, limits.stuck_seconds)
+    return min(1.0, max(0.02, shortest / 8))

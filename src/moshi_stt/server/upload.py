@@ -1,0 +1,212 @@
+"""POST on a module's path: a whole file in, its words out as JSON. Knows nothing of WebSockets.
+
+The body goes to a temporary file, is decoded in a thread a few seconds at a time, and takes a slot like any stream, behind
+the live ones. Where moshi-server answers 500, the status here says whose fault it is (docs/operations.md).
+"""
+
+import asyncio
+import logging
+import tempfile
+from collections.abc import AsyncIterator, Callable, Generator
+from contextlib import asynccontextmanager, closing
+from pathlib import Path
+from typing import IO, TypeVar
+
+import msgspec
+import numpy as np
+from aiohttp import hdrs, web
+from numpy.typing import NDArray
+
+from moshi_stt.config import LimitsConfig
+from moshi_stt.constants import SAMPLE_RATE
+from moshi_stt.engine.stream import Stream
+from moshi_stt.errors import AudioError, EngineError, NoFreeSlot
+from moshi_stt.events import EndWord, Error, Word
+from moshi_stt.server.auth import header_key
+from moshi_stt.server.service import Served, Service
+
+log = logging.getLogger(__name__)
+
+BUFFER_BYTES = 1 << 20
+"""Body bytes gathered before a thread writes them."""
+
+DECODE_SAMPLES = 10 * SAMPLE_RATE
+"""Audio that a thread decodes at a time."""
+
+UNBUFFERED = "Failed to buffer the request body: "
+
+T = TypeVar("T")
+Pieces = Generator[NDArray[np.float32], None, None]
+
+
+class _Refused(Exception):
+    """The answer is this status with this plain sentence."""
+
+    def __init__(self, status: int, text: str) -> None:
+        super().__init__(text)
+        self.status = status
+        self.text = text
+
+
+async def handle(request: web.Request, service: Service, served: Served) -> web.StreamResponse:
+    """Transcribe the body. The key counts in the header alone."""
+    if not service.keys.allow(header_key(request)):
+        service.metrics.refusals.labels("key").inc()
+        return web.Response(status=401)
+    task = asyncio.current_task()
+    assert task is not None
+    service.uploads.add(task)
+    try:
+        response = await _answer(request, service, served)
+    except asyncio.CancelledError:
+        if not service.stopping or task.uncancel() > 0:
+            raise
+        response = web.Response(status=503, text="the server is shutting down")
+        response.force_close()
+    finally:
+        service.uploads.discard(task)
+    service.metrics.uploads.labels(str(response.status)).inc()
+    return response
+
+
+async def _answer(request: web.Request, service: Service, served: Served) -> web.Response:
+    try:
+        events = await _transcribe(request, service, served)
+    except _Refused as refused:
+        log.info("POST %s: %d: %s", served.module.path, refused.status, refused.text)
+        response = web.Response(status=refused.status, text=refused.text)
+        if refused.status == 503:
+            response.headers[hdrs.RETRY_AFTER] = "10"
+        return response
+    body = await asyncio.to_thread(to_json, events)
+    return web.Response(body=body, content_type="application/json")
+
+
+def to_json(events: list[Word | EndWord]) -> bytes:
+    """A JSON array of objects with their tag inside (contract section 1.4)."""
+    return msgspec.json.encode([Word(event.text, event.start_time) if type(event) is Word else event for event in events])
+
+
+async def _transcribe(request: web.Request, service: Service, served: Served) -> list[Word | EndWord]:
+    limits = service.config.limits
+    refusal = service.refusal()
+    if refusal is not None:
+        raise _Refused(503, refusal)
+    async with _received(request, limits) as path:
+        pieces = _decoded(path)
+        with closing(pieces):
+            try:
+                first = await _in_thread(lambda: _gather(pieces))
+                stream = await _slot(service, served)
+                with closing(stream):
+                    return await _run(stream, first, pieces)
+            except AudioError as error:
+                raise _Refused(400, str(error)) from None
+            except NoFreeSlot as error:
+                raise _Refused(503, str(error)) from None
+            except EngineError as error:
+                raise _Refused(500, str(error)) from None
+
+
+async def _slot(service: Service, served: Served) -> Stream:
+    """A stream, behind the live ones in the queue. Raises NoFreeSlot when none came free in time."""
+    patience = service.config.limits.slot_wait_seconds
+    if not service.is_started:
+        try:
+            await asyncio.wait_for(service.started.wait(), patience)
+        except TimeoutError:
+            raise NoFreeSlot("the model is still loading: try again later") from None
+    return await served.engine.open_when_free(patience, live=False)
+
+
+async def _in_thread(work: Callable[[], T]) -> T:
+    """`work()` in a thread, to its end even when the caller is cancelled: it uses what the caller would close."""
+    running = asyncio.get_running_loop().run_in_executor(None, work)
+    try:
+        return await asyncio.shield(running)
+    except asyncio.CancelledError:
+        await asyncio.wait((running,))
+        raise
+
+
+@asynccontextmanager
+async def _received(request: web.Request, limits: LimitsConfig) -> AsyncIterator[Path]:
+    """The body in a file of its own, deleted at the end."""
+    limit = limits.max_upload_bytes
+    too_large = f"{UNBUFFERED}length limit exceeded: at most {limit} bytes are taken (max_upload_bytes)"
+    if request.content_length is not None and request.content_length > limit:
+        raise _Refused(413, too_large)
+    with tempfile.NamedTemporaryFile(prefix="moshi-stt-upload-") as file:
+        try:
+            received = 0
+            buffer = bytearray()
+            async for piece in request.content.iter_any():
+                received += len(piece)
+                if received > limit:
+                    raise _Refused(413, too_large)
+                buffer += piece
+                if len(buffer) >= BUFFER_BYTES:
+                    await _write(file, buffer)
+                    buffer = bytearray()
+            await _write(file, buffer)
+        except web.RequestPayloadError as error:
+            raise _Refused(400, f"{UNBUFFERED}{error}") from None
+        except ConnectionError:
+            raise
+        except OSError as error:
+            raise _Refused(507, f"{UNBUFFERED}{error.strerror}") from None
+        yield Path(file.name)
+
+
+async def _write(file: IO[bytes], data: bytearray) -> None:
+    def write() -> None:
+        file.write(data)
+        file.flush()
+
+    await _in_thread(write)
+
+
+def _decoded(path: Path) -> Pieces:
+    from moshi_stt.audio.decode import decode_file  # loads the codecs: not before the first file
+
+    yield from decode_file(path)
+
+
+def _gather(pieces: Pieces) -> NDArray[np.float32]:
+    """About DECODE_SAMPLES of audio; empty at the end. Runs in a thread."""
+    gathered: list[NDArray[np.float32]] = []
+    size = 0
+    while size < DECODE_SAMPLES and (piece := next(pieces, None)) is not None:
+        gathered.append(piece)
+        size += len(piece)
+    return np.concatenate(gathered) if gathered else np.zeros(0, np.float32)
+
+
+async def _run(stream: Stream, first: NDArray[np.float32], pieces: Pieces) -> list[Word | EndWord]:
+    """Feed the file while its words are collected. Raises AudioError for damage behind `first`."""
+    feeding = asyncio.create_task(_feed(stream, first, pieces))
+    events: list[Word | EndWord] = []
+    try:
+        async for event in stream:
+            if isinstance(event, Word | EndWord):
+                events.append(event)
+            elif isinstance(event, Error):
+                raise EngineError(event.message)
+        await feeding
+        return events
+    finally:
+        feeding.cancel()
+        await asyncio.wait((feeding,))
+
+
+async def _feed(stream: Stream, first: NDArray[np.float32], pieces: Pieces) -> None:
+    """All the audio, then `finish`. Damage in the middle closes the stream, so that nobody waits for the rest."""
+    audio = first
+    try:
+        while len(audio):
+            await stream.feed(audio)
+            audio = await _in_thread(lambda: _gather(pieces))
+    except AudioError:
+        stream.close()
+        raise
+    await stream.finish()

@@ -1,0 +1,113 @@
+"""A whole server on a free port of this machine, and raw sockets to it. Knows engines only by their interface."""
+
+import asyncio
+import contextlib
+import itertools
+from collections.abc import AsyncIterator, Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+
+from moshi_stt.config import EmbeddedModule, LimitsConfig, ServerConfig
+from moshi_stt.constants import DEFAULT_PATH
+from moshi_stt.engine.engine import Engine
+from moshi_stt.server.app import Server
+
+KEY = "public_token"
+DEADLINE = 20.0
+"""Seconds that any wait in a test may take before the test fails."""
+
+
+def server_config(path: str = DEFAULT_PATH, *, static_dir: str | None = None, **limits: Any) -> ServerConfig:
+    """One module named `asr`, one key."""
+    return ServerConfig(
+        static_dir=static_dir,
+        log_dir=None,
+        instance_name="test",
+        authorized_ids=frozenset({KEY}),
+        modules=(EmbeddedModule(name="asr", path=path),),
+        limits=LimitsConfig(**limits),
+    )
+
+
+@dataclass(frozen=True)
+class Running:
+    """A server that serves."""
+
+    server: Server
+    port: int
+
+    @property
+    def http(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    @property
+    def ws(self) -> str:
+        return f"ws://127.0.0.1:{self.port}{self.server.service.served[0].module.path}"
+
+    def connections(self) -> int:
+        return len(self.server.service.connections)
+
+
+@contextlib.asynccontextmanager
+async def serving(
+    engine: Engine | Mapping[str, Engine], config: ServerConfig | None = None, **limits: Any
+) -> AsyncIterator[Running]:
+    """Start a server over this engine; stop it at the end. limits: of `server_config`, where no config is given."""
+    config = config or server_config(**limits)
+    engines = {"asr": engine} if isinstance(engine, Engine) else engine
+    server = Server(config, engines, "127.0.0.1", 0)
+    await server.start()
+    try:
+        yield Running(server, server.port)
+    finally:
+        await server.stop()
+
+
+async def until(condition: Callable[[], object], what: str = "the condition", deadline: float = DEADLINE) -> None:
+    """Wait until `condition()` is true. For what has no event to wait on."""
+    end = asyncio.get_running_loop().time() + deadline
+    for pause in itertools.chain((0, 0.001, 0.002), itertools.repeat(0.005)):
+        if condition():
+            return
+        assert asyncio.get_running_loop().time() < end, f"{what} did not come true in {deadline:g} s"
+        await asyncio.sleep(pause)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """An HTTP answer as it came."""
+
+    status: int
+    reason: str
+    headers: Mapping[str, str]
+    body: bytes
+
+
+async def raw_request(port: int, request: bytes) -> Answer:
+    """Send bytes, read one answer. The body ends where Content-Length says, or at end-of-file."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    try:
+        async with asyncio.timeout(DEADLINE):
+            writer.write(request)
+            await writer.drain()
+            head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1")
+            first, *lines = head.rstrip("\r\n").split("\r\n")
+            headers = {name.lower(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
+            _, status, reason = first.split(" ", 2)
+            body = b""
+            if status != "101" and not request.startswith(b"HEAD "):
+                size = headers.get("content-length")
+                body = await (reader.read() if size is None else reader.readexactly(int(size)))
+            return Answer(int(status), reason, headers, body)
+    finally:
+        writer.close()
+        with contextlib.suppress(ConnectionError):
+            await writer.wait_closed()
+
+
+def event_of(message: bytes) -> dict[str, Any]:
+    """A message of the server as a plain map."""
+    decoded: dict[str, Any] = msgspec.msgpack.decode(message)
+    return decoded
