@@ -236,16 +236,19 @@ class ScriptedEngine(Engine):
                 self._restart(slot)
                 events.append(Ready())
                 continue
-            slot.stream.stepped(0 if isinstance(command, Mark) else slot.buffered, int(isinstance(command, Mark)))
+            if not isinstance(command, Mark):
+                slot.stream.stepped(slot.buffered)
             if isinstance(command, Mark):
-                last = self._lookahead(slot)
-                events += [*last, Marker(command.id)]
+                events += self._mark(slot, command.id)
                 continue
             if slot.buffered:
                 slot.buffered = 0
                 events += self._step(slot)
             return [*events, *self._lookahead(slot)], True, True
         return events, False, False
+
+    def _mark(self, slot: _Slot, id: int) -> list[AnyEvent]:
+        return [*self._lookahead(slot), Marker(id)]
 
     def _lookahead(self, slot: _Slot) -> list[AnyEvent]:
         """What comes when the engine supplies `delay_frames` of silence: the words that began by now, without their steps."""
