@@ -125,7 +125,6 @@ class Lane:
         self.heard_at = now
         if self.samples == self.answered:
             events.append(Marker(id))
-            self.stream.stepped(0, 1)
         else:
             self.marks.append(PendingMark(id, math.ceil(self.samples / FRAME_SAMPLES) + self.delay))
 
@@ -235,7 +234,7 @@ class Lane:
 
     def _release(self, words: WordAssembler, late_frames: int, events: list[AnyEvent]) -> None:
         """Send the marks that are due, behind the word under way if there is one."""
-        marks, released = self.marks, 0
+        marks = self.marks
         last = self.tail.end if self.tail is not None and self.tail.kind == "finish" else math.inf
         while marks and words.steps >= marks[0].due + late_frames < last:  # `_end` sends those behind all audio
             if words.under_way:
@@ -243,6 +242,3 @@ class Lane:
                     break
                 events += words.flush()
             events.append(Marker(marks.popleft().id))
-            released += 1
-        if released:
-            self.stream.stepped(0, released)

@@ -2,9 +2,10 @@
 
 Bounds, and what happens at them:
 
-* inbox: `inbox_samples` of PCM. A full inbox makes `feed` wait, so that its caller stops reading the
-  socket; nothing is dropped.
-  Nor does it hold more than `pending_commands` pieces and `pending_marks` markers, however small they are.
+* inbox: `inbox_samples` of PCM in at most `inbox_pieces` pieces, counted until the engine has stepped them. A full inbox
+  makes `feed` wait, so that its caller stops reading the socket; nothing is dropped.
+* marks and resets: `unread_answers`, counted until their `Marker` or `Ready` has been read. Then `mark` and `reset` wait: a
+  client that asks and never reads cannot fill the outbox with answers.
 * outbox: `outbox_events`. From a quarter of it on, a `Step` directly behind a `Step` replaces it. A full outbox makes
   `writable` False, so that the engine stops stepping this stream (and its inbox fills). A reader that takes nothing for
   `stuck_seconds` while the outbox is full ends the stream with an `Error` (close code 1008).
@@ -15,6 +16,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -23,7 +25,7 @@ from numpy.typing import NDArray
 
 from moshi_stt.constants import SAMPLE_RATE
 from moshi_stt.errors import EngineError
-from moshi_stt.events import AnyEvent, Error, Step
+from moshi_stt.events import AnyEvent, Error, Marker, Ready, Step
 
 
 @dataclass(frozen=True)
@@ -33,8 +35,9 @@ class StreamLimits:
     inbox_samples: int = 20 * SAMPLE_RATE
     outbox_events: int = 1_024
     stuck_seconds: float = 30.0
-    pending_marks: int = 1_024
-    pending_commands: int = 8_192
+    unread_answers: int = 1_024
+    inbox_pieces: int = 16_384
+    """More than there are in any audio that an engine waits for: a frame has 1,920 samples."""
 
 
 class Pcm(NamedTuple):
@@ -45,11 +48,13 @@ class Pcm(NamedTuple):
 
 
 class Mark(NamedTuple):
+    """To be answered by exactly one `Marker(id)`."""
+
     id: int
 
 
 class Reset(NamedTuple):
-    """Start the model state anew; answered by `Ready`."""
+    """Start the model state anew; to be answered by exactly one `Ready`."""
 
 
 class Finish(NamedTuple):
@@ -58,19 +63,22 @@ class Finish(NamedTuple):
 
 Command = Pcm | Mark | Reset | Finish
 
+_ANSWERS = (Marker, Ready)
+
 
 class Stream:
     """A stream of an engine. Made by `Engine.open`; the caller must `close` it.
 
     `feed`, `mark`, `reset`, `finish`, `close`, `take` and iteration belong to the event loop's thread, as do the forms that
     never wait (`offer`, `offer_mark`, `offer_reset`, `finish_now`, `take_now`, `listen`), with which a server of many streams
-    does without a task for each. `drain`, `stepped` and `writable` belong to the engine's worker threads.
+    does without a task for each. One task may feed while another reads; two that feed at once would mix their pieces.
+    `drain`, `stepped`, `pending_samples` and `writable` belong to the engine's worker threads.
     """
 
     def __init__(
         self, limits: StreamLimits, *, live: bool, wake: Callable[[], None], release: Callable[["Stream"], None]
     ) -> None:
-        """wake: tell the worker that commands are there. release: give the slot back; called once, by `close`."""
+        """wake: tell the worker that there is something to do. release: give the slot back; called once, by `close`."""
         self.limits = limits
         self.live = live
         self._wake = wake
@@ -79,7 +87,9 @@ class Stream:
         self._lock = threading.Lock()
         self._commands: deque[Command] = deque()
         self._pending_samples = 0
-        self._pending_marks = 0
+        self._piece_sizes: deque[int] = deque()
+        """Of the pieces that hold the pending samples."""
+        self._unread_answers = 1  # the `Ready` that comes first
         self._room = asyncio.Event()
         self._room.set()
         self._on_events: Callable[[], None] | None = None
@@ -119,56 +129,47 @@ class Stream:
             return wanted
         with self._lock:
             room = self.limits.inbox_samples - self._pending_samples
-            taken = min(wanted, room) if len(self._commands) < self.limits.pending_commands else 0
-            if taken > 0:
+            taken = min(wanted, room) if len(self._piece_sizes) < self.limits.inbox_pieces else 0
+            if taken:
                 self._commands.append(Pcm(pcm[:taken], time.monotonic() if arrived is None else arrived))
+                self._piece_sizes.append(taken)
                 self._pending_samples += taken
             if taken < wanted:
                 self._room.clear()
-        if taken > 0:
+        if taken:
             self._wake()
-        return max(taken, 0)
+        return taken
 
     async def mark(self, id: int) -> None:
-        """Ask for `Marker(id)` when everything fed before this has been transcribed. Waits while too many are pending."""
+        """Ask for `Marker(id)` when everything fed before this is transcribed. Waits while too many answers are unread."""
         while not self.offer_mark(id):
             await self._room.wait()
 
     def offer_mark(self, id: int) -> bool:
-        """`mark`, if there is room for one more; returns whether there was."""
-        self._check_open("mark")
-        if self._ended:
-            return True
-        with self._lock:
-            has_room = self._pending_marks < self.limits.pending_marks and len(self._commands) < self.limits.pending_commands
-            if has_room:
-                self._commands.append(Mark(id))
-                self._pending_marks += 1
-            else:
-                self._room.clear()
-        if has_room:
-            self._wake()
-        return has_room
+        """`mark`, unless too many answers are unread; returns whether it was done."""
+        return self._ask("mark", Mark(id))
 
     async def reset(self) -> None:
-        """Start the model state anew after what was fed so far; answered by `Ready`. Waits while too much is pending."""
+        """Start the model state anew behind what was fed; answered by `Ready`. Waits while too many answers are unread."""
         while not self.offer_reset():
             await self._room.wait()
 
     def offer_reset(self) -> bool:
-        """`reset`, if there is room for one more command; returns whether there was."""
-        self._check_open("reset")
+        """`reset`, unless too many answers are unread; returns whether it was done."""
+        return self._ask("reset", Reset())
+
+    def _ask(self, verb: str, command: Mark | Reset) -> bool:
+        self._check_open(verb)
         if self._ended:
             return True
+        if self._unread_answers >= self.limits.unread_answers:
+            self._room.clear()
+            return False
+        self._unread_answers += 1
         with self._lock:
-            has_room = len(self._commands) < self.limits.pending_commands
-            if has_room:
-                self._commands.append(Reset())
-            else:
-                self._room.clear()
-        if has_room:
-            self._wake()
-        return has_room
+            self._commands.append(command)
+        self._wake()
+        return True
 
     async def finish(self) -> None:
         """No more audio. What is pending is transcribed, then iteration ends. Idempotent."""
@@ -188,19 +189,18 @@ class Stream:
         if self.closed:
             return
         self.closed = True
+        self._on_events = self._on_room = None
         self._end()
+        self._outbox.clear()
         with self._lock:
             self._commands.clear()
+            self._piece_sizes.clear()
             self._pending_samples = 0
         self._release(self)
 
     async def take(self) -> list[AnyEvent]:
         """Every event that is there, waiting for at least one. An empty list means that the stream has ended."""
-        while not self._outbox:
-            if self._ended:
-                return []
-            self._arrived.clear()
-            await self._arrived.wait()
+        await self._events()
         return self.take_now()
 
     def take_now(self) -> list[AnyEvent]:
@@ -208,12 +208,38 @@ class Stream:
         was_full = not self.writable
         events = list(self._outbox)
         self._outbox.clear()
+        self._has_read(events, was_full)
+        return events
+
+    def __aiter__(self) -> AsyncIterator[AnyEvent]:
+        """Event by event to the end. Iteration may stop and start again: what was not reached stays."""
+        return self
+
+    async def __anext__(self) -> AnyEvent:
+        await self._events()
+        if not self._outbox:
+            raise StopAsyncIteration
+        was_full = not self.writable
+        event = self._outbox.popleft()
+        self._has_read((event,), was_full)
+        return event
+
+    async def _events(self) -> None:
+        """Wait until there is an event, or the end."""
+        while not self._outbox and not self._ended:
+            self._arrived.clear()
+            await self._arrived.wait()
+
+    def _has_read(self, events: Sequence[AnyEvent], was_full: bool) -> None:
         if self._stuck_timer is not None:
             self._stuck_timer.cancel()
             self._stuck_timer = None
+        if self._unread_answers:
+            self._unread_answers -= min(self._unread_answers, sum(type(event) in _ANSWERS for event in events))
+            if self._unread_answers < self.limits.unread_answers:
+                self._announce_room()
         if was_full:
             self._wake()
-        return events
 
     @property
     def ended(self) -> bool:
@@ -230,11 +256,6 @@ class Stream:
         self._on_events = on_events
         self._on_room = on_room
 
-    async def __aiter__(self) -> AsyncIterator[AnyEvent]:
-        while events := await self.take():
-            for event in events:
-                yield event
-
     # ---- the engine's side, any thread -------------------------------------------------------------------------------
 
     def drain(self) -> list[Command]:
@@ -242,9 +263,6 @@ class Stream:
         with self._lock:
             commands = list(self._commands)
             self._commands.clear()
-            waiting = len(commands) >= self.limits.pending_commands and not self._room.is_set()
-        if waiting:
-            self._loop.call_soon_threadsafe(self._announce_room)
         return commands
 
     @property
@@ -257,14 +275,21 @@ class Stream:
         """Whether the outbox has room; where it has not, the engine leaves this stream's audio where it is."""
         return len(self._outbox) < self.limits.outbox_events
 
-    def stepped(self, samples: int, marks: int = 0) -> None:
-        """These many samples and marks have left the engine's hands: make room for more."""
+    def stepped(self, samples: int) -> None:
+        """These many samples have left the engine's hands, the oldest first: make room for more."""
         with self._lock:
-            self._pending_samples = max(0, self._pending_samples - samples)
-            self._pending_marks = max(0, self._pending_marks - marks)
+            left = min(samples, self._pending_samples)
+            self._pending_samples -= left
+            sizes = self._piece_sizes
+            while left:
+                if sizes[0] > left:
+                    sizes[0] -= left
+                    break
+                left -= sizes.popleft()
             waiting = not self._room.is_set()
         if waiting:
-            self._loop.call_soon_threadsafe(self._announce_room)
+            with suppress(RuntimeError):  # the loop is closed: nobody waits any more
+                self._loop.call_soon_threadsafe(self._announce_room)
 
     # ---- the engine's side, event loop -------------------------------------------------------------------------------
 
@@ -273,7 +298,7 @@ class Stream:
         if self._ended:
             return
         outbox = self._outbox
-        merge_from = self.limits.outbox_events // 4
+        merge_from = max(1, self.limits.outbox_events // 4)
         for event in events:
             if len(outbox) >= merge_from and type(event) is Step and type(outbox[-1]) is Step:
                 outbox[-1] = event
