@@ -93,7 +93,9 @@ pip_install() {
     kill -0 "$pid" 2>/dev/null && alive=1
     total=$(wc -l <"$run_dir/install.log")
     if [ "$total" -gt "$shown" ]; then
-      sed -n "$((shown + 1)),${total}p" "$run_dir/install.log" | grep -E '^ *(Downloading|Building|Installing) ' | cut -c 1-110 || :
+      sed -n "$((shown + 1)),${total}p" "$run_dir/install.log" | sed -nE \
+        -e 's/^ *Downloading ([A-Za-z0-9_.]+-[0-9][^-]*)-.*\(([0-9.]+ [MG]B)\).*/  \1 (\2)/p' \
+        -e 's/^ *Downloading ([A-Za-z0-9_.-]+) (\([0-9.]+[MG]iB\)).*/  \1 \2/p'
       shown=$total
     fi
     [ "$alive" = 1 ] || break

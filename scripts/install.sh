@@ -47,7 +47,7 @@ need_free_port "$venv/bin/python" "$addr" "$port" "$again --port $((port + 1))"
 
 embedded=yes
 wheels_only='--only-binary pocketsphinx --only-binary sphn --only-binary onnxruntime --only-binary av'
-say "Installing moshi-stt and its packages (about 230 MB to download)."
+say "Installing moshi-stt and its packages (about 200 MB to download)."
 # shellcheck disable=SC2086  # a list of flags
 if ! pip_install "$venv" $wheels_only -e .; then
   no_network && install_failed "$again"

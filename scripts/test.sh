@@ -8,7 +8,7 @@ need_writable "$root"
 mkdir -p "$run_dir"
 test_venv=$root/.venv-test
 make_venv "$test_venv"
-say "Installing the package and the tools for its tests (about 250 MB)."
+say "Installing the package and the tools for its tests (about 230 MB)."
 pip_install "$test_venv" --only-binary pocketsphinx --only-binary sphn -e '.[dev]' || install_failed "scripts/test.sh"
 
 say "== ruff"

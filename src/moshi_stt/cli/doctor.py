@@ -51,12 +51,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def python() -> Iterator[Finding]:
-    version = platform.python_version()
-    where = f"{version} at {sys.executable}, {platform.platform()}"
-    if sys.version_info < (3, 11):
-        yield Finding("missing", "Python", where, "3.11 or newer is needed: install it, then scripts/install.sh")
-    else:
-        yield Finding("ok", "Python", where)
+    yield Finding("ok", "Python", f"{platform.python_version()} at {sys.executable}, {platform.platform()}")
 
 
 def distributions(extra: str | None) -> Iterator[str]:
@@ -143,9 +138,8 @@ def gpu() -> Iterator[Finding]:
     command = [smi, "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=30)
     if done.returncode:
-        yield Finding(
-            "note", "GPU", f"nvidia-smi fails: {(done.stdout + done.stderr).strip()[:200]}", "install the NVIDIA driver anew"
-        )
+        said = (done.stdout + done.stderr).strip()[:200]
+        yield Finding("note", "GPU", f"nvidia-smi fails: {said}", "install the NVIDIA driver anew")
         return
     names = "; ".join(done.stdout.strip().splitlines())
     if version_of("torch") is None:
@@ -153,16 +147,13 @@ def gpu() -> Iterator[Finding]:
         return
     import torch
 
+    cuda = torch.version.cuda
     if torch.cuda.is_available():
-        yield Finding("ok", "GPU", f"{names}; PyTorch uses it (CUDA {torch.version.cuda})")
-    elif torch.version.cuda:
-        yield Finding(
-            "note", "GPU", f"{names}; PyTorch is built for CUDA {torch.version.cuda} and cannot use it", "update the driver"
-        )
+        yield Finding("ok", "GPU", f"{names}; PyTorch uses it (CUDA {cuda})")
+    elif cuda:
+        yield Finding("note", "GPU", f"{names}; PyTorch is built for CUDA {cuda} and cannot use it", "update the driver")
     else:
-        yield Finding(
-            "note", "GPU", f"{names}; the installed PyTorch is built without CUDA", "pip install --force-reinstall torch"
-        )
+        yield Finding("note", "GPU", f"{names}; this PyTorch is built without CUDA", "pip install --force-reinstall torch")
 
 
 def weights() -> Iterator[Finding]:
