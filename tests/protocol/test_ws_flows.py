@@ -101,13 +101,13 @@ async def test_text_messages_are_ignored() -> None:
 
 async def test_init_in_the_middle_is_answered_by_ready() -> None:
     """A client's Init starts the words anew."""
-    async with serving(ScriptedEngine(counting(50), steps=False)) as running:
-        async with await RawClient.connect(running.port) as client:
-            client.silence(1920)
-            client.send(bytes.fromhex("81a474797065a4496e6974"))
-            client.silence(1920)
-            client.marker(1)
-            events = await client.events_until("Marker")
+    engine = ScriptedEngine(counting(50), steps=False)
+    async with serving(engine) as running, await RawClient.connect(running.port) as client:
+        client.silence(1920)
+        client.send(bytes.fromhex("81a474797065a4496e6974"))
+        client.silence(1920)
+        client.marker(1)
+        events = await client.events_until("Marker")
     assert [e["type"] for e in events if e["type"] != "EndWord"] == ["Ready", "Word", "Ready", "Word", "Marker"]
     assert [e["text"] for e in events if e["type"] == "Word"] == ["w0", "w0"]
 
@@ -128,9 +128,8 @@ async def test_socket_may_cut_messages_anywhere(size: int) -> None:
 async def test_frames_sent_with_the_request_are_not_lost() -> None:
     """A client need not wait for the 101."""
     early = frame(BINARY, protocol.encode_audio(np.zeros(1920, np.float32))) + frame(BINARY, protocol.encode_marker(9))
-    async with serving(ScriptedEngine(counting(1))) as running:
-        async with await RawClient.connect(running.port, early=early) as client:
-            kinds = [event["type"] for event in await client.events_until("Marker")]
+    async with serving(ScriptedEngine(counting(1))) as running, await RawClient.connect(running.port, early=early) as client:
+        kinds = [event["type"] for event in await client.events_until("Marker")]
     assert kinds == ["Ready", "Step", "Word", "EndWord", "Marker"]
 
 

@@ -138,6 +138,11 @@ class Server:
         self._failed = asyncio.Event()
 
     @property
+    def listening(self) -> bool:
+        """Whether connections are taken."""
+        return bool(self._runner.sites) and not self.service.stopping
+
+    @property
     def port(self) -> int:
         assert self._listener is not None
         port: int = self._listener.getsockname()[1]
