@@ -2,6 +2,8 @@
 
 import io
 from fractions import Fraction
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import av
 import numpy as np
@@ -40,13 +42,28 @@ def encode(
 ) -> bytes:
     """pcm: float32 (S,) or (S, C). options: the muxer's; keywords: the codec's."""
     container_name, codec_name, sample_format = FORMATS[format]
-    channels = 1 if pcm.ndim == 1 else pcm.shape[1]
-    layout = {1: "mono", 2: "stereo", 4: "quad", 6: "5.1"}[channels]
-    target = io.BytesIO()
     options, codec = dict(options or {}), dict(codec)
     if codec_name == "vorbis":
         codec["strict"] = "experimental"
-    with av.open(target, "w", format=container_name, options=options) as container:
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "sound"
+        _write(path, np.asarray(pcm), rate, container_name, codec_name, sample_format, options, codec)
+        return path.read_bytes()
+
+
+def _write(
+    path: Path,
+    pcm: NDArray[np.float32],
+    rate: int,
+    container_name: str,
+    codec_name: str,
+    sample_format: str,
+    options: dict[str, str],
+    codec: dict[str, str],
+) -> None:
+    channels = 1 if pcm.ndim == 1 else pcm.shape[1]
+    layout = {1: "mono", 2: "stereo", 4: "quad", 6: "5.1"}[channels]
+    with av.open(str(path), "w", format=container_name, options=options) as container:
         stream = container.add_stream(codec_name, rate=rate, layout=layout, options=codec)
         stream.codec_context.format = sample_format
         frame = av.AudioFrame.from_ndarray(np.ascontiguousarray(pcm.reshape(-1, channels).T), format="fltp", layout=layout)
@@ -56,7 +73,6 @@ def encode(
         for converted in [*resampler.resample(frame), *resampler.resample(None)]:
             container.mux(stream.encode(converted))
         container.mux(stream.encode(None))
-    return target.getvalue()
 
 
 def shift_of(got: NDArray[np.float32], expected: NDArray[np.float32]) -> int:

@@ -29,14 +29,17 @@ _DEMUXERS: Final = (
     "mpeg,mpegts,ogg,qcp,tak,tta,voc,w64,wav,wv"
 )
 _KNOWN: Final = "wav, flac, mp3, ogg, opus, m4a, mp4, webm, mkv, aiff, caf, wma and their like"
-_EXACT_DURATION: Final = {"wav", "w64", "flac", "aiff", "au", "caf", "mov", "matroska"}  # told by a header, not estimated
+_TOLERANCE_SECONDS: Final = {"wav": 0.05, "w64": 0.05, "flac": 0.05, "aiff": 0.05, "au": 0.05, "caf": 0.5, "mov": 0.5}
+"""By how much less audio may come than the header announces, for formats whose headers do not estimate."""
+_WITHOUT_GAPS: Final = {"wav", "w64", "flac", "aiff", "au", "mp3"}
+_UNKNOWN_BYTES: Final = 0x7FFF0000
+"""Recorders that write to a pipe put a size beyond this into a WAV header, or 0."""
 
 _HEAD_BYTES: Final = 16
 _SPOOL_BYTES: Final = 8 << 20
 _PIECE_SAMPLES: Final = SAMPLE_RATE
 _SHORTEST_GAP_SECONDS: Final = 0.1
 _LONGEST_GAP_SECONDS: Final = 3_600.0
-_MISSING_SECONDS: Final = 0.5
 _EMPTY: NDArray[np.float32] = np.zeros(0, np.float32)
 
 
@@ -57,8 +60,9 @@ def decode_file(source: Source) -> Iterator[NDArray[np.float32]]:
     Raises AudioError in plain words: at once for what is no audio, and behind the last good piece where a file is cut short
     or damaged. Raises OSError where the path cannot be opened.
     """
+    cut_short = _cut_short(source)
     with _opened(source) as container:
-        yield from _Decoder(container).pieces()
+        yield from _Decoder(container, cut_short).pieces()
 
 
 def read_file(source: Source) -> NDArray[np.float32]:
@@ -129,6 +133,23 @@ class _Pipe:
         return self._file.read(size)
 
 
+def _cut_short(source: Source) -> bool:
+    """Whether a WAV or AIFF file has fewer bytes than its header announces; FFmpeg takes what is there. False for a pipe."""
+    if isinstance(source, str | os.PathLike):
+        with Path(source).open("rb") as file:
+            return _cut_short(file)
+    if not source.seekable():
+        return False
+    head = _read_head(source)
+    if head[:4] not in (b"RIFF", b"FORM"):
+        return False
+    announced = int.from_bytes(head[4:8], "little" if head[:4] == b"RIFF" else "big")
+    start = source.tell()
+    present = source.seek(0, os.SEEK_END) - start
+    source.seek(start)
+    return 0 < announced < _UNKNOWN_BYTES and present < announced
+
+
 def _complaint(head: bytes, error: Exception) -> str:
     """Why a file was refused, from how it starts."""
     if not head:
@@ -147,6 +168,8 @@ def _audio_stream(container: "av.container.InputContainer") -> "av.AudioStream":
         others = ", ".join(sorted({stream.type for stream in container.streams})) or "nothing"
         raise AudioError(f"the file has no audio track, only {others} ({container.format.name})")
     assert isinstance(stream, av.AudioStream)
+    if stream.codec_context is None:
+        raise AudioError(f"the file's audio track is in a codec that is not known here ({container.format.name})")
     if not LOWEST_RATE <= stream.codec_context.sample_rate <= HIGHEST_RATE:
         rate = stream.codec_context.sample_rate
         raise AudioError(f"the file says {rate} samples a second, expected {LOWEST_RATE} to {HIGHEST_RATE}: it is damaged")
@@ -162,12 +185,14 @@ def _duration(container: "av.container.InputContainer", stream: "av.AudioStream"
 class _Decoder:
     """Frames of one container's audio track to pieces."""
 
-    def __init__(self, container: "av.container.InputContainer") -> None:
+    def __init__(self, container: "av.container.InputContainer", cut_short: bool) -> None:
         self._container = container
+        self._cut_short = cut_short
         self._stream = _audio_stream(container)
         self._resampler: StreamingResampler | None = None
         self._origin_seconds = (container.start_time or 0) / 1_000_000
         self._seconds = 0.0  # of audio decoded so far, silence for gaps included
+        self._skipped_seconds = 0.0  # of silence put in for gaps
         self._damaged_packets = 0
         self._held: list[NDArray[np.float32]] = []
         self._held_samples = 0
@@ -215,6 +240,7 @@ class _Decoder:
         gap_seconds = frame.time - self._origin_seconds - self._seconds
         if not _SHORTEST_GAP_SECONDS <= gap_seconds <= _LONGEST_GAP_SECONDS:
             return
+        self._skipped_seconds += gap_seconds
         rate = frame.sample_rate
         left = round(gap_seconds * rate)
         while left > 0:
@@ -255,10 +281,19 @@ class _Decoder:
             if self._damaged_packets:
                 return AudioError(f"none of the file's {self._damaged_packets} packets can be decoded: it is damaged")
             return AudioError("the file has an audio track but not one sample")
+        name = self._container.format.name.split(",")[0]
         announced = _duration(self._container, self._stream)
-        exact = bool(_EXACT_DURATION & set(self._container.format.name.split(",")))
-        if exact and announced is not None and self._seconds < announced - _MISSING_SECONDS:
-            return AudioError(f"the file is cut short: its header announces {announced:.1f} s, {self._seconds:.1f} s are there")
+        tolerance = _TOLERANCE_SECONDS.get(name)
+        if tolerance is not None and announced is not None and self._seconds < announced - tolerance:
+            return AudioError(
+                f"the file is cut short or damaged: its header announces {announced:.2f} s, {self._seconds:.2f} s are there"
+            )
+        if self._cut_short:
+            return AudioError(f"the file is cut short: it ends after {self._seconds:.2f} s, its header announces more")
+        if self._skipped_seconds and name in _WITHOUT_GAPS:
+            return AudioError(
+                f"the file is damaged: {self._skipped_seconds:.2f} of its {self._seconds:.2f} s cannot be decoded"
+            )
         if self._damaged_packets:
             return AudioError(f"{self._damaged_packets} damaged packets were left out of {self._seconds:.1f} s of audio")
         return None
