@@ -20,12 +20,25 @@ from torch import Tensor
 
 from moshi_stt.models.torch_impl.rope import rotate
 
+FP8 = torch.float8_e4m3fn
+FP8_MAX = 448.0
+
 
 class Ring(NamedTuple):
-    """Keys and values of one layer, both (slots, H, context, D), uninitialised at first."""
+    """Keys and values of one layer, uninitialised at first.
+
+    k, v              (slots, H, context, D)
+    k_scale, v_scale  (slots, H, context) float32: what a vector of an fp8 ring is multiplied with; None in other dtypes
+    """
 
     k: Tensor
     v: Tensor
+    k_scale: Tensor | None = None
+    v_scale: Tensor | None = None
+
+    def tensors(self, name: str) -> dict[str, Tensor]:
+        """Every tensor as `name.k` and so on."""
+        return {f"{name}.{part}": tensor for part, tensor in zip(self._fields, self, strict=True) if tensor is not None}
 
 
 RingAttention = Callable[[Tensor, Tensor, Tensor, Ring, Tensor, Tensor], Tensor]
@@ -35,7 +48,18 @@ RingAttention = Callable[[Tensor, Tensor, Tensor, Ring, Tensor, Tensor], Tensor]
 def make_ring(slots: int, heads: int, context: int, head_dim: int, dtype: torch.dtype, device: torch.device) -> Ring:
     """A ring whose memory is touched only as streams fill it."""
     shape = (slots, heads, context, head_dim)
-    return Ring(torch.empty(shape, dtype=dtype, device=device), torch.empty(shape, dtype=dtype, device=device))
+    k, v = (torch.empty(shape, dtype=dtype, device=device) for _ in "kv")
+    if dtype is not FP8:
+        return Ring(k, v)
+    k_scale, v_scale = (torch.empty(shape[:3], device=device) for _ in "kv")
+    return Ring(k, v, k_scale, v_scale)
+
+
+def to_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x (..., D) as fp8 with one float32 scale (...) a vector, its largest number at the top of fp8's range."""
+    top = x.float().abs().amax(-1)
+    scale = torch.where(top > 0, top / FP8_MAX, 1.0)
+    return (x.float() / scale[..., None]).to(FP8), scale
 
 
 def rotate_and_attend(
@@ -59,21 +83,33 @@ def ring_attention(q: Tensor, k: Tensor, v: Tensor, ring: Ring, positions: Tenso
     steps, context = q.shape[1], ring.k.shape[2]
     written = positions[:, None] + torch.arange(steps, device=q.device)  # (B, T)
     index = written % context
-    ring.k[slots[:, None], :, index] = k.to(ring.k.dtype)
-    ring.v[slots[:, None], :, index] = v.to(ring.v.dtype)
+    for values, target, scales in ((k, ring.k, ring.k_scale), (v, ring.v, ring.v_scale)):
+        if scales is None:
+            target[slots[:, None], :, index] = values.to(target.dtype)
+        else:
+            stored, scale = to_fp8(values)
+            target.view(torch.uint8)[slots[:, None], :, index] = stored.view(torch.uint8)
+            scales[slots[:, None], :, index] = scale
     last = written[:, -1:]  # (B, 1)
     entries = torch.arange(context, device=q.device)
     held = last - (last - entries) % context  # (B, context): the position that each entry holds; negative: none
     seen = (held[:, None] >= 0) & (held[:, None] <= written[:, :, None])  # (B, T, context)
-    keys = ring.k[slots].to(q.dtype)  # (B, H, context, D)
-    values = torch.where((held >= 0)[:, None, :, None], ring.v[slots], 0).to(q.dtype)
+    keys = _gathered(ring.k, ring.k_scale, slots, q.dtype)  # (B, H, context, D)
+    values = torch.where((held >= 0)[:, None, :, None], _gathered(ring.v, ring.v_scale, slots, q.dtype), 0)
     scores = torch.einsum("bthd,bhcd->bhtc", q, keys).to(torch.promote_types(q.dtype, torch.float32)) * q.shape[-1] ** -0.5
     weights = torch.where(seen[:, None], scores, -torch.inf).softmax(-1).to(q.dtype)
     return torch.einsum("bhtc,bhcd->bthd", weights, values)
 
 
+def _gathered(ring: Tensor, scales: Tensor | None, slots: Tensor, dtype: torch.dtype) -> Tensor:
+    """The rows' part of a ring, (B, H, context, D) in dtype."""
+    if scales is None:
+        return ring[slots].to(dtype)
+    return (ring.view(torch.uint8)[slots].view(ring.dtype).float() * scales[slots][..., None]).to(dtype)
+
+
 def ring_attention_rows(q: Tensor, k: Tensor, v: Tensor, ring: Ring, positions: Tensor, slots: Tensor) -> Tensor:
-    """As `ring_attention`, for tensors on the CPU."""
+    """As `ring_attention`, for tensors on the CPU; of fp8 rings it knows nothing."""
     steps, context = q.shape[1], ring.k.shape[2]
     rows = []
     for row, (slot, position) in enumerate(zip(slots.tolist(), positions.tolist(), strict=True)):
