@@ -20,6 +20,7 @@ from torch import Tensor
 from moshi_stt.constants import FRAME_SAMPLES
 from moshi_stt.engine.engine import StepOutput
 from moshi_stt.models.spec import ModelSpec
+from moshi_stt.models.torch_impl.beside import Beside, in_turn
 from moshi_stt.models.torch_impl.lm import LanguageModel, LMState
 from moshi_stt.models.torch_impl.mimi import MimiEncoder, MimiState
 from moshi_stt.models.torch_impl.sampling import choose
@@ -70,11 +71,13 @@ class TorchBackend:
         mimi: MimiEncoder,
         state: BackendState,
         *,
+        beside: Beside | None = None,
         fixed_rows: int = 0,
         seed: int = 0,
         report: LoadReport | None = None,
     ) -> None:
-        """fixed_rows: step so many rows at once, always, padding with the scratch slot, so that no row's rounding can depend
+        """beside: runs the language model and Mimi at once; None runs one after the other.
+        fixed_rows: step so many rows at once, always, padding with the scratch slot, so that no row's rounding can depend
         on how many others there are; 0 steps the rows that come. seed: of the noise where spec.temperature > 0.
         """
         self.spec = spec
@@ -83,6 +86,7 @@ class TorchBackend:
         self.state = state
         self.slots = len(state.frames) - 1
         self.heads = spec.lm.extra_heads
+        self._beside = beside
         self.fixed_rows = fixed_rows
         self.seed = seed
         self.report = report
@@ -108,6 +112,8 @@ class TorchBackend:
 
     def close(self) -> None:
         """Free the weights and the state. No step may follow."""
+        if self._beside is not None:
+            self._beside.close()
         del self.lm, self.mimi, self.state
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -154,8 +160,9 @@ class TorchBackend:
         """
         state = self.state
         frames = torch.where(fresh, 0, state.frames[slots])
-        token, logprob, pause = self.step_lm(frames, slots)
-        codes = self.mimi.step(state.mimi, pcm, frames, slots)
+        (token, logprob, pause), codes = (self._beside or in_turn)(
+            lambda: self.step_lm(frames, slots), lambda: self.mimi.step(state.mimi, pcm, frames, slots)
+        )
         state.frames[slots] = frames + 1
         state.text[slots] = token
         state.codes[slots] = codes

@@ -1,6 +1,8 @@
 """From a configured module and its files to a `TorchBackend`: device, dtype, weights. Knows no server and no hub."""
 
+import os
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -10,6 +12,8 @@ from moshi_stt.errors import ConfigError
 from moshi_stt.models.spec import ModelSpec
 from moshi_stt.models.torch_impl.attention import RingAttention, ring_attention, ring_attention_rows
 from moshi_stt.models.torch_impl.backend import BackendState, LoadReport, TorchBackend
+from moshi_stt.models.torch_impl.beside import Beside
+from moshi_stt.models.torch_impl.linear import can_pack
 from moshi_stt.models.torch_impl.lm import LanguageModel, LMState
 from moshi_stt.models.torch_impl.loader import allocate_lm, fill, load_mimi_params
 from moshi_stt.models.torch_impl.mimi import MimiEncoder, MimiState
@@ -45,11 +49,13 @@ def load_backend(
     with torch.inference_mode():
         params, destinations = allocate_lm(spec.lm, hidden, dtype, target)
         fill(lm_plan, destinations)
+        destinations.clear()  # so that `LanguageModel` can free what it repacks
+        weight_bytes = _bytes(params)
         lm = LanguageModel(spec.lm, params, attention, spec.condition)
         mimi_params = load_mimi_params(mimi_plan, target)
+        weight_bytes += _bytes(mimi_params)
         mimi = MimiEncoder(spec.mimi, mimi_params, attention, zero_start=zero_start)
         state = make_state(spec, slots, choose_kv_dtype(module.engine.kv_dtype, dtype, target), target)
-    weight_bytes = sum(t.numel() * t.element_size() for t in (*params.values(), *mimi_params.values()))
     report = LoadReport(
         device=device_name(target),
         dtype=_NAMES[dtype],
@@ -59,7 +65,16 @@ def load_backend(
         load_seconds=time.perf_counter() - start,
         notes=(*spec.notes, *notes),
     )
-    return TorchBackend(spec, lm, mimi, state, fixed_rows=1 if module.engine.fixed_shapes else 0, seed=seed, report=report)
+    return TorchBackend(
+        spec,
+        lm,
+        mimi,
+        state,
+        beside=choose_threads(module.engine.threads) if target.type == "cpu" else None,
+        fixed_rows=_fixed_rows(module.engine.fixed_shapes, target, dtype),
+        seed=seed,
+        report=report,
+    )
 
 
 def make_state(spec: ModelSpec, slots: int, kv_dtype: torch.dtype, device: torch.device) -> BackendState:
@@ -99,6 +114,23 @@ def choose_device(wanted: str, notes: list[str]) -> torch.device:
     return torch.device(wanted)
 
 
+def choose_threads(setting: int) -> Beside:
+    """How a CPU is shared between the language model and Mimi.
+
+    setting: threads in all; 0 takes every core up to four, beyond which one stream gains nothing. From two on, Mimi has one of
+    them and the language model the others.
+    """
+    threads = setting or min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1, 4)
+    return Beside(threads - 1, 1)
+
+
+def _fixed_rows(wanted: bool, device: torch.device, dtype: torch.dtype) -> int:
+    """Rows of every step where `fixed_shapes` is set; repacked weights on a CPU need no fixed number for it."""
+    if not wanted or can_pack(device, dtype):
+        return 0
+    return 1 if device.type == "cpu" else 16
+
+
 def choose_dtype(override: str | None, device: torch.device) -> torch.dtype:
     """The language model's dtype (contract section 4.3): bf16 on a GPU, f32 on a CPU, unless overridden."""
     if override == "f64" and device.type == "mps":
@@ -111,6 +143,10 @@ def choose_kv_dtype(setting: str, dtype: torch.dtype, device: torch.device) -> t
     if setting == "fp8":
         raise ConfigError(f'kv_dtype = "fp8" needs a CUDA device with Triton; this is {device.type}')
     return dtype if setting == "auto" else DTYPES[setting]
+
+
+def _bytes(tensors: Mapping[str, torch.Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 
 
 def device_name(device: torch.device) -> str:

@@ -9,19 +9,20 @@ import torch
 from torch import Tensor
 
 from moshi_stt.models.spec import ConvSpec
+from moshi_stt.models.torch_impl.linear import Linear, make_linear
 
 
 class Conv(NamedTuple):
-    """weight (kernel * C_in, C_out), its rows ordered kernel-major; bias (C_out,) or None."""
+    """product: (..., kernel * C_in) -> (..., C_out), its columns ordered kernel-major."""
 
     spec: ConvSpec
-    weight: Tensor
-    bias: Tensor | None
+    product: Linear
 
 
-def make_conv(spec: ConvSpec, weight: Tensor, bias: Tensor | None) -> Conv:
-    """From the published layout, weight (C_out, C_in, kernel)."""
-    return Conv(spec, weight.permute(2, 1, 0).reshape(-1, spec.channels_out).contiguous(), bias)
+def make_conv(spec: ConvSpec, weight: Tensor, bias: Tensor | None, steps: int) -> Conv:
+    """From the published layout, weight (C_out, C_in, kernel) and bias (C_out,) or None. steps: output steps of a frame."""
+    flat = weight.transpose(1, 2).reshape(spec.channels_out, -1)  # (C_out, kernel * C_in)
+    return Conv(spec, make_linear(flat, bias, usual_rows=steps))
 
 
 def stream_conv(conv: Conv, x: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
@@ -32,12 +33,7 @@ def stream_conv(conv: Conv, x: Tensor, context: Tensor) -> tuple[Tensor, Tensor]
     spec = conv.spec
     rows, steps, channels = x.shape
     if spec.context == 0:
-        return _product(x.reshape(rows * steps, channels), conv).view(rows, steps, -1), context
+        return conv.product(x), context
     full = torch.cat([context, x], dim=1)  # (B, context + T, C_in)
     windows = full.as_strided((rows, steps // spec.stride, spec.kernel * channels), (full.stride(0), spec.stride * channels, 1))
-    y = _product(windows.reshape(-1, spec.kernel * channels), conv)
-    return y.view(rows, steps // spec.stride, -1), full[:, steps:]
-
-
-def _product(columns: Tensor, conv: Conv) -> Tensor:
-    return torch.addmm(conv.bias, columns, conv.weight) if conv.bias is not None else columns @ conv.weight
+    return conv.product(windows), full[:, steps:]

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from moshi_stt.models.spec import Condition, LMSpec
 from moshi_stt.models.torch_impl.attention import Ring, RingAttention, make_ring, rotate_and_attend
-from moshi_stt.models.torch_impl.linear import DenseLinear, Linear
+from moshi_stt.models.torch_impl.linear import make_linear
 from moshi_stt.models.torch_impl.rope import RotaryTable
 
 
@@ -27,7 +27,7 @@ class LMState:
         """Every tensor by name."""
         named: dict[str, Tensor] = {}
         for i, ring in enumerate(self.rings):
-            named |= {f"lm.k.{i}": ring.k, f"lm.v.{i}": ring.v}
+            named |= ring.tensors(f"lm.{i}")
         return named
 
 
@@ -50,11 +50,11 @@ class LMLayer:
         at = f"transformer.layers.{index}."
         self.spec = spec
         self.norm1 = params[at + "norm1.alpha"].flatten()
-        self.in_proj: Linear = DenseLinear(params[at + "self_attn.in_proj_weight"])
-        self.out_proj: Linear = DenseLinear(params[at + "self_attn.out_proj.weight"])
+        self.in_proj = make_linear(params.pop(at + "self_attn.in_proj_weight"))
+        self.out_proj = make_linear(params.pop(at + "self_attn.out_proj.weight"))
         self.norm2 = params[at + "norm2.alpha"].flatten()
-        self.linear_in: Linear = DenseLinear(params[at + "gating.linear_in.weight"])
-        self.linear_out: Linear = DenseLinear(params[at + "gating.linear_out.weight"])
+        self.linear_in = make_linear(params.pop(at + "gating.linear_in.weight"))
+        self.linear_out = make_linear(params.pop(at + "gating.linear_out.weight"))
 
     def __call__(
         self, x: Tensor, angles: tuple[Tensor, Tensor], ring: Ring, positions: Tensor, slots: Tensor, attention: RingAttention
@@ -74,14 +74,14 @@ class LanguageModel:
     def __init__(
         self, spec: LMSpec, params: dict[str, Tensor], attention: RingAttention, condition: Condition | None = None
     ) -> None:
-        """params: from `loader.allocate_lm`, filled."""
+        """params: from `loader.allocate_lm`, filled. The matrices are taken out of it, so that a repacked one can be freed."""
         self.spec = spec
         self.attention = attention
         self.embeddings = params["embeddings"]  # (text_card + 1 + K * (audio_card + 1), dim)
         self.layers = [LMLayer(spec, params, i) for i in range(spec.layers)]
         self.out_norm = params["out_norm.alpha"].flatten()
-        self.text_linear: Linear = DenseLinear(params["text_linear.weight"])
-        self.extra_heads = params["extra_heads"]  # (heads * head_dim, dim)
+        self.text_linear = make_linear(params.pop("text_linear.weight"))
+        self.extra_heads = make_linear(params.pop("extra_heads")) if spec.extra_heads else None  # -> (B, heads * head_dim)
         self.condition = None if condition is None else condition_vector(condition, params)
         device = self.embeddings.device
         self.rotary = RotaryTable(spec.head_dim, spec.max_period, device)
@@ -100,8 +100,11 @@ class LanguageModel:
             x = layer(x, angles, ring, positions, slots, self.attention)
         x = rms_norm(x, self.out_norm, self.spec.norm_eps)
         wide = self.out_norm.dtype
-        heads = F.linear(x, self.extra_heads).to(wide).view(-1, self.spec.extra_heads, self.spec.extra_head_dim)
-        return LMOutput(self.text_linear(x).to(wide).float(), heads.softmax(-1)[..., 0].float())
+        logits = self.text_linear(x).float()
+        if self.extra_heads is None:
+            return LMOutput(logits, logits.new_zeros(len(x), 0))
+        heads = self.extra_heads(x).to(wide).view(-1, self.spec.extra_heads, self.spec.extra_head_dim)
+        return LMOutput(logits, heads.softmax(-1)[..., 0].float())
 
     def embed(self, text: Tensor, codes: Tensor) -> Tensor:
         """The sum of the text token's and the codes' vectors, summed in float32: (B, dim) in the model's dtype."""

@@ -9,9 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moshi_stt.models.spec import ConvSpec, MimiSpec
+from moshi_stt.models.spec import MimiSpec
 from moshi_stt.models.torch_impl.attention import Ring, RingAttention, make_ring, rotate_and_attend
 from moshi_stt.models.torch_impl.conv import Conv, make_conv, stream_conv
+from moshi_stt.models.torch_impl.linear import make_linear
 from moshi_stt.models.torch_impl.quantizer import SplitQuantizer
 from moshi_stt.models.torch_impl.rope import RotaryTable
 
@@ -30,7 +31,7 @@ class MimiState:
         """Every tensor by name."""
         named = {"mimi.conv": self.conv}
         for i, ring in enumerate(self.rings):
-            named |= {f"mimi.k.{i}": ring.k, f"mimi.v.{i}": ring.v}
+            named |= ring.tensors(f"mimi.{i}")
         return named
 
 
@@ -41,12 +42,12 @@ class MimiLayer:
         at = f"encoder_transformer.transformer.layers.{index}."
         self.spec = spec
         self.norm1 = (params[at + "norm1.weight"], params[at + "norm1.bias"])
-        self.in_proj = params[at + "self_attn.in_proj_weight"]
-        self.out_proj = params[at + "self_attn.out_proj.weight"]
+        self.in_proj = make_linear(params[at + "self_attn.in_proj_weight"])
+        self.out_proj = make_linear(params[at + "self_attn.out_proj.weight"])
         self.scale1 = params[at + "layer_scale_1.scale"]
         self.norm2 = (params[at + "norm2.weight"], params[at + "norm2.bias"])
-        self.linear1 = params[at + "linear1.weight"]
-        self.linear2 = params[at + "linear2.weight"]
+        self.linear1 = make_linear(params[at + "linear1.weight"])
+        self.linear2 = make_linear(params[at + "linear2.weight"])
         self.scale2 = params[at + "layer_scale_2.scale"]
 
     def __call__(
@@ -54,12 +55,22 @@ class MimiLayer:
     ) -> Tensor:
         """x (B, T, dim) -> (B, T, dim)."""
         spec = self.spec
-        qkv = F.linear(F.layer_norm(x, (spec.dim,), *self.norm1, spec.norm_eps), self.in_proj)
+        qkv = self.in_proj(F.layer_norm(x, (spec.dim,), *self.norm1, spec.norm_eps))
         qkv = qkv.view(*x.shape[:2], 3, spec.heads, spec.head_dim)  # (B, T, 3, H, D)
         attended = rotate_and_attend(qkv, angles, ring, positions, slots, attention)
-        x = x + self.scale1 * F.linear(attended, self.out_proj)
-        hidden = F.gelu(F.linear(F.layer_norm(x, (spec.dim,), *self.norm2, spec.norm_eps), self.linear1))
-        return x + self.scale2 * F.linear(hidden, self.linear2)
+        x = x + self.scale1 * self.out_proj(attended)
+        hidden = F.gelu(self.linear1(F.layer_norm(x, (spec.dim,), *self.norm2, spec.norm_eps)))
+        return x + self.scale2 * self.linear2(hidden)
+
+
+def make_convs(spec: MimiSpec, params: dict[str, Tensor]) -> list[Conv]:
+    """The convolutions in the order of the data, the downsampling last."""
+    steps, convs = spec.frame_samples, []
+    for conv in spec.convs:
+        steps //= conv.stride
+        stem = f"{conv.name}.conv.conv"
+        convs.append(make_conv(conv, params[f"{stem}.weight"], params.get(f"{stem}.bias"), steps))
+    return convs
 
 
 class MimiEncoder:
@@ -76,16 +87,11 @@ class MimiEncoder:
         self.spec = spec
         self.attention = attention
         self.zero_start = zero_start
-        self.convs = [self._conv(conv, params) for conv in spec.convs]
+        self.convs = make_convs(spec, params)
         self.layers = [MimiLayer(spec, params, i) for i in range(spec.layers)]
         self.quantizer = SplitQuantizer(spec, params)
         self.rotary = RotaryTable(spec.head_dim, spec.max_period, self.quantizer.codebooks.device)
         self._context_sizes = [conv.context * conv.channels_in for conv in spec.convs]
-
-    @staticmethod
-    def _conv(spec: ConvSpec, params: dict[str, Tensor]) -> Conv:
-        stem = f"{spec.name}.conv.conv"
-        return make_conv(spec, params[f"{stem}.weight"], params.get(f"{stem}.bias"))
 
     def step(self, state: MimiState, pcm: Tensor, frames: Tensor, slots: Tensor) -> Tensor:
         """Codes int64 (B, K) of one frame of each row.

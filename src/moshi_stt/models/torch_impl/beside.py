@@ -1,0 +1,61 @@
+"""Two functions at once on a CPU, each with its own number of threads. Knows nothing of models.
+
+OpenMP's threads wait for each other by spinning. Where something else runs on the same cores, a product split over all of them
+takes several times as long as on one; so work is split by function first, and by threads only where cores are left over.
+"""
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+import torch
+
+A = TypeVar("A")
+B = TypeVar("B")
+
+
+class Beside:
+    """Runs pairs of functions: the first on a thread of its own, the second on the caller's.
+
+    first_threads, second_threads: how many OpenMP threads each side's kernels use, its own included. With first_threads = 0
+    there is no second thread: one function follows the other, each with second_threads.
+    """
+
+    def __init__(self, first_threads: int, second_threads: int = 1) -> None:
+        self.first_threads = first_threads
+        self.second_threads = second_threads
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="model") if first_threads else None
+
+    def __call__(self, first: Callable[[], A], second: Callable[[], B]) -> tuple[A, B]:
+        """Both results. What either raises is raised, after both have ended."""
+        _use_threads(self.second_threads)
+        if self._pool is None:
+            return first(), second()
+        future = self._pool.submit(_run, first, self.first_threads)
+        try:
+            b = second()
+        finally:
+            a = future.result()
+        return a, b
+
+    def close(self) -> None:
+        """End the thread. Idempotent."""
+        if self._pool is not None:
+            self._pool.shutdown()
+
+
+def in_turn(first: Callable[[], A], second: Callable[[], B]) -> tuple[A, B]:
+    """Both results, one after the other."""
+    return first(), second()
+
+
+def _run(function: Callable[[], A], threads: int) -> A:
+    _use_threads(threads)
+    with torch.inference_mode():
+        return function()
+
+
+def _use_threads(count: int) -> None:
+    """Give the calling thread's kernels `count` threads."""
+    if torch.get_num_threads() != count:
+        torch.set_num_threads(count)
