@@ -1,0 +1,124 @@
+"""`CudaBackend`: a whole step on the GPU as one graph launch. Knows no streams, words or sockets.
+
+Within the graph, Mimi and the language model run side by side: step n of the language model reads the codes of frame n - 1.
+"""
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from moshi_stt.engine.engine import StepOutput
+from moshi_stt.models.spec import ModelSpec
+from moshi_stt.models.torch_impl.backend import BackendState, LoadReport
+from moshi_stt.models.torch_impl.cuda.elementwise import advance
+from moshi_stt.models.torch_impl.cuda.lm import FusedLM
+from moshi_stt.models.torch_impl.cuda.mimi import FusedMimi
+from moshi_stt.models.torch_impl.graphs import Capturer, CudaGraphs, GraphRunner, bucket_sizes
+
+FIXED_ROWS = 64
+"""Rows of every step where shapes must not depend on the neighbours."""
+
+
+class CudaBackend:
+    """See `engine.Backend`. The same state as `TorchBackend`'s, stepped by the kernels of this folder."""
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        lm: FusedLM,
+        mimi: FusedMimi,
+        state: BackendState,
+        *,
+        fixed_shapes: bool = False,
+        report: LoadReport | None = None,
+        graphs: Capturer | None = None,
+        buckets: tuple[int, ...] | None = None,
+    ) -> None:
+        """fixed_shapes: every step has the same shapes, so that no row's rounding depends on how many others there are.
+
+        graphs, buckets: CUDA graphs of `bucket_sizes` unless given.
+        """
+        self.spec = spec
+        self.lm = lm
+        self.mimi = mimi
+        self.state = state
+        self.slots = len(state.frames) - 1
+        self.heads = spec.lm.extra_heads
+        self.report = report
+        self.device = state.frames.device
+        self._side = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None  # type: ignore[no-untyped-call]
+        if buckets is None:
+            buckets = (min(FIXED_ROWS, self.slots),) if fixed_shapes else bucket_sizes(self.slots)
+        self.runner = GraphRunner(
+            self.step_rows,
+            width=2 + self.heads,
+            scratch=self.slots,
+            buckets=buckets,
+            device=self.device,
+            graphs=graphs or CudaGraphs(self.device),
+        )
+
+    # ---- Backend -----------------------------------------------------------------------------------------------------
+
+    def step(self, pcm: NDArray[np.float32], slots: NDArray[np.int64], fresh: NDArray[np.bool_]) -> StepOutput:
+        """Step each row once: pcm (B, 1920), slots (B,), fresh (B,). See `engine.Backend.step`."""
+        if not len(slots):
+            return StepOutput(np.zeros(0, np.int64), np.zeros(0, np.float32), np.zeros((0, self.heads), np.float32))
+        with torch.inference_mode():
+            packed = self.runner.step(pcm, slots, fresh)
+        return StepOutput(packed[:, 0].astype(np.int64), packed[:, 1], packed[:, 2:])
+
+    def warm_up(self) -> None:
+        """Compile the kernels and capture every bucket."""
+        with torch.inference_mode():
+            self.runner.prepare()
+
+    def close(self) -> None:
+        """Free the graphs, the weights and the state. No step may follow."""
+        del self.runner, self.lm, self.mimi, self.state
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    # ---- state of one slot -------------------------------------------------------------------------------------------
+
+    def copy(self, source: int, target: int) -> None:
+        """Make slot `target`'s state what slot `source`'s is; they go their own ways from there."""
+        with torch.inference_mode():
+            for tensor in self.state.named.values():
+                tensor[target].copy_(tensor[source])
+        self._settle()
+
+    def save(self, slot: int) -> dict[str, Tensor]:
+        """A copy of everything a slot's stream depends on, on the host, by name."""
+        return {name: tensor[slot].to("cpu", copy=True) for name, tensor in self.state.named.items()}
+
+    def restore(self, slot: int, saved: dict[str, Tensor]) -> None:
+        """Make a slot's stream go on from where `save` was called, of this slot or another, of a backend of this class."""
+        with torch.inference_mode():
+            for name, tensor in self.state.named.items():
+                tensor[slot].copy_(saved[name])
+        self._settle()
+
+    def _settle(self) -> None:
+        """Wait for what was done outside the graphs' stream."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    # ---- one step ----------------------------------------------------------------------------------------------------
+
+    def step_rows(self, pcm: Tensor, slots: Tensor, fresh: Tensor) -> Tensor:
+        """The whole step on the device, of static shape and without synchronisation: see `TorchBackend.step_rows`."""
+        state = self.state
+        frames = advance(slots, fresh.view(torch.uint8), state.frames)
+        x = self.lm.embed(frames, slots, state.text, state.codes)  # reads the codes that Mimi is about to replace
+        if self._side is None:
+            self.mimi.step(state.mimi, pcm, frames, slots, state.codes)
+            return self.lm.step(state.lm, x, frames, slots, state.text)
+        stream = torch.cuda.current_stream(self.device)
+        self._side.wait_stream(stream)
+        with torch.cuda.stream(self._side):
+            self.mimi.step(state.mimi, pcm, frames, slots, state.codes)
+        output = self.lm.step(state.lm, x, frames, slots, state.text)
+        stream.wait_stream(self._side)
+        return output

@@ -1,0 +1,284 @@
+"""Mimi's causal convolutions in Triton, one frame of many rows at a time. Knows nothing of slots, transformers or graphs.
+
+Data lies channels-last, each row with its kept columns in front: (B, context + T, C). The window of an output is then one
+contiguous run of kernel * C numbers, stride * C after the last output's, so that a convolution is a matrix product over
+overlapping rows and copies nothing. Weights are (C_out, kernel * C_in). An input reaches a convolution with its ELU already
+taken by whoever stored it; only residual blocks take raw input, which they add back.
+"""
+
+# Triton's language has no types.
+# mypy: disable-error-code="no-untyped-def,untyped-decorator,attr-defined,operator"
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from moshi_stt.models.torch_impl.cuda.launch import device_of
+
+
+def conv_weight(weight: Tensor) -> Tensor:
+    """(C_out, C_in, kernel) as the kernels take it: (C_out, kernel * C_in)."""
+    return weight.transpose(1, 2).reshape(weight.shape[0], -1).contiguous()
+
+
+@triton.jit
+def _elu(x):
+    return tl.where(x > 0, x, tl.exp(x) - 1.0)
+
+
+@triton.jit
+def _first_conv(x, weight, bias, out, T, row_in, row_out, skip, C: tl.constexpr, KERNEL: tl.constexpr, BLOCK: tl.constexpr):
+    """One channel in, C out: too thin for a matrix product."""
+    row = tl.program_id(1).to(tl.int64)
+    t = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    c = tl.arange(0, C)
+    total = tl.zeros([BLOCK, C], tl.float32) + tl.load(bias + c).to(tl.float32)[None, :]
+    for k in tl.static_range(KERNEL):
+        sample = tl.load(x + row * row_in + t + k, mask=t < T, other=0.0).to(tl.float32)
+        total += sample[:, None] * tl.load(weight + c * KERNEL + k).to(tl.float32)[None, :]
+    at = out + row * row_out + skip + t[:, None] * C + c[None, :]
+    tl.store(at, total.to(out.dtype.element_ty), mask=(t < T)[:, None])
+
+
+@triton.jit(do_not_specialize=["count", "T"])
+def _conv(
+    x, weight, bias, out, count, T, row_in, step_in, row_out, skip, N,
+    K: tl.constexpr, ACTIVATION: tl.constexpr, BIAS: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """out[m, n] = bias[n] + window(m) . weight[n] for `count` = B * T outputs m."""
+    m = tl.program_id(0) * BM + tl.arange(0, BM)
+    n = tl.program_id(1) * BN + tl.arange(0, BN)
+    row = (m // T).to(tl.int64)
+    t = m % T
+    a = x + row * row_in + t * step_in
+    k = tl.arange(0, BK)
+    total = tl.zeros([BM, BN], tl.float32)
+    for start in range(0, K, BK):
+        window = tl.load(a[:, None] + (start + k)[None, :], mask=(m < count)[:, None], other=0.0)
+        w = tl.load(weight + n[None, :] * K + (start + k)[:, None])
+        total = tl.dot(window, w, total, input_precision=PRECISION)
+    if BIAS:
+        total += tl.load(bias + n).to(tl.float32)[None, :]
+    if ACTIVATION == "elu":
+        total = _elu(total)
+    if ACTIVATION == "gelu":
+        total = 0.5 * total * (1.0 + tl.erf(total * 0.7071067811865476))
+    at = out + row[:, None] * row_out + skip + t[:, None] * N + n[None, :]
+    tl.store(at, total.to(out.dtype.element_ty), mask=(m < count)[:, None])
+
+
+@triton.jit(do_not_specialize=["count", "T"])
+def _residual(
+    x, weight1, bias1, weight2, bias2, out, count, T, row_in, row_out, skip,
+    C: tl.constexpr, HIDDEN: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """out = ELU(x + conv1(ELU(conv3(ELU(x))))), the two products in one program: what lies between never leaves it."""
+    m = tl.program_id(0) * BM + tl.arange(0, BM)
+    inside = (m < count)[:, None]
+    row = (m // T).to(tl.int64)
+    t = m % T
+    a = x + row * row_in + t * C
+    k = tl.arange(0, BK)
+    h = tl.arange(0, HIDDEN)
+    hidden = tl.zeros([BM, HIDDEN], tl.float32)
+    for start in range(0, 3 * C, BK):
+        window = tl.load(a[:, None] + (start + k)[None, :], mask=inside, other=0.0)
+        window = _elu(window.to(tl.float32)).to(x.dtype.element_ty)
+        w = tl.load(weight1 + h[None, :] * (3 * C) + (start + k)[:, None])
+        hidden = tl.dot(window, w, hidden, input_precision=PRECISION)
+    hidden = _elu(hidden + tl.load(bias1 + h).to(tl.float32)[None, :]).to(x.dtype.element_ty)
+    for first in tl.static_range(0, C, BN):
+        n = first + tl.arange(0, BN)
+        w = tl.load(weight2 + n[None, :] * HIDDEN + h[:, None])
+        total = tl.dot(hidden, w, input_precision=PRECISION) + tl.load(bias2 + n).to(tl.float32)[None, :]
+        total += tl.load(a[:, None] + 2 * C + n[None, :], mask=inside, other=0.0).to(tl.float32)
+        at = out + row[:, None] * row_out + skip + t[:, None] * C + n[None, :]
+        tl.store(at, _elu(total).to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _swap_tails(buffers, tails, starts, strides, columns, slots, frames, count, width, BLOCK: tl.constexpr, SAVE: tl.constexpr):
+    """Copy a row's kept columns between its slot and the buffers; at frame 0 zeros go into the buffers."""
+    row = tl.program_id(1).to(tl.int64)
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = i < count
+    slot = tl.load(slots + row).to(tl.int64)
+    at = buffers + tl.load(starts + i, mask=inside, other=0) + row * tl.load(strides + i, mask=inside, other=0)
+    kept = tails + slot * width + tl.load(columns + i, mask=inside, other=0)
+    if SAVE:
+        tl.store(kept, tl.load(at, mask=inside, other=0.0).to(tails.dtype.element_ty), mask=inside)
+    else:
+        old = tl.load(frames + row) > 0
+        tl.store(at, tl.load(kept, mask=inside & old, other=0.0).to(buffers.dtype.element_ty), mask=inside)
+
+
+class Tile(NamedTuple):
+    """Block shape, warps and stages of a product."""
+
+    m: int
+    n: int
+    k: int
+    warps: int
+    stages: int
+
+
+def first_conv(x: Tensor, weight: Tensor, bias: Tensor, out: Tensor, kept: int) -> None:
+    """x (B, context + S, 1) float32 -> out[:, kept:] (B, S, C), raw; weight (C, kernel)."""
+    rows, length, channels = x.shape[0], out.shape[1] - kept, out.shape[2]
+    with device_of(x):
+        _first_conv[(triton.cdiv(length, 64), rows)](
+            x, weight, bias, out, length, x.stride(0), out.stride(0), kept * channels,
+            C=channels, KERNEL=weight.shape[1], BLOCK=64, num_warps=4,
+        )  # fmt: skip
+
+
+def conv(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    out: Tensor,
+    *,
+    precision: str,
+    stride: int = 1,
+    kept: int = 0,
+    activation: str = "",
+    tile: Tile | None = None,
+) -> None:
+    """x (B, context + T * stride, C) -> out[:, kept:] (B, T, N). A kernel of 1 is a plain product over (B, T, C).
+
+    precision: `ieee`, `tf32` or `tf32x3` for float32 data; bfloat16 data is multiplied as it is. activation: ``, `elu`, `gelu`.
+    """
+    rows, t, n = x.shape[0], out.shape[1] - kept, out.shape[2]
+    count, k = rows * t, weight.shape[1]
+    tile = tile or choose_tile(count, n, k, x.dtype, precision)
+    with device_of(x):
+        _conv[(triton.cdiv(count, tile.m), n // tile.n)](
+            x, weight, weight if bias is None else bias, out,
+            count, t, x.stride(0), stride * x.shape[2], out.stride(0), kept * n, n,
+            K=k, ACTIVATION=activation, BIAS=bias is not None, BM=tile.m, BN=tile.n, BK=tile.k, PRECISION=precision,
+            num_warps=tile.warps, num_stages=tile.stages,
+        )  # fmt: skip
+
+
+def residual(
+    x: Tensor,
+    weight1: Tensor,
+    bias1: Tensor,
+    weight2: Tensor,
+    bias2: Tensor,
+    out: Tensor,
+    *,
+    precision: str,
+    kept: int,
+    tile: Tile | None = None,
+) -> None:
+    """A residual block and the ELU behind it: x (B, 2 + T, C) raw -> out[:, kept:] (B, T, C)."""
+    rows, t, channels = x.shape[0], out.shape[1] - kept, out.shape[2]
+    count, hidden = rows * t, weight1.shape[0]
+    tile = tile or choose_residual_tile(count, channels, x.dtype, precision)
+    with device_of(x):
+        _residual[(triton.cdiv(count, tile.m),)](
+            x, weight1, bias1, weight2, bias2, out, count, t, x.stride(0), out.stride(0), kept * channels,
+            C=channels, HIDDEN=hidden, BM=tile.m, BN=tile.n, BK=tile.k, PRECISION=precision,
+            num_warps=tile.warps, num_stages=tile.stages,
+        )  # fmt: skip
+
+
+def choose_tile(count: int, n: int, k: int, dtype: torch.dtype, precision: str) -> Tile:
+    """Small tiles where there is little work, so that every multiprocessor has some; large ones where there is much."""
+    bk = 32 if dtype is torch.float32 else 64
+    if precision == "ieee":
+        return _fitted(Tile(32, 32, 32, 4, 2), n, k)
+    if count <= 32:
+        return _fitted(Tile(16, 16, 4 * bk, 4, 3), n, k)
+    if count * n <= 1 << 17:
+        return _fitted(Tile(32, 32, 2 * bk, 4, 3), n, k)
+    if count * n <= 1 << 20:
+        return _fitted(Tile(64, 64, bk, 4, 3), n, k)
+    return _fitted(Tile(128, 128, bk, 8, 3), n, k)
+
+
+def choose_residual_tile(count: int, channels: int, dtype: torch.dtype, precision: str) -> Tile:
+    """As `choose_tile`, for the two products of a residual block."""
+    bk = 32 if dtype is torch.float32 else 64
+    if precision == "ieee":
+        return _fitted(Tile(16, 32, 32, 4, 2), channels, channels)
+    if count <= 4_096:
+        return _fitted(Tile(16, 64, bk, 4, 3), channels, channels)
+    if channels >= 256:
+        return _fitted(Tile(64, 64, bk, 8, 3), channels, channels)
+    return _fitted(Tile(128, 64, bk, 4 if channels <= 64 else 8, 3), channels, channels)
+
+
+def _fitted(tile: Tile, n: int, k: int) -> Tile:
+    """The tile, its sides halved until they divide n and k."""
+    bn, bk = tile.n, tile.k
+    while n % bn:
+        bn //= 2
+    while k % bk:
+        bk //= 2
+    return tile._replace(n=bn, k=bk)
+
+
+class TailMap:
+    """Where kept columns lie: side by side in a slot's row of the state, and in front of each buffer.
+
+    All buffers of a map are cut from one tensor. Several maps may share a state; each has its own columns of it.
+    """
+
+    def __init__(self, shapes: list[tuple[int, int, int]], columns: list[int], width: int, device: torch.device) -> None:
+        """shapes: (context, T, C) of each buffer; columns: where each one's context begins in a state row of `width`."""
+        self.shapes = shapes
+        self.width = width
+        self.row = sum((context + t) * channels for context, t, channels in shapes)
+        self._device = device
+        self._columns = torch.cat([first + torch.arange(c * n) for first, (c, _, n) in zip(columns, shapes, strict=True)])
+        self._columns = self._columns.to(device)
+        self._places: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
+
+    def make(self, rows: int, dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:
+        """A tensor for the buffers of `rows` rows, and the buffers: views (rows, context + T, C)."""
+        whole = torch.empty(rows * self.row, dtype=dtype, device=self._device)
+        views, start = [], 0
+        for context, t, channels in self.shapes:
+            count = rows * (context + t) * channels
+            views.append(whole[start : start + count].view(rows, context + t, channels))
+            start += count
+        return whole, views
+
+    def load(self, whole: Tensor, tails: Tensor, slots: Tensor, frames: Tensor) -> None:
+        """Put what is kept in front of the buffers: tails (slots, width), and zeros for rows whose frame is 0."""
+        into, _, apart = self.places(slots.shape[0])
+        self._swap(whole, tails, into, apart, slots, frames, save=False)
+
+    def save(self, whole: Tensor, tails: Tensor, slots: Tensor) -> None:
+        """Keep the last columns of each row's buffers in its slot."""
+        _, out_of, apart = self.places(slots.shape[0])
+        self._swap(whole, tails, out_of, apart, slots, slots, save=True)
+
+    def places(self, rows: int) -> tuple[Tensor, Tensor, Tensor]:
+        """int64 each: where a kept number is loaded to and saved from in row 0, and how far apart rows are. Made once."""
+        if rows not in self._places:
+            into, out_of, apart, start = [], [], [], 0
+            for context, t, channels in self.shapes:
+                numbers = torch.arange(context * channels, dtype=torch.int64)
+                into.append(start + numbers)
+                out_of.append(start + t * channels + numbers)
+                apart.append(torch.full_like(numbers, (context + t) * channels))
+                start += rows * (context + t) * channels
+            first, second, third = (torch.cat(part).to(self._device) for part in (into, out_of, apart))
+            self._places[rows] = (first, second, third)
+        return self._places[rows]
+
+    def _swap(
+        self, whole: Tensor, tails: Tensor, at: Tensor, apart: Tensor, slots: Tensor, frames: Tensor, *, save: bool
+    ) -> None:
+        count = at.shape[0]
+        with device_of(tails):
+            _swap_tails[(triton.cdiv(count, 1024), slots.shape[0])](
+                whole, tails, at, apart, self._columns, slots, frames, count, self.width, BLOCK=1024, SAVE=save, num_warps=4
+            )

@@ -1,0 +1,88 @@
+"""Mimi's residual quantiser in Triton, one launch a level. Knows nothing of how the latents came about.
+
+The nearest vector is that of the least |e|^2 / 2 - r . e, the lowest index of equals. The programs of a level each search a
+slice of its codebook and meet in one atomic minimum a row: distance in the high half, index in the low. The next level reads
+it and subtracts that vector on the way. Axes: B row, K codebook, D dim.
+"""
+
+# Triton's language has no types.
+# mypy: disable-error-code="no-untyped-def,untyped-decorator,attr-defined,operator"
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from moshi_stt.models.torch_impl.cuda.launch import device_of
+
+_NOTHING_YET = torch.iinfo(torch.int64).max
+
+
+@triton.jit(do_not_specialize=["rows", "level"])
+def _level(
+    source, source_stride, residual, previous, books, half_norms, best, rows, level,
+    SIZE: tl.constexpr, D: tl.constexpr, BR: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    SUBTRACT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One slice of one codebook for BR rows. With SUBTRACT, the residual is `source` less the last level's choice."""
+    r = tl.program_id(0) * BR + tl.arange(0, BR)
+    piece = tl.program_id(1)
+    n = piece * BN + tl.arange(0, BN)
+    k = tl.arange(0, BK)
+    inside = r < rows
+    row = r.to(tl.int64)
+    chosen = row
+    if SUBTRACT:
+        chosen = tl.load(previous + row, mask=inside, other=0) & 0x7FFFFFFF
+        chosen += (level - 1) * SIZE
+    products = tl.zeros([BR, BN], tl.float32)
+    for start in tl.static_range(0, D, BK):
+        x = tl.load(source + row[:, None] * source_stride + (start + k)[None, :], mask=inside[:, None], other=0.0)
+        if SUBTRACT:
+            x -= tl.load(books + chosen[:, None] * D + (start + k)[None, :], mask=inside[:, None], other=0.0)
+            tl.store(residual + row[:, None] * D + (start + k)[None, :], x, mask=inside[:, None] & (piece == 0))
+        e = tl.load(books + (level * SIZE + n)[None, :] * D + (start + k)[:, None])
+        products = tl.dot(x, e, products, input_precision=PRECISION)
+    distance = tl.load(half_norms + level * SIZE + n)[None, :] - products
+    least, at = tl.min(distance, 1, return_indices=True)
+    bits = least.to(tl.int32, bitcast=True)
+    order = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    key = (order.to(tl.int64) << 32) | (piece * BN + at).to(tl.int64)
+    tl.atomic_min(best + row, key, mask=inside, sem="relaxed")
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _keep_codes(best, codes, slots, rows, K: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    k = tl.arange(0, BLOCK)
+    slot = tl.load(slots + row).to(tl.int64)
+    code = tl.load(best + k.to(tl.int64) * rows + row, mask=k < K, other=0) & 0x7FFFFFFF
+    tl.store(codes + slot * K + k, code.to(codes.dtype.element_ty), mask=k < K)
+
+
+def quantise(
+    projected: Tensor, books: Tensor, half_norms: Tensor, codes: Tensor, slots: Tensor, *, precision: str, few_rows: int = 32
+) -> None:
+    """Write each row's codes into its slot's row of `codes` (slots, K).
+
+    projected  (B, 2*D) float32: the latent through the semantic projection, then through the acoustic one
+    books      (K, size, D) float32: the semantic codebook, then the acoustic levels; half_norms (K, size): |e|^2 / 2
+    precision  `ieee` or `tf32x3`: both are float32 in effect; `tf32` is coarser
+    """
+    rows = projected.shape[0]
+    levels, size, dim = books.shape
+    best = torch.full((levels, rows), _NOTHING_YET, dtype=torch.int64, device=projected.device)
+    buffers = torch.empty(2, rows, dim, dtype=torch.float32, device=projected.device)
+    few = rows <= few_rows
+    br, bn, warps = (16, 32, 4) if few or precision == "ieee" else (64, 128, 8)
+    grid = (triton.cdiv(rows, br), size // bn)
+    with device_of(projected):
+        for level in range(levels):
+            subtract = level >= 2
+            source = projected if level == 0 else projected[:, dim:] if level < 3 else buffers[level % 2]
+            _level[grid](
+                source, source.stride(0), buffers[(level + 1) % 2], best[max(level - 1, 0)],
+                books, half_norms, best[level], rows, level,
+                SIZE=size, D=dim, BR=br, BN=bn, BK=64, SUBTRACT=subtract, PRECISION=precision, num_warps=warps, num_stages=2,
+            )  # fmt: skip
+        _keep_codes[(rows,)](best, codes, slots, rows, K=levels, BLOCK=triton.next_power_of_2(levels), num_warps=1)

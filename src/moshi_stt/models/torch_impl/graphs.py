@@ -1,0 +1,166 @@
+"""Steps of fixed sizes, captured once and replayed: `GraphRunner`. Knows no model: it captures a function of three tensors.
+
+A step of n rows runs in the smallest bucket that holds them; spare rows point at the scratch slot and are always fresh.
+Inputs lie side by side in one pinned buffer and go over in one copy, the outputs come back in one; both copies are
+part of the graph, so that a step is one launch and one wait.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from moshi_stt.constants import FRAME_SAMPLES
+
+StepRows = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""(pcm float32 (B, 1920), slots int64 (B,), fresh bool (B,)) -> float32 (B, width): static shapes, no synchronisation."""
+
+
+class Capturer(Protocol):
+    """Turns a function on fixed tensors into something to replay."""
+
+    def capture(self, run: Callable[[], None]) -> Callable[[], None]:
+        """A call that does what `run` does, on the same tensors, and returns when the results are there."""
+        ...
+
+    def host(self, count: int) -> Tensor:
+        """`count` bytes of memory that copies to and from the device do not have to stage."""
+        ...
+
+
+class CudaGraphs:
+    """CUDA graphs on one stream, sharing one pool: they never run at the same time."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._pool = torch.cuda.graph_pool_handle()
+        self.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+    def capture(self, run: Callable[[], None]) -> Callable[[], None]:
+        with torch.cuda.stream(self.stream):
+            run()  # compiles kernels and makes handles, which cannot be captured
+        self.stream.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool, stream=self.stream, capture_error_mode="thread_local"):
+            run()
+        done = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
+
+        def replay() -> None:
+            with torch.cuda.stream(self.stream):
+                graph.replay()
+                done.record(self.stream)
+            done.synchronize()
+
+        return replay
+
+    def host(self, count: int) -> Tensor:
+        return torch.empty(count, dtype=torch.uint8, pin_memory=True)
+
+
+class NoGraphs:
+    """A stand-in where there are no graphs: runs the function itself."""
+
+    def capture(self, run: Callable[[], None]) -> Callable[[], None]:
+        return run
+
+    def host(self, count: int) -> Tensor:
+        return torch.empty(count, dtype=torch.uint8)
+
+
+class _Inputs(NamedTuple):
+    """Views of one packed buffer: pcm (n, 1920) float32, slots (n,) int64, fresh (n,) bool."""
+
+    pcm: Tensor
+    slots: Tensor
+    fresh: Tensor
+    packed: Tensor
+
+
+class _Bucket(NamedTuple):
+    inputs: _Inputs
+    """On the host."""
+    output: NDArray[np.float32]
+    """(n, width), on the host."""
+    replay: Callable[[], None]
+
+
+class GraphRunner:
+    """Runs `step_rows` in buckets. For one thread."""
+
+    def __init__(
+        self, step_rows: StepRows, *, width: int, scratch: int, buckets: tuple[int, ...], device: torch.device, graphs: Capturer
+    ) -> None:
+        """width: columns of the output. scratch: the slot of spare rows. buckets: ascending row counts."""
+        self.buckets = buckets
+        self._step_rows = step_rows
+        self._width = width
+        self._scratch = scratch
+        self._device = device
+        self._graphs = graphs
+        largest = buckets[-1]
+        self._host_in = graphs.host(largest * _ROW_BYTES)
+        self._host_out = graphs.host(largest * width * 4)
+        self._device_in = torch.empty(largest * _ROW_BYTES, dtype=torch.uint8, device=device)
+        self._captured: dict[int, _Bucket] = {}
+
+    def prepare(self) -> None:
+        """Capture every bucket, the largest first, so that the smaller ones fit into its memory."""
+        for rows in reversed(self.buckets):
+            self._bucket(rows)
+
+    def step(self, pcm: NDArray[np.float32], slots: NDArray[np.int64], fresh: NDArray[np.bool_]) -> NDArray[np.float32]:
+        """Step rows, any number of them: float32 (B, width). More than the largest bucket holds go in several steps."""
+        largest = self.buckets[-1]
+        if len(slots) <= largest:
+            return self._step(pcm, slots, fresh)
+        parts = [slice(start, start + largest) for start in range(0, len(slots), largest)]
+        return np.concatenate([self._step(pcm[part], slots[part], fresh[part]) for part in parts])
+
+    def _step(self, pcm: NDArray[np.float32], slots: NDArray[np.int64], fresh: NDArray[np.bool_]) -> NDArray[np.float32]:
+        rows = len(slots)
+        inputs, output, replay = self._bucket(next(size for size in self.buckets if size >= rows))
+        inputs.pcm[:rows] = torch.from_numpy(pcm)
+        inputs.slots[:rows] = torch.from_numpy(slots)
+        inputs.slots[rows:] = self._scratch
+        inputs.fresh[:rows] = torch.from_numpy(fresh)
+        inputs.fresh[rows:] = True
+        replay()
+        return output[:rows].copy()
+
+    def _bucket(self, rows: int) -> _Bucket:
+        if rows not in self._captured:
+            self._captured[rows] = self._capture(rows)
+        return self._captured[rows]
+
+    def _capture(self, rows: int) -> _Bucket:
+        """Capture a step of so many rows, all of them spare."""
+        host, device = _cut(self._host_in, rows), _cut(self._device_in, rows)
+        host_out = self._host_out[: rows * self._width * 4].view(torch.float32).view(rows, self._width)
+        host.pcm.zero_()
+        host.slots.fill_(self._scratch)
+        host.fresh.fill_(True)
+
+        def run() -> None:
+            device.packed.copy_(host.packed, non_blocking=True)
+            host_out.copy_(self._step_rows(device.pcm, device.slots, device.fresh), non_blocking=True)
+
+        return _Bucket(host, host_out.numpy(), self._graphs.capture(run))
+
+
+_ROW_BYTES = 4 * FRAME_SAMPLES + 8 + 1
+
+
+def _cut(buffer: Tensor, rows: int) -> _Inputs:
+    """The inputs of `rows` rows at the front of a byte buffer."""
+    packed = buffer[: rows * _ROW_BYTES]
+    pcm, slots, fresh = torch.split(packed, [rows * 4 * FRAME_SAMPLES, rows * 8, rows])
+    return _Inputs(pcm.view(torch.float32).view(rows, FRAME_SAMPLES), slots.view(torch.int64), fresh.view(torch.bool), packed)
+
+
+def bucket_sizes(slots: int) -> tuple[int, ...]:
+    """1, 2, 4, … 256, then steps of half a power, up to the slots themselves."""
+    sizes = {1 << i for i in range(9)} | {k << i for i in range(7, 16) for k in (2, 3)}
+    return (*sorted(size for size in sizes if size < slots), slots)
