@@ -13,8 +13,9 @@ from numpy.typing import NDArray
 from moshi_stt import protocol
 from moshi_stt.audio.opus import OpusStream
 from moshi_stt.audio.watch import AudioWatch
+from moshi_stt.constants import FRAME_SAMPLES
 from moshi_stt.errors import AudioError, ProtocolError
-from moshi_stt.events import AnyEvent
+from moshi_stt.events import AnyEvent, Word
 
 LOUDEST = float(1 << 31)
 """No sample format has larger values: beyond it, as for NaN and inf, a sample is taken for 0."""
@@ -67,8 +68,11 @@ class Protocol(ABC, Generic[MessageT]):
         """The messages that tell the client of an event: none, one or several."""
 
     @abstractmethod
-    def warnings(self) -> list[str]:
-        """What is new to be said, in the log, about the audio that came. Each thing is said once a connection."""
+    def warnings(self, waiting_samples: int) -> list[str]:
+        """What is new to be said, in the log, about the audio that came. Each thing is said once a connection.
+
+        waiting_samples: audio that the stream holds and has not transcribed.
+        """
 
 
 class Session(Protocol[bytes]):
@@ -80,6 +84,7 @@ class Session(Protocol[bytes]):
         self._opus: OpusStream | None = None
         self._watch = AudioWatch()
         self._news: list[str] = []
+        self._has_words = False
 
     def receive(self, message: bytes) -> Iterable[Action]:
         inbound = protocol.decode(message)
@@ -102,10 +107,14 @@ class Session(Protocol[bytes]):
             yield self._feed(pcm)
 
     def send(self, event: AnyEvent) -> Sequence[bytes]:
+        if type(event) is Word:
+            self._has_words = True
         return (protocol.encode(event),)
 
-    def warnings(self) -> list[str]:
+    def warnings(self, waiting_samples: int) -> list[str]:
         news, self._news = self._news, []
+        if not self._has_words and waiting_samples < 2 * FRAME_SAMPLES:
+            news += self._watch.without_words()
         return news
 
     def _decode_opus(self, data: bytes) -> Iterator[Action]:

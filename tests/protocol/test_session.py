@@ -66,7 +66,7 @@ def test_each_message_becomes_its_action() -> None:
     assert list(session.receive(encode_marker(-7))) == [Mark(-7)]
     assert list(session.receive(encode_init())) == [Reset()]
     assert list(session.end_of_input()) == []
-    assert session.warnings() == []
+    assert session.warnings(0) == []
 
 
 def test_session_is_a_protocol_and_sends_the_wire() -> None:
@@ -180,9 +180,9 @@ def test_what_is_no_sample_becomes_silence_and_is_said_once() -> None:
         assert isinstance(feed, Feed)
         assert feed.pcm.tolist() == [0.5, 0, 0, 0, 0, 0, LOUDEST, -0.5]
     assert session.silenced_samples == 15
-    news = session.warnings()
+    news = session.warnings(0)
     assert sum("5 of 8 samples are NaN" in line for line in news) == 1
-    assert session.warnings() == []
+    assert session.warnings(0) == []
 
 
 @given(st.lists(st.floats(width=32), max_size=40))
@@ -201,7 +201,7 @@ def test_integer_samples_sent_as_they_are_get_a_warning() -> None:
         (feed,) = session.receive(encode_audio(tone))
         assert isinstance(feed, Feed)
         np.testing.assert_array_equal(feed.pcm, tone)
-    news = session.warnings()
+    news = session.warnings(0)
     assert len([line for line in news if "32768" in line]) == 1
 
 
@@ -209,7 +209,30 @@ def test_silence_from_a_dead_microphone_gets_a_warning() -> None:
     session = Session()
     for _ in range(30):
         list(session.receive(encode_audio(np.zeros(24_000, np.float32))))
-    assert any("zeros" in line for line in session.warnings())
+    assert any("zeros" in line for line in session.warnings(0))
+
+
+def voice(seconds: float, hz: float = 160.0) -> NDArray[np.float32]:
+    """A buzz with the pitch of a voice, (S,)."""
+    phase = (np.arange(round(seconds * 24_000)) * hz / 24_000) % 1
+    return (0.3 * (phase - 0.5)).astype(np.float32)
+
+
+def test_voice_without_words_gets_a_warning_when_all_of_it_has_been_transcribed() -> None:
+    """Audio at 48 kHz sent as 24 kHz gives nothing but `Step`s; an unfinished upload has no words yet either."""
+    session = Session()
+    list(session.receive(encode_audio(voice(15))))
+    assert session.warnings(15 * 24_000) == []
+    (line,) = [line for line in session.warnings(100) if "not one word" in line]
+    assert "24 kHz" in line
+    assert session.warnings(0) == []
+
+
+def test_voice_with_words_gets_no_warning() -> None:
+    session = Session()
+    list(session.receive(encode_audio(voice(15))))
+    session.send(Word("hello", 0.0))
+    assert not any("not one word" in line for line in session.warnings(0))
 
 
 RECORDED = ["words", "one_message", "two_streams", "marker_partial", "marker_first", "init_midway", "small_chunks", "unbatched"]

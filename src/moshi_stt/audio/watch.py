@@ -5,8 +5,8 @@ It listens to the first 20 s of voiced sound and then nearly stops. What it look
 * scale: samples far beyond 1 (16-bit integers sent as they are), samples that are no numbers, next to no level;
 * digital silence: nothing but zeros since the start, or zeros for a minute;
 * pitch: a median far below or above any speaker's means that the audio runs slow or fast, so its rate is not 24 kHz. A woman's
-  voice at half speed has a man's pitch, so pitch alone cannot tell all; a caller that counts words can have
-  voice without words reported as well;
+  voice at half speed has a man's pitch, so pitch alone cannot tell all; a caller that sees words can ask for
+  voice without words as well;
 * the upper band: nothing above 4 kHz is telephone audio, said as a remark.
 """
 
@@ -80,10 +80,7 @@ def _pitch_of(power: NDArray[np.float32]) -> float | None:
 class AudioWatch:
     """Watches one stream. Feed it everything that the stream is fed."""
 
-    def __init__(self, *, counts_words: bool = False) -> None:
-        """counts_words: `heard_word` will be called for each word, so that voice without words means something."""
-        self._counts_words = counts_words
-        self._words = 0
+    def __init__(self) -> None:
         self._said: set[str] = set()
         self._samples = 0
         self._zero_run = 0
@@ -100,9 +97,17 @@ class AudioWatch:
     def median_pitch_hz(self) -> float | None:
         return float(np.median(self._pitches)) if self._pitches else None
 
-    def heard_word(self) -> None:
-        """A word of this stream was recognised."""
-        self._words += 1
+    def without_words(self) -> list[str]:
+        """To be asked when everything fed has been transcribed, to not one word: the warning, if there was voice in it."""
+        warnings: list[str] = []
+        if len(self._pitches) >= WORDLESS_BLOCKS and not {"slow", "fast"} & self._said:
+            self._say(
+                "wordless",
+                f"{self._samples / SAMPLE_RATE:.0f} s of audio with a voice in it and not one word: is it mono at 24 kHz, "
+                f"and in a language of this model? (median pitch {self.median_pitch_hz:.0f} Hz)",
+                warnings,
+            )
+        return warnings
 
     def feed(self, pcm: NDArray[np.float32]) -> list[str]:
         """pcm: float32 (S,) at what is said to be 24 kHz. Returns the warnings that are new, most often none."""
@@ -199,13 +204,6 @@ class AudioWatch:
                 "fast",
                 f"the voice runs fast (median pitch {hz:.0f} Hz): this looks like 8 or 16 kHz audio sent as 24 kHz; "
                 "resample it to 24 kHz",
-                warnings,
-            )
-        elif self._counts_words and not self._words and voiced >= WORDLESS_BLOCKS:
-            self._say(
-                "wordless",
-                f"{self._samples / SAMPLE_RATE:.0f} s of audio with a voice in it and not one word: is it mono at 24 kHz, "
-                f"and in a language of this model? (median pitch {hz:.0f} Hz)",
                 warnings,
             )
         upper = float(self._spectrum[round(4_300 / _HZ_PER_BIN) :].sum())

@@ -199,8 +199,13 @@ class Connection(asyncio.Protocol):
             actions = self._session.receive(payload)
         except ProtocolError as error:
             self._refuse_input(str(error), error.close_code)
-        else:
-            self._apply(actions)
+            return
+        if type(actions) is tuple and len(actions) == 1 and type(actions[0]) is Feed:  # nearly always
+            pcm = actions[0].pcm
+            stream = self._stream
+            if stream is not None and not stream.ended and stream.offer(pcm) == len(pcm):
+                return
+        self._apply(actions)
 
     def _received_aside(self, work: "asyncio.Future[Iterable[Action]]") -> None:
         self._aside = False
@@ -397,13 +402,15 @@ class Connection(asyncio.Protocol):
             self._transport.abort()
 
     def _release(self) -> None:
-        stream, self._stream = self._stream, None
+        stream = self._stream
         if stream is not None:
             self._tell_warnings()
+            self._stream = None
             stream.close()
 
     def _tell_warnings(self) -> None:
-        for warning in self._session.warnings():
+        waiting_samples = self._stream.pending_samples if self._stream is not None else 0
+        for warning in self._session.warnings(waiting_samples):
             log.warning("%s: %s", self.peer, warning)
 
     # ---- time --------------------------------------------------------------------------------------------------------
