@@ -264,8 +264,8 @@ async def _serve(config: ServerConfig, engines: Mapping[str, Engine], host: str,
             await starting
         return 0
     await starting
-    for served in server.service:
-        log.info("serving %s on http://%s:%d%s", served.module.name, host, server.port, served.module.path)
+    for line in info.start_lines(server.service, host, server.port):
+        log.info("%s", line)
     try:
         return await server.wait(stop)
     finally:

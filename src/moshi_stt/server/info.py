@@ -55,6 +55,22 @@ def _git(*arguments: str) -> str | None:
     return done.stdout.strip() or None
 
 
+def start_lines(service: Service, host: str, port: int) -> list[str]:
+    """What the log says when everything is ready: what runs on what, how fast, and where it is to be reached."""
+    lines = []
+    shown = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)
+    for served in service:
+        name, about = served.module.name, served.engine.info
+        lines.append(f"{name}: {about.model} on {about.device}, {about.dtype}, {about.total_slots} slots")
+        lines += [f"{name}: {key}: {value}" for key, value in about.details.items()]
+        if about.languages:
+            lines.append(f"{name}: languages: {', '.join(about.languages)}")
+        lines.append(f"{name}: ready at ws://{shown}:{port}{served.module.path}")
+    everywhere = " (and this machine's other addresses)" if host in ("0.0.0.0", "::") else ""
+    lines.append(f"page, metrics and health at http://{shown}:{port}/{everywhere}")
+    return lines
+
+
 def modules_info(service: Service) -> list[dict[str, str]]:
     """One object a module; counters are strings too. Nothing of a module whose model is still loading but its path."""
     modules = []
