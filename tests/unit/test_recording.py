@@ -1,0 +1,300 @@
+"""Long recordings in overlapping pieces: whatever is cut wherever, each word comes once, in order, at its time."""
+
+import asyncio
+import random
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tests.support.media import noise
+
+from moshi_stt.audio.cut import CutRule, cut_pieces, find_pause
+from moshi_stt.audio.decode import read_file
+from moshi_stt.constants import SAMPLE_RATE
+from moshi_stt.engine.engine import Engine, EngineInfo
+from moshi_stt.engine.recording import transcribe_recording
+from moshi_stt.engine.stream import Finish, Pcm, Stream, StreamLimits
+from moshi_stt.errors import AudioError, EngineError, NoFreeSlot
+from moshi_stt.events import EndWord, Ready, Word
+from moshi_stt.text.merge import merge_words
+from moshi_stt.text.subtitles import TimedWord
+
+RULE = CutRule(earliest=6.0, latest=10.0, before=3.0, after=1.5)
+
+
+def written(times: list[tuple[float, float]], seconds: float) -> np.ndarray:
+    """A recording whose n-th word is a stretch of samples of value (n + 1) / 1000."""
+    pcm = np.zeros(round(seconds * SAMPLE_RATE), np.float32)
+    for number, (start, end) in enumerate(times):
+        pcm[round(start * SAMPLE_RATE) : round(end * SAMPLE_RATE)] = (number + 1) / 1_000
+    return pcm
+
+
+def in_pieces(pcm: np.ndarray, size: int = 10_007) -> Iterator[np.ndarray]:
+    for start in range(0, len(pcm), size):
+        yield pcm[start : start + size]
+
+
+class Reader(Engine):
+    """Reads what `written` wrote, and mis-hears a word that its stream does not hold whole. Times may be off."""
+
+    def __init__(
+        self, slots: int = 3, jitter_seconds: float = 0.0, fail_on: int | None = None, wait_for_all: bool = False
+    ) -> None:
+        super().__init__()
+        self.info = EngineInfo("batched_asr", "reader", "", ("en",), "cpu", "float32", slots)
+        self._jitter = jitter_seconds
+        self._random = random.Random(0)
+        self._open: set[Stream] = set()
+        self._fail_on = fail_on
+        self._wait_for_all = wait_for_all
+        self._finished: list[Stream] = []
+        self._heard: dict[Stream, list[np.ndarray]] = {}
+        self.streams = 0
+
+    async def start(self) -> None: ...
+
+    async def stop(self) -> None: ...
+
+    @property
+    def ready(self) -> bool:
+        return True
+
+    @property
+    def used_slots(self) -> int:
+        return len(self._open)
+
+    @property
+    def queued_samples(self) -> int:
+        return 0
+
+    def open(self, *, live: bool = True) -> Stream:
+        assert not live
+        if len(self._open) >= self.total_slots:
+            raise NoFreeSlot
+        stream = Stream(StreamLimits(), live=live, wake=lambda: None, release=self._release)
+        stream._wake = lambda: self._work(stream)
+        self._open.add(stream)
+        self._heard[stream] = []
+        self.streams += 1
+        stream.deliver([Ready()])
+        return stream
+
+    def _release(self, stream: Stream) -> None:
+        self._open.discard(stream)
+        self._heard.pop(stream, None)
+        self._announce_free_slot()
+
+    def _work(self, stream: Stream) -> None:
+        for command in stream.drain():
+            if isinstance(command, Pcm):
+                self._heard[stream].append(command.samples)
+                stream.stepped(len(command.samples))
+            elif isinstance(command, Finish):
+                if self.streams == self._fail_on:
+                    stream.fail("the model step failed")
+                    continue
+                self._finished.append(stream)
+                if self._wait_for_all and len(self._finished) < self.total_slots:
+                    continue
+                self._wait_for_all = False
+                for finished in self._finished:
+                    pcm = np.concatenate([np.zeros(0, np.float32), *self._heard[finished]])
+                    finished.deliver(self._read(pcm), ended=True)
+                self._finished = []
+
+    def _read(self, pcm: np.ndarray) -> list[Word | EndWord]:
+        events: list[Word | EndWord] = []
+        edges = np.flatnonzero(np.diff(np.concatenate([[0], pcm, [0]])))
+        for start, end in pairwise(edges):
+            value = round(float(pcm[start]) * 1_000)
+            if value:
+                whole = start > 0 and end < len(pcm)
+                off = self._random.uniform(-self._jitter, self._jitter)
+                events.append(Word(f"w{value - 1}" if whole else "misheard", start / SAMPLE_RATE + off))
+                events.append(EndWord(end / SAMPLE_RATE + off))
+        return events
+
+
+def check(words: list[TimedWord], times: list[tuple[float, float]], tolerance: float = 1e-4) -> None:
+    assert [word.text for word in words] == [f"w{number}" for number in range(len(times))]
+    for word, (start, end) in zip(words, times, strict=True):
+        assert abs(word.start - start) <= tolerance
+        assert abs(word.end - end) <= tolerance
+
+
+def speech(count: int, word_seconds: float = 0.3, gap_seconds: float = 0.05, pause_every: int = 0) -> list[tuple[float, float]]:
+    times, now = [], 0.5
+    for number in range(count):
+        times.append((now, now + word_seconds))
+        now += word_seconds + (0.5 if pause_every and number % pause_every == pause_every - 1 else gap_seconds)
+    return times
+
+
+@pytest.mark.parametrize("pause_every", [0, 5])
+@pytest.mark.parametrize("gap", [0.0, 0.05])
+@pytest.mark.parametrize("jitter", [0.0, 0.16])
+async def test_each_word_comes_once_at_its_time(pause_every: int, gap: float, jitter: float) -> None:
+    """With and without pauses to cut at, and with pieces that do not agree on when a word was said."""
+    times = speech(250, gap_seconds=gap, pause_every=pause_every)
+    engine = Reader(jitter_seconds=jitter)
+    pcm = written(times, times[-1][1] + 0.5)
+    progress: list[float] = []
+    words = await transcribe_recording(engine, in_pieces(pcm), rule=RULE, on_progress=progress.append)
+    check(words, times, jitter + 1e-3)
+    assert engine.streams > 5
+    assert engine.used_slots == 0
+    assert sum(progress) == pytest.approx(len(pcm) / SAMPLE_RATE)
+
+
+async def test_pieces_run_on_all_slots_at_once() -> None:
+    times = speech(250)
+    engine = Reader(wait_for_all=True)
+    check(await transcribe_recording(engine, in_pieces(written(times, 90.0)), rule=RULE), times)
+
+
+@pytest.mark.parametrize("rule", [None, RULE])
+async def test_a_prefix_is_taken_out_of_the_times(rule: CutRule | None) -> None:
+    times = speech(100)
+    words = await transcribe_recording(Reader(), in_pieces(written(times, 40.0)), rule=rule, prefix_seconds=1.0)
+    check(words, times)
+
+
+async def test_one_stream_where_the_engine_cuts_by_itself() -> None:
+    times = speech(100)
+    engine = Reader()
+    progress: list[float] = []
+    check(await transcribe_recording(engine, in_pieces(written(times, 40.0)), on_progress=progress.append), times)
+    assert engine.streams == 1
+    assert sum(progress) == pytest.approx(40.0)
+
+
+@pytest.mark.parametrize("rule", [None, RULE])
+async def test_an_engine_that_fails_ends_the_recording(rule: CutRule | None) -> None:
+    engine = Reader(fail_on=1 if rule is None else 3)
+    with pytest.raises(EngineError, match="the model step failed"):
+        await transcribe_recording(engine, in_pieces(written(speech(100), 40.0)), rule=rule)
+    assert engine.used_slots == 0
+
+
+@pytest.mark.parametrize("rule", [None, RULE])
+async def test_audio_that_fails_ends_the_recording(rule: CutRule | None) -> None:
+    def broken() -> Iterator[np.ndarray]:
+        yield from in_pieces(written(speech(100), 40.0))
+        raise AudioError("the file is cut short")
+
+    engine = Reader()
+    with pytest.raises(AudioError, match="cut short"):
+        await transcribe_recording(engine, broken(), rule=rule)
+    assert engine.used_slots == 0
+
+
+@pytest.mark.parametrize("rule", [None, RULE])
+async def test_cancelling_frees_every_slot(rule: CutRule | None) -> None:
+    started = asyncio.Event()
+    loop = asyncio.get_running_loop()
+
+    def endless() -> Iterator[np.ndarray]:
+        while True:
+            loop.call_soon_threadsafe(started.set)
+            yield np.zeros(24_000, np.float32)
+
+    engine = Reader()
+    task = asyncio.create_task(transcribe_recording(engine, endless(), rule=rule))
+    await started.wait()
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert engine.used_slots == 0
+
+
+@pytest.mark.parametrize("rule", [None, RULE])
+async def test_an_empty_recording_has_no_words(rule: CutRule | None) -> None:
+    assert await transcribe_recording(Reader(), iter([]), rule=rule) == []
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.floats(0, 60), st.integers(500, 100_000), st.integers(0, 2**32 - 1))
+def test_pieces_cover_the_recording_in_order(seconds: float, size: int, seed: int) -> None:
+    pcm = noise(seconds, seed=seed)
+    pieces = list(cut_pieces(in_pieces(pcm, size), RULE))
+    assert pieces[0].start == 0
+    assert pieces[-1].end == float("inf")
+    for piece in pieces:
+        first = round(piece.offset * SAMPLE_RATE)
+        np.testing.assert_array_equal(piece.pcm, pcm[first : first + len(piece.pcm)])
+        assert len(piece.pcm) <= (RULE.before + RULE.latest + RULE.after) * SAMPLE_RATE + size
+    for earlier, later in pairwise(pieces):
+        assert earlier.end == later.start
+        assert RULE.earliest <= earlier.end - earlier.start <= RULE.latest
+        assert later.offset == pytest.approx(max(0.0, later.start - RULE.before))
+        assert earlier.offset + len(earlier.pcm) / SAMPLE_RATE == pytest.approx(earlier.end + RULE.after)
+    assert pieces[-1].offset + len(pieces[-1].pcm) / SAMPLE_RATE == pytest.approx(len(pcm) / SAMPLE_RATE)
+
+
+def test_the_cut_does_not_depend_on_the_arrays() -> None:
+    pcm = noise(47.0)
+    cuts = {tuple(piece.end for piece in cut_pieces(in_pieces(pcm, size), RULE)) for size in (100, 1_920, 10**7)}
+    assert len(cuts) == 1
+
+
+def test_the_longest_pause_is_taken_at_its_middle() -> None:
+    pcm = noise(8.0)
+    pcm[60_000:66_000] *= 0.001
+    pcm[120_000:132_000] *= 0.001
+    assert abs(find_pause(pcm) - 126_000) <= 960
+
+
+def test_without_a_pause_the_quietest_place_is_taken() -> None:
+    pcm = np.full(120_000, 0.3, np.float32)
+    pcm[70_000:73_000] = 0.2
+    assert abs(find_pause(pcm) - 71_500) < 4_000
+
+
+@pytest.mark.parametrize("pcm", [np.zeros(96_000, np.float32), np.zeros(100, np.float32), np.full(96_000, 0.5, np.float32)])
+def test_a_cut_is_found_in_anything(pcm: np.ndarray) -> None:
+    assert 0 <= find_pause(pcm) <= len(pcm)
+
+
+def test_cuts_of_real_speech_fall_into_pauses(shared: Path) -> None:
+    pcm = read_file(shared / "audio" / "en_two_cities.wav")
+    pieces = list(cut_pieces(in_pieces(pcm), RULE))
+    assert len(pieces) >= 4
+    loud = np.sqrt(np.mean(pcm**2))
+    for piece in pieces[:-1]:
+        middle = round(piece.end * SAMPLE_RATE)
+        assert np.sqrt(np.mean(pcm[middle - 1_200 : middle + 1_200] ** 2)) < 0.1 * loud
+
+
+@pytest.mark.parametrize("bad", [{"earliest": 0.0}, {"latest": 1.0}, {"before": -1.0}, {"before": 30.0}])
+def test_a_rule_that_makes_no_sense_is_refused(bad: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match="no piece satisfies"):
+        CutRule(**bad)
+
+
+def word(text: str, middle: float) -> TimedWord:
+    return TimedWord(text, middle - 0.1, middle + 0.1)
+
+
+@pytest.mark.parametrize(
+    ("earlier", "later", "expected"),
+    [
+        ([word("a", 9.8), word("b", 10.2)], [word("a", 9.8), word("b", 10.2)], "a b"),
+        ([word("a", 9.9)], [word("A,", 10.1)], "a"),
+        ([word("a", 10.1)], [word("a", 9.9)], "a"),
+        ([word("no", 9.8), word("no", 10.2)], [word("no", 9.8), word("no", 10.2)], "no no"),
+        ([word("no", 9.8), word("no", 10.1)], [word("no", 9.9), word("no", 10.3)], "no no"),
+        ([word("a", 9.9)], [word("b", 10.1)], "a b"),
+        ([word("a", 9.0)], [word("a", 11.0)], "a a"),
+        ([word("cut", 11.4)], [word("cat", 7.1), word("a", 10.4)], "a"),
+        ([], [word("a", 10.4)], "a"),
+        ([word("a", 9.6)], [], "a"),
+        ([word("?", 9.9)], [word("!", 10.1)], "? !"),
+    ],
+)
+def test_words_at_a_cut(earlier: list[TimedWord], later: list[TimedWord], expected: str) -> None:
+    assert " ".join(merged.text for merged in merge_words([0.0, 10.0], [earlier, later])) == expected
