@@ -25,6 +25,10 @@ from moshi_stt.models.torch_impl.lm import LanguageModel, LMState
 from moshi_stt.models.torch_impl.mimi import MimiEncoder, MimiState
 from moshi_stt.models.torch_impl.sampling import choose
 
+LOUDEST = 100.0
+"""Samples are clipped here, far above full scale (1.0), and what is no number counts as 0: one absurd sample would otherwise
+stay in the stream's keys and values for good."""
+
 
 @dataclass(frozen=True)
 class LoadReport:
@@ -159,6 +163,7 @@ class TorchBackend:
         Returns float32 (B, 2 + heads): the token, its log-probability, the pauses.
         """
         state = self.state
+        pcm = torch.nan_to_num(pcm, 0.0, 0.0, 0.0).clamp(-LOUDEST, LOUDEST)
         frames = torch.where(fresh, 0, state.frames[slots])
         (token, logprob, pause), codes = (self._beside or in_turn)(
             lambda: self.step_lm(frames, slots), lambda: self.mimi.step(state.mimi, pcm, frames, slots)

@@ -41,6 +41,7 @@ class PackedLinear:
         """usual_rows: how many rows to choose the blocks for; any number can be given."""
         assert _PACK is not None
         self.columns = weight.shape[1]
+        self.dtype = weight.dtype
         self.packed = _PACK(weight.contiguous(), max(usual_rows, 8))
         self.bias = bias
 
@@ -52,6 +53,12 @@ class PackedLinear:
         else:
             y = _PRODUCT(torch.cat([rows, rows]), self.packed, self.bias, "none", [], "")[:1]
         return y.view(*x.shape[:-1], -1)
+
+    def rows_independent(self) -> bool:
+        """Whether the property above holds with this processor's kernels, tried with a few numbers of rows."""
+        x = torch.linspace(-1, 1, 17 * self.columns).sin().to(self.dtype).view(17, self.columns)
+        alone = torch.cat([self(row[None]) for row in x])
+        return all(torch.equal(self(x[:rows]), alone[:rows]) for rows in (2, 3, 4, 7, 16, 17))
 
 
 def make_linear(weight: Tensor, bias: Tensor | None = None, *, usual_rows: int = 1) -> Linear:
