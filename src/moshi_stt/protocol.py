@@ -154,7 +154,7 @@ def decode(message: bytes) -> Inbound:
         raise ProtocolError(
             f"the message ends too early: its {len(message):,} bytes are no whole document", MALFORMED
         ) from None
-    except msgpack.StackError:
+    except (msgpack.StackError, RecursionError):
         raise ProtocolError("the message is nested too deeply", POLICY) from None
     except (msgpack.UnpackException, ValueError):
         where = document.position
