@@ -34,7 +34,10 @@ from moshi_stt.session import Action, Feed, Mark, Protocol
 log = logging.getLogger(__name__)
 
 CLOSE_SECONDS = 5.0
-"""How long the client has to answer our Close frame, and to read what comes before it."""
+"""How long the client has to answer our Close frame; anew with whatever else still comes of it before."""
+
+LONGEST_CLOSE_SECONDS = 30.0
+"""How long at most."""
 
 ASIDE_BYTES = 256 << 10
 """Messages beyond this are decoded in a thread, so that the other connections do not wait."""
@@ -99,7 +102,7 @@ class Connection(asyncio.Protocol):
         self._heard = True
         self._was_active = True
         self._patience = Patience(limits, self._loop.time())
-        self._deadline = float("inf")
+        self._deadline = self._last_deadline = float("inf")
         """When a closing connection is cut."""
 
     # ---- opening -----------------------------------------------------------------------------------------------------
@@ -200,11 +203,14 @@ class Connection(asyncio.Protocol):
         except ProtocolError as error:
             self._refuse_input(str(error), error.close_code)
             return
-        if type(actions) is tuple and len(actions) == 1 and type(actions[0]) is Feed:  # nearly always
+        stream = self._stream
+        if type(actions) is tuple and len(actions) == 1 and type(actions[0]) is Feed and stream is not None:  # nearly always
             pcm = actions[0].pcm
-            stream = self._stream
-            if stream is not None and not stream.ended and stream.offer(pcm) == len(pcm):
-                return
+            taken = stream.offer(pcm)
+            if taken < len(pcm):
+                self._action = Feed(pcm[taken:])
+                self._block()
+            return
         self._apply(actions)
 
     def _received_aside(self, work: "asyncio.Future[Iterable[Action]]") -> None:
@@ -375,7 +381,7 @@ class Connection(asyncio.Protocol):
         self._write(b"".join(parts) + frames.close_frame(code, error.message if error else ""))
         self._release()
         self._forget_input()
-        self._deadline = self._loop.time() + CLOSE_SECONDS
+        self._set_deadline()
         if self._eof:
             self._transport.close()
             return
@@ -392,9 +398,15 @@ class Connection(asyncio.Protocol):
         if self._state < State.CLOSING:
             self._write(frames.close_frame(frames.NORMAL if message.code == frames.NO_STATUS else message.code))
             self._state = State.CLOSING
-            self._deadline = self._loop.time() + CLOSE_SECONDS
+            self._set_deadline()
         self._release()
         transport.close()
+
+    def _set_deadline(self) -> None:
+        now = self._loop.time()
+        self._heard = False
+        self._deadline = now + CLOSE_SECONDS
+        self._last_deadline = now + LONGEST_CLOSE_SECONDS
 
     def abort(self) -> None:
         """Cut the socket now."""
@@ -418,6 +430,9 @@ class Connection(asyncio.Protocol):
     def tick(self, now: float) -> None:
         """Look at the clocks; called every `tick_seconds`."""
         if self._state >= State.CLOSING:
+            if self._heard:
+                self._heard = False
+                self._deadline = min(now + CLOSE_SECONDS, self._last_deadline)
             if now >= self._deadline:
                 self.abort()
             return
@@ -450,6 +465,13 @@ class Connection(asyncio.Protocol):
     def unheard(self) -> bool:
         """Whether the socket is not read now, or has no more to say: only a look at it tells whether the client is there."""
         return self._state < State.CLOSING and (not self._reading or self._eof)
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes held for this connection on both sides of its stream: read and not fed, written and not sent."""
+        unsent = self._transport.get_write_buffer_size() if self._transport is not None else 0
+        rest = self._action.pcm.nbytes if isinstance(self._action, Feed) else 0
+        return self._parser.pending_bytes + sum(len(message.payload) for message in self._messages) + rest + unsent
 
     def fileno(self) -> int:
         """The socket's descriptor, -1 when there is none."""

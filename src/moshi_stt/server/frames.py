@@ -36,7 +36,6 @@ _OPCODES: Final = frozenset((CONTINUATION, TEXT, BINARY, CLOSE, PING, PONG))
 
 _U16 = struct.Struct("!H")
 _U64 = struct.Struct("!Q")
-_NATIVE_U32 = struct.Struct("=I")
 
 
 class Message(NamedTuple):
@@ -58,13 +57,14 @@ def _violation(code: int, sentence: str) -> Message:
 def unmask(data: bytes | bytearray, start: int, length: int) -> bytes:
     """The payload data[start : start + length], whose masking key is the four bytes before it."""
     words = length >> 2
-    key = _NATIVE_U32.unpack_from(data, start - 4)[0]
-    body = (np.frombuffer(data, np.uint32, words, start) ^ key).tobytes() if words else b""
-    tail = length & 3
-    if not tail:
+    key = data[start - 4 : start]
+    body = (np.frombuffer(data, np.uint32, words, start) ^ np.frombuffer(key, np.uint32)).tobytes() if words else b""
+    left = length & 3
+    if not left:
         return body
     end = start + length
-    return body + bytes(data[end - tail + i] ^ data[start - 4 + i] for i in range(tail))
+    tail = int.from_bytes(data[end - left : end], "little") ^ int.from_bytes(key[:left], "little")
+    return body + tail.to_bytes(left, "little")
 
 
 class FrameParser:
