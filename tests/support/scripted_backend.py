@@ -16,15 +16,15 @@ from moshi_stt.engine.slots import spare_slots
 class FakeBackend:
     """Slots with a position and a hash of the frames they heard. Checks what the engine promises; steps can fail or hang.
 
-    raise_at, hang_at: the step (1 is the first after the warm-up) that raises, or waits for `resume`.
+    Set at any time: raise_next, the next step raises; hang_next, the next step waits for `resume`; step_seconds, each sleeps.
     """
 
-    def __init__(self, slots: int, heads: int = 4, *, raise_at: int | None = None, hang_at: int | None = None) -> None:
+    def __init__(self, slots: int, heads: int = 4) -> None:
         self.slots = slots
         self.heads = heads
         self.position = np.zeros(slots, np.int64)
         self.heard = np.zeros(slots, np.int64)
-        self.raise_at, self.hang_at = raise_at, hang_at
+        self.raise_next = self.hang_next = False
         self.resume = threading.Event()
         self.steps = 0
         self.rows: list[int] = []
@@ -51,9 +51,9 @@ class FakeBackend:
         assert len(set(slots.tolist())) == len(slots) == len(fresh)
         self.steps += 1
         self.rows.append(len(slots))
-        if self.raise_at == self.steps:
+        if self.raise_next:
             raise RuntimeError("device-side assert triggered")
-        if self.hang_at == self.steps:
+        if self.hang_next:
             self.resume.wait(60)
         if self.step_seconds:
             time.sleep(self.step_seconds)
@@ -84,14 +84,24 @@ class PseudoModel(FakeBackend):
 
 
 class Scripted(FakeBackend):
-    """The same token list for every stream, from its first frame on; padding behind the list."""
+    """The same tokens, and pauses if given, for every stream, from its first frame on; padding behind the list."""
 
-    def __init__(self, slots: int, script: Sequence[int], heads: int = 4, **faults: int | None) -> None:
-        super().__init__(slots, heads, **faults)
+    def __init__(
+        self, slots: int, script: Sequence[int], heads: int = 4, pauses: Sequence[Sequence[float]] | None = None
+    ) -> None:
+        super().__init__(slots, heads)
         self.script = list(script)
+        self.pauses = pauses
 
     def tokens(self, slots: NDArray[np.int64]) -> list[int]:
         return [self.script[p - 1] if p <= len(self.script) else 3 for p in self.position[slots].tolist()]
+
+    def step(self, pcm: NDArray[np.float32], slots: NDArray[np.int64], fresh: NDArray[np.bool_]) -> StepOutput:
+        output = super().step(pcm, slots, fresh)
+        if self.pauses is None:
+            return output
+        known = [self.pauses[min(p, len(self.pauses)) - 1] for p in self.position[slots].tolist()]
+        return output._replace(pause=np.asarray(known, np.float32))
 
 
 def spell(ids: Sequence[int]) -> str:
@@ -102,7 +112,7 @@ def spell(ids: Sequence[int]) -> str:
 def loader(
     make: Callable[[int], FakeBackend], streams: int, decode: Callable[[Sequence[int]], str] = spell
 ) -> Callable[[], LoadedModel]:
-    """A loader for `BatchEngine` around `make(slots)`, whose step counter and faults begin behind the engine's own start."""
+    """A loader for `BatchEngine` around `make(slots)`."""
 
     def load() -> LoadedModel:
         backend = make(streams + spare_slots(streams))

@@ -192,26 +192,31 @@ class BatchEngine(Engine):
     # ---- the model thread --------------------------------------------------------------------------------------------
 
     def _main(self, started: "asyncio.Future[None]") -> None:
+        """Load, run, free. Whatever goes wrong is told on the event loop."""
+        backend: Backend | None = None
+        running = False
         try:
             loaded = self._load()
+            backend = loaded.backend
             self._adopt(loaded)
-        except MoshiSttError as error:
-            self._post(_set_exception, started, error)
-            return
-        except Exception as error:
-            log.exception("the model could not be loaded")
-            self._post(_set_exception, started, EngineError(f"the model could not be started: {type(error).__name__}: {error}"))
-            return
-        self._post(_set_result, started)
-        try:
+            running = True
+            self._post(_set_result, started)
             self._run()
         except Exception as error:
-            log.exception("the engine failed")
-            self._post(self._fail, EngineFailed(f"a model step failed: {type(error).__name__}: {error}"))
+            if running:
+                log.exception("the engine failed")
+                self._post(self._fail, EngineFailed(f"a model step failed: {type(error).__name__}: {error}"))
+            elif isinstance(error, MoshiSttError):
+                self._post(_set_exception, started, error)
+            else:
+                log.exception("the model could not be started")
+                text = f"the model could not be started: {type(error).__name__}: {error}"
+                self._post(_set_exception, started, EngineError(text))
         finally:
             self._step_started = None
-            with suppress(Exception):
-                self._backend.close()
+            if backend is not None:
+                with suppress(Exception):
+                    backend.close()
 
     def _run(self) -> None:
         """Gather, step, scatter."""
@@ -278,6 +283,8 @@ class BatchEngine(Engine):
             events = lane.scatter(token, logprob, pause, index)
             if had_tail is not lane.tail:
                 self._give_back(had_tail.spare if had_tail else None)
+            if lane.marks:
+                lane.heard_at = now  # a client that waits for our answer has its time from here
             if lane.commands:
                 events += lane.absorb(now)
             if events or lane.done:

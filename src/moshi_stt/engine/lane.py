@@ -27,8 +27,8 @@ from moshi_stt.engine.stream import Command, Finish, Mark, Pcm, Reset, Stream
 from moshi_stt.events import AnyEvent, Marker, Ready, Step
 from moshi_stt.text.words import WordAssembler
 
-HOLD_FRAMES = 25
-"""A due marker waits so long for the word under way to end (2 s); then the word is cut."""
+HOLD_FRAMES = 12
+"""A due marker waits so long for the word under way to end (about 1 s); then the word is cut."""
 
 
 class PendingMark(NamedTuple):
@@ -84,9 +84,11 @@ class Lane:
         self.samples = 0
         """Samples absorbed since the last reset."""
         self.answered = -1
-        """That count when everything before it had been answered by a tail."""
+        """That count when everything before it had been answered by a tail on a copy."""
+        self.answer = self.words
+        """Who heard that tail."""
         self.heard_at = 0.0
-        """time.monotonic() of the client's last audio or mark."""
+        """time.monotonic() of the client's last audio or mark, or of the step that consumed it."""
         self.arrived = 0.0
         """When the last sample of the frame being stepped came."""
         self.frames = 0
@@ -130,7 +132,7 @@ class Lane:
 
     def _finish(self, events: list[AnyEvent]) -> None:
         if self.samples in (0, self.answered):
-            self._end(events)
+            self._end(self.answer if self.samples else self.words, events)
         else:
             self._start_tail("finish", self.slot.index, self.words)
 
@@ -146,8 +148,8 @@ class Lane:
         events.append(Ready())
         return True
 
-    def _end(self, events: list[AnyEvent]) -> None:
-        events += self.words.finish(self.samples / SAMPLE_RATE)
+    def _end(self, words: WordAssembler, events: list[AnyEvent]) -> None:
+        events += words.finish(self.samples / SAMPLE_RATE)
         events += [Marker(mark.id) for mark in self.marks]
         self.marks.clear()
         self.done = True
@@ -161,7 +163,7 @@ class Lane:
 
     def fork(self, slot: int, spare: Slot | None) -> None:
         """Answer the pending marks on `slot`, into which this lane's state has been copied (if it has any yet)."""
-        self._start_tail("fork", slot, self.words.copy(), spare)
+        self._start_tail("fork", slot, self.words.fork(), spare)
 
     def _start_tail(
         self, kind: Literal["finish", "reset", "fork"], slot: int, words: WordAssembler, spare: Slot | None = None
@@ -173,11 +175,10 @@ class Lane:
     def _end_tail(self, tail: Tail, events: list[AnyEvent]) -> None:
         self.tail = None
         if tail.kind == "finish":
-            self._end(events)
+            self._end(self.words, events)
         elif tail.kind == "fork":
-            tail.words.rewind(self.words.steps)
-            self.words = tail.words
-            self.answered = self.samples
+            self.words.join(tail.words)
+            self.answered, self.answer = self.samples, tail.words
 
     # ---- rows --------------------------------------------------------------------------------------------------------
 

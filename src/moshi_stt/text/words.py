@@ -7,9 +7,13 @@ padding, everything else is a piece of the word under way. Where this differs fr
   ends. Here the missing boundary is put where the 0 would have been, one position before the first piece of the second
   word: the first word ends there and the second starts there.
 * F11: there a word is lost if nothing follows its last piece. `flush` emits it; `finish` also ends the last word.
+
+`fork` and `join` let another token list run ahead of this one for a few steps (silence instead of what the client will send)
+without saying a word twice.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Final
 
 from moshi_stt.constants import FRAME_RATE
@@ -19,8 +23,18 @@ BOUNDARY: Final = 0
 PAD: Final = 3
 LAST_WORD_SECONDS: Final = 1.0
 """Length of a stream's last word when no boundary ends it, as in Kyutai's own file script (contract section 7.2)."""
+SAME_WORD_STEPS: Final = 3
+"""A word of this list and one of a fork are the same when their first pieces are no further apart."""
 
 _NOTHING: Final[tuple[Word | EndWord, ...]] = ()
+
+
+@dataclass(slots=True)
+class _Said:
+    """A word that a fork emitted. step: of its first piece; ended: whether its `EndWord` went out, too."""
+
+    step: int
+    ended: bool = False
 
 
 class WordAssembler:
@@ -32,19 +46,27 @@ class WordAssembler:
         self._delay = delay_frames
         self.steps = 0
         """Tokens pushed: the local counter `s` of the contract."""
-        self._hears_from = delay_frames
-        """Tokens of earlier steps are no text."""
         self._ids: list[int] = []
+        self._first_step = 0
+        """Of the word under way."""
         self._logprob = 0.0
         self._start = 0.0
         """Where the next word starts: the boundary before it."""
-        self._unended = False
-        """Whether a word was emitted and its end was not."""
-        self._word_start = 0.0
-        self._word_closed = 0.0
-        """When that word started, and the time of the token that closed it."""
         self._announced = False
         """Whether the last token was a boundary: a word starts at the next."""
+        self._unended = False
+        """Whether the last word's end is still to come."""
+        self._word_start = 0.0
+        self._word_closed = 0.0
+        """When the last word started, and the time of the token that closed it."""
+        self._mute_end = False
+        """Whether a fork emitted the last word's end already."""
+        self._ahead: list[_Said] = []
+        """What forks emitted and this list has not reached yet."""
+        self._own: list[_Said] | None = None
+        """Of a fork: the words it came to, sent by it or by a fork before it."""
+        self._ended_inherited = False
+        """Of a fork: whether it ended the word that was the last when it began."""
 
     @property
     def under_way(self) -> bool:
@@ -54,20 +76,20 @@ class WordAssembler:
     def push(self, token: int, logprob: float = 0.0) -> Sequence[Word | EndWord]:
         """Take the next step's token and its natural-log probability; return what it completes."""
         self.steps = step = self.steps + 1
-        if step < self._hears_from:
+        if step < self._delay:
             return _NOTHING
         if token == PAD:
             self._announced = False
-            return (self._close(),) if self._ids else _NOTHING
+            return self._close([]) if self._ids else _NOTHING
         if token == BOUNDARY:
             self._announced = True
-            events: list[Word | EndWord] = [self._close()] if self._ids else []
-            return self._bound(step, events)
+            return self._bound(step, self._close([]))
         self._announced = False
-        if self._ids or not self._unended:
-            events = []
-        else:
-            events = self._bound(step - 1, [])  # F12: the boundary that the model left out
+        events: Sequence[Word | EndWord] = _NOTHING
+        if not self._ids:
+            self._first_step = step
+            if self._unended:
+                events = self._bound(step - 1, [])  # F12: the boundary that the model left out
         self._ids.append(token)
         self._logprob += logprob
         return events
@@ -75,44 +97,73 @@ class WordAssembler:
     def flush(self) -> Sequence[Word | EndWord]:
         """Emit the word under way as it is; later pieces make a word of their own."""
         self._announced = False
-        return (self._close(),) if self._ids else _NOTHING
+        return self._close([])
 
     def finish(self, audio_seconds: float) -> Sequence[Word | EndWord]:
         """Nothing follows: emit the word under way and the end of the last word, which is within the audio's length."""
         events = list(self.flush())
-        if self._unended:
-            self._unended = False
-            stop = max(self._word_closed, self._word_start + LAST_WORD_SECONDS)
-            events.append(EndWord(max(self._word_start, min(stop, audio_seconds))))
+        stop = max(self._word_closed, self._word_start + LAST_WORD_SECONDS)
+        self._end(max(self._word_start, min(stop, audio_seconds)), events)
         return events
 
-    def copy(self) -> "WordAssembler":
-        """An assembler in the same state that goes its own way."""
+    def fork(self) -> "WordAssembler":
+        """An assembler in the same state, for tokens of another future."""
         other = WordAssembler(self._decode, self._delay)
         other.__dict__.update(self.__dict__)
         other._ids = self._ids.copy()
+        other._ahead = [_Said(said.step, said.ended) for said in self._ahead]
+        other._own, other._ended_inherited = [], False
         return other
 
-    def rewind(self, steps: int) -> None:
-        """Count on from `steps` again, taking the tokens up to the present step as heard: they are no text a second time."""
-        self._hears_from = max(self._hears_from, self.steps + 1)
-        self.steps = steps
+    def join(self, fork: "WordAssembler") -> None:
+        """What the fork emitted has been sent: do not emit the same words again when this list's tokens make them."""
+        own = fork._own or []
+        known = {said.step for said in own}
+        recent = [s for s in self._ahead if s.step not in known and s.step > self.steps - SAME_WORD_STEPS]
+        self._ahead = recent + own
+        self._mute_end |= fork._ended_inherited
 
-    def _close(self) -> Word:
-        word = Word(self._decode(self._ids), self._start, self._logprob)
+    def _close(self, events: list[Word | EndWord]) -> list[Word | EndWord]:
+        """Emit the word under way, if there is one and no fork did."""
+        if not self._ids:
+            return events
         self._word_start = self._start
         self._word_closed = self._time(self.steps)
         self._unended = True
+        said = self._find_said() if self._ahead else None
+        self._mute_end = said is not None and said.ended
+        if said is None:
+            said = _Said(self._first_step)
+            events.append(Word(self._decode(self._ids), self._start, self._logprob))
+            for earlier in self._ahead:
+                earlier.ended = True  # an end sent after this word would be taken for this word's
+        if self._own is not None:
+            self._own.append(said)
         self._ids.clear()
         self._logprob = 0.0
-        return word
+        return events
+
+    def _find_said(self) -> _Said | None:
+        """Take out the fork's word that is the one under way."""
+        said = min(self._ahead, key=lambda said: abs(said.step - self._first_step))
+        if abs(said.step - self._first_step) > SAME_WORD_STEPS:
+            return None
+        self._ahead.remove(said)
+        return said
 
     def _bound(self, step: int, events: list[Word | EndWord]) -> list[Word | EndWord]:
         self._start = self._time(step)
-        if self._unended:
-            self._unended = False
-            events.append(EndWord(self._start))
+        self._end(self._start, events)
         return events
+
+    def _end(self, stop: float, events: list[Word | EndWord]) -> None:
+        if self._unended and not self._mute_end:
+            events.append(EndWord(stop))
+            if self._own:
+                self._own[-1].ended = True
+            else:
+                self._ended_inherited = True
+        self._unended = self._mute_end = False
 
     def _time(self, step: int) -> float:
         """Seconds: an integer difference, then one division, as the wire's values are made."""
