@@ -7,7 +7,7 @@ packet's length is known from its first bytes before anything is decoded (RFC 67
 from collections.abc import Iterator
 
 import numpy as np
-import sphn  # type: ignore[import-untyped]
+import sphn
 from numpy.typing import NDArray
 
 from moshi_stt.audio.ogg import MAX_PACKET_BYTES, OggReader, Packet, encode_page

@@ -5,7 +5,7 @@ sample 0 stays at time 0. It holds back 12 to 70 ms, by rate, until `finish`.
 """
 
 import numpy as np
-import soxr  # type: ignore[import-untyped]
+import soxr
 from numpy.typing import NDArray
 
 from moshi_stt.constants import SAMPLE_RATE

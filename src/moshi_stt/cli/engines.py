@@ -91,15 +91,11 @@ def load_torch(module: KyutaiModule) -> LoadedModel:
 
     Raises ConfigError, CheckpointError or DownloadError.
     """
-    import torch
-
     from moshi_stt.models.hub import resolve
     from moshi_stt.models.spec import spec_from_module
     from moshi_stt.models.torch_impl.build import load_backend
     from moshi_stt.text.tokenizer import TextTokenizer
 
-    if module.engine.threads:
-        torch.set_num_threads(module.engine.threads)
     begun = time.monotonic()
     config_json = read_json(resolve(module.config_file)) if module.config_file else None
     lm_file, mimi_file = resolve(module.lm_model_file), resolve(module.audio_tokenizer_file)

@@ -71,7 +71,7 @@ def run(args: argparse.Namespace) -> int:
 def load_library() -> ModuleType:
     """sounddevice, with PortAudio behind it. Raises ConfigError with the command to run."""
     try:
-        import sounddevice  # type: ignore[import-untyped]
+        import sounddevice
     except ImportError:
         raise ConfigError("the microphone needs the package sounddevice: run `pip install 'moshi-stt[mic]'`") from None
     except OSError as error:  # what sounddevice raises without PortAudio

@@ -30,7 +30,7 @@ from moshi_stt.errors import AudioError, MoshiSttError
 from moshi_stt.text.subtitles import FORMATS, SUFFIXES, TimedWord, format_json
 
 if TYPE_CHECKING:
-    from tqdm import tqdm  # type: ignore[import-untyped]
+    from tqdm import tqdm
 
 KEY_VARIABLE = "MOSHI_STT_KEY"
 LONG_DELAY_FRAMES = 25
