@@ -1,7 +1,6 @@
 """Long recordings in overlapping pieces: whatever is cut wherever, each word comes once, in order, at its time."""
 
 import asyncio
-import random
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -11,113 +10,22 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.support.media import noise
+from tests.support.written import Reader, written
 
 from moshi_stt.audio.cut import CutRule, cut_pieces, find_pause
 from moshi_stt.audio.decode import read_file
 from moshi_stt.constants import SAMPLE_RATE
-from moshi_stt.engine.engine import Engine, EngineInfo
 from moshi_stt.engine.recording import transcribe_recording
-from moshi_stt.engine.stream import Finish, Pcm, Stream, StreamLimits
-from moshi_stt.errors import AudioError, EngineError, NoFreeSlot
-from moshi_stt.events import EndWord, Ready, Word
+from moshi_stt.errors import AudioError, EngineError
 from moshi_stt.text.merge import merge_words
 from moshi_stt.text.subtitles import TimedWord
 
 RULE = CutRule(earliest=6.0, latest=10.0, before=3.0, after=1.5)
 
 
-def written(times: list[tuple[float, float]], seconds: float) -> np.ndarray:
-    """A recording whose n-th word is a stretch of samples of value (n + 1) / 1000."""
-    pcm = np.zeros(round(seconds * SAMPLE_RATE), np.float32)
-    for number, (start, end) in enumerate(times):
-        pcm[round(start * SAMPLE_RATE) : round(end * SAMPLE_RATE)] = (number + 1) / 1_000
-    return pcm
-
-
 def in_pieces(pcm: np.ndarray, size: int = 10_007) -> Iterator[np.ndarray]:
     for start in range(0, len(pcm), size):
         yield pcm[start : start + size]
-
-
-class Reader(Engine):
-    """Reads what `written` wrote, and mis-hears a word that its stream does not hold whole. Times may be off."""
-
-    def __init__(
-        self, slots: int = 3, jitter_seconds: float = 0.0, fail_on: int | None = None, wait_for_all: bool = False
-    ) -> None:
-        super().__init__()
-        self.info = EngineInfo("batched_asr", "reader", "", ("en",), "cpu", "float32", slots)
-        self._jitter = jitter_seconds
-        self._random = random.Random(0)
-        self._open: set[Stream] = set()
-        self._fail_on = fail_on
-        self._wait_for_all = wait_for_all
-        self._finished: list[Stream] = []
-        self._heard: dict[Stream, list[np.ndarray]] = {}
-        self.streams = 0
-
-    async def start(self) -> None: ...
-
-    async def stop(self) -> None: ...
-
-    @property
-    def ready(self) -> bool:
-        return True
-
-    @property
-    def used_slots(self) -> int:
-        return len(self._open)
-
-    @property
-    def queued_samples(self) -> int:
-        return 0
-
-    def open(self, *, live: bool = True) -> Stream:
-        assert not live
-        if len(self._open) >= self.total_slots:
-            raise NoFreeSlot
-        stream = Stream(StreamLimits(), live=live, wake=lambda: None, release=self._release)
-        stream._wake = lambda: self._work(stream)
-        self._open.add(stream)
-        self._heard[stream] = []
-        self.streams += 1
-        stream.deliver([Ready()])
-        return stream
-
-    def _release(self, stream: Stream) -> None:
-        self._open.discard(stream)
-        self._heard.pop(stream, None)
-        self._announce_free_slot()
-
-    def _work(self, stream: Stream) -> None:
-        for command in stream.drain():
-            if isinstance(command, Pcm):
-                self._heard[stream].append(command.samples)
-                stream.stepped(len(command.samples))
-            elif isinstance(command, Finish):
-                if self.streams == self._fail_on:
-                    stream.fail("the model step failed")
-                    continue
-                self._finished.append(stream)
-                if self._wait_for_all and len(self._finished) < self.total_slots:
-                    continue
-                self._wait_for_all = False
-                for finished in self._finished:
-                    pcm = np.concatenate([np.zeros(0, np.float32), *self._heard[finished]])
-                    finished.deliver(self._read(pcm), ended=True)
-                self._finished = []
-
-    def _read(self, pcm: np.ndarray) -> list[Word | EndWord]:
-        events: list[Word | EndWord] = []
-        edges = np.flatnonzero(np.diff(np.concatenate([[0], pcm, [0]])))
-        for start, end in pairwise(edges):
-            value = round(float(pcm[start]) * 1_000)
-            if value:
-                whole = start > 0 and end < len(pcm)
-                off = self._random.uniform(-self._jitter, self._jitter)
-                events.append(Word(f"w{value - 1}" if whole else "misheard", start / SAMPLE_RATE + off))
-                events.append(EndWord(end / SAMPLE_RATE + off))
-        return events
 
 
 def check(words: list[TimedWord], times: list[tuple[float, float]], tolerance: float = 1e-4) -> None:

@@ -78,8 +78,8 @@ def run(args: argparse.Namespace) -> int:
     if sum(source.is_stdin for source in sources) > 1:
         args.parser.error("standard input (-) can be read once")
     outputs = plan_outputs(args, sources)
-    if isinstance(sys.stdout, io.TextIOWrapper):  # accents whatever the locale says
-        sys.stdout.reconfigure(encoding="utf-8", errors="replace")
+    if isinstance(sys.stdout, io.TextIOWrapper):  # accents whatever the locale says; file names as they came
+        sys.stdout.reconfigure(encoding="utf-8", errors="surrogateescape")
     return asyncio.run(_run_all(args, sources, outputs))
 
 
