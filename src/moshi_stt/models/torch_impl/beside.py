@@ -38,6 +38,11 @@ class Beside:
             a = future.result()
         return a, b
 
+    def __str__(self) -> str:
+        if self._pool is None:
+            return f"{self.second_threads} threads" if self.second_threads > 1 else "1 thread"
+        return f"{self.first_threads + self.second_threads} threads"
+
     def close(self) -> None:
         """End the thread. Idempotent."""
         if self._pool is not None:

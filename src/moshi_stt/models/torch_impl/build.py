@@ -58,16 +58,17 @@ def load_backend(
         mimi_params = load_mimi_params(mimi_plan, target)
         weight_bytes += _bytes(mimi_params)
         mimi = MimiEncoder(spec.mimi, mimi_params, attention, zero_start=zero_start)
-        kv_dtype = choose_kv_dtype(module.engine.kv_dtype, dtype, target)
-        try:
-            state = make_state(spec, slots, kv_dtype, target)
-        except RuntimeError as error:  # torch.OutOfMemoryError is one
-            raise ConfigError(
-                f"no memory for the state of {slots} streams on {device_name(target)} beside {weight_bytes / 1e9:.1f} GB of "
-                f"weights ({str(error).splitlines()[0]}): lower batch_size"
-            ) from error
+    kv_dtype = choose_kv_dtype(module.engine.kv_dtype, dtype, target)
+    try:
+        state = make_state(spec, slots, kv_dtype, target)
+    except RuntimeError as error:  # torch.OutOfMemoryError is one
+        raise ConfigError(
+            f"no memory for the state of {slots} streams on {device_name(target)} beside {weight_bytes / 1e9:.1f} GB of "
+            f"weights ({str(error).splitlines()[0]}): lower batch_size"
+        ) from error
+    beside = choose_threads(module.engine.threads) if target.type == "cpu" else None
     report = LoadReport(
-        device=device_name(target),
+        device=device_name(target) if beside is None else f"cpu ({beside})",
         dtype=DTYPE_NAMES[dtype],
         lm_parameters=lm_plan.parameters,
         weight_bytes=weight_bytes,
@@ -80,7 +81,7 @@ def load_backend(
         lm,
         mimi,
         state,
-        beside=choose_threads(module.engine.threads) if target.type == "cpu" else None,
+        beside=beside,
         fixed_rows=_fixed_rows(target, lm, mimi) if module.engine.fixed_shapes else 0,
         seed=seed,
         report=report,

@@ -69,7 +69,7 @@ def device_name(device: torch.device) -> str:
         return f"{device} ({torch.cuda.get_device_name(device)})"
     if device.type == "mps":
         return "mps (Apple GPU)"
-    return f"cpu ({torch.get_num_threads()} threads)"
+    return "cpu"
 
 
 def memory_note(slot_bytes: int, slots: int, device: torch.device) -> tuple[str, ...]:

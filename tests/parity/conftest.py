@@ -1,0 +1,35 @@
+"""Fixtures of the model tests. Without PyTorch everything here is skipped."""
+
+import importlib.util
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from tests.support.checkpoints import Checkpoint, save, shared_checkpoint, small_spec, small_tensors
+
+if importlib.util.find_spec("torch") is None or importlib.util.find_spec("safetensors") is None:
+    collect_ignore_glob = ["test_*.py"]
+
+
+@pytest.fixture(scope="session")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    """A small random model."""
+    spec = small_spec()
+    return save(tmp_path_factory.mktemp("small"), spec, *small_tensors(spec))
+
+
+@pytest.fixture(scope="session")
+def tiny(shared: Path) -> Path:
+    """Folder of the checkpoint `tiny` that the recorded sessions were made on."""
+    return shared_checkpoint("tiny", shared)
+
+
+@pytest.fixture(scope="session")
+def speech(shared: Path) -> NDArray[np.float32]:
+    """The recorded sessions' input, cut to whole frames: float32 (137 * 1920,)."""
+    import wave
+
+    with wave.open(str(shared / "goldens/recorded/speech_24k.wav")) as file:
+        pcm = np.frombuffer(file.readframes(file.getnframes()), "<i2")
+    return pcm[: len(pcm) // 1_920 * 1_920].astype(np.float32) / 32_768
