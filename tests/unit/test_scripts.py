@@ -161,6 +161,7 @@ def test_no_network(checkout: Path) -> None:
     [
         ("ERROR: No matching distribution found for moonshine-voice==0.0.73", "moonshine-voice"),
         ("ERROR: Could not find a version\nERROR: No matching distribution found for pocketsphinx<6,>=5.1.1", "pocketsphinx"),
+        ("The conflict is caused by:\n    The user requested (constraint) pocketsphinx==5.1.1\n\nTo fix this", "pocketsphinx"),
         ("  ERROR: Failed building wheel for pocketsphinx", "pocketsphinx"),
         (
             "  × No solution found\n  ╰─▶ Because moonshine-voice==0.0.73 has no wheels with a matching platform tag",

