@@ -55,8 +55,8 @@ def _embedded(module: EmbeddedModule, limits: StreamLimits, observer: EngineObse
     missing = missing_packages(EMBEDDED_PACKAGES)
     if missing:
         raise ConfigError(
-            f"the embedded English model needs {', '.join(missing)}, not installed here: run `pip install {' '.join(missing)}`. "
-            "Where this machine has no ready-made package of it, serve Kyutai's model: moshi-stt worker --config stt-1b-en_fr"
+            f"the embedded English model needs {', '.join(missing)}, not installed here. "
+            f"Run `pip install {' '.join(missing)}`, or serve Kyutai's model: `moshi-stt worker --config stt-1b-en_fr`"
         )
     from moshi_stt.engine.segment import SegmentEngine
 
@@ -68,8 +68,8 @@ def _kyutai(module: KyutaiModule, limits: StreamLimits, observer: EngineObserver
         raise ConfigError(f'[modules.{module.name}.moshi_stt] device = "mlx": Kyutai\'s models run on PyTorch here; use "auto"')
     if module.engine.quantize != "none":
         raise ConfigError(
-            f'[modules.{module.name}.moshi_stt] quantize = "{module.engine.quantize}": the PyTorch engine runs the weights as they '
-            'are; use "none", and dtype_override = "bf16" to halve them'
+            f'[modules.{module.name}.moshi_stt] quantize = "{module.engine.quantize}": PyTorch runs the weights as they are here; '
+            'use "none", and dtype_override = "bf16" to halve them'
         )
     missing = missing_packages(TORCH_PACKAGES)
     if missing:
