@@ -74,6 +74,7 @@ class ScriptedEngine(Engine):
         self.limits = limits or StreamLimits()
         self.info = EngineInfo(kind, "scripted", "", ("en",), "cpu", "float32", slots)
         self.streams_opened = 0
+        self.refusals = 0
         self.samples: list[int] = []
         """Samples that each ended stream was fed, in the order of their end."""
         self._lock = threading.Condition()
@@ -102,6 +103,13 @@ class ScriptedEngine(Engine):
             self._fail_message = message
         self._wake()
 
+    def release_failing(self, message: str) -> None:
+        """Go on from `hold` with a step that raises."""
+        with self._lock:
+            self._held = False
+            self._fail_message = message
+        self._wake()
+
     # ---- Engine ------------------------------------------------------------------------------------------------------
 
     async def start(self) -> None:
@@ -126,6 +134,7 @@ class ScriptedEngine(Engine):
         if self._thread is None:
             raise EngineError("the engine is not started")
         if len(self._slots) >= self.info.total_slots:
+            self.refusals += 1
             self.observer.refused()
             raise NoFreeSlot
         stream = Stream(self.limits, live=live, wake=self._wake, release=self._free)

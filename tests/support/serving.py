@@ -97,7 +97,7 @@ async def raw_request(port: int, request: bytes) -> Answer:
             headers = {name.lower(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
             _, status, reason = first.split(" ", 2)
             body = b""
-            if status != "101" and not request.startswith(b"HEAD "):
+            if status not in ("101", "304") and not request.startswith(b"HEAD "):
                 size = headers.get("content-length")
                 body = await (reader.read() if size is None else reader.readexactly(int(size)))
             return Answer(int(status), reason, headers, body)

@@ -144,9 +144,8 @@ class Server:
 
     @property
     def port(self) -> int:
-        assert self._listener is not None
-        port: int = self._listener.getsockname()[1]
-        return port
+        """The port listened on, known from the start on; the one asked for may have been 0."""
+        return self._port
 
     async def start(self) -> None:
         """Bind, listen, then start the engines: health can be asked while the model loads.
@@ -154,6 +153,7 @@ class Server:
         Raises ConfigError where the address cannot be had, and what an engine's start raises; the server is stopped then.
         """
         self._listener = bind(self._host, self._port)
+        self._port = self._listener.getsockname()[1]
         try:
             await self._runner.setup()
             await web.SockSite(self._runner, self._listener, backlog=BACKLOG).start()

@@ -1,0 +1,268 @@
+"""POST of whole files: answers, refusals and what is left behind (nothing)."""
+
+import asyncio
+import errno
+import io
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import numpy as np
+import pytest
+from tests.support.media import encode, noise
+from tests.support.raw_ws import RawClient
+from tests.support.scripted_engine import ScriptedEngine, counting
+from tests.support.serving import KEY, Running, raw_request, serving, until
+
+from moshi_stt.constants import API_KEY_HEADER, DEFAULT_PATH, SAMPLE_RATE
+from moshi_stt.server import upload
+
+HEADERS = {API_KEY_HEADER: KEY}
+
+
+def wav(seconds: float, rate: int = SAMPLE_RATE) -> bytes:
+    return encode(noise(seconds, rate), rate)
+
+
+async def post(running: Running, body: Any, headers: dict[str, str] = HEADERS, query: str = "") -> tuple[int, str, str]:
+    """Status, content type, text."""
+    async with (
+        aiohttp.ClientSession() as http,
+        http.post(
+            running.http + DEFAULT_PATH + query, data=io.BytesIO(body) if isinstance(body, bytes) else body, headers=headers
+        ) as answer,
+    ):
+        return answer.status, answer.headers.get("Content-Type", ""), await answer.text()
+
+
+def temporary_files() -> set[str]:
+    return {path.name for path in Path(tempfile.gettempdir()).glob("moshi-stt-upload-*")}
+
+
+@pytest.fixture(autouse=True)
+def own_temporary_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+
+
+async def test_answer_is_an_array_of_words_and_ends() -> None:
+    """The form of contract section 1.4: tag inside, no `Ready`, no `Step`, no log-probability."""
+    engine = ScriptedEngine(counting(3, 3), delay_frames=2)
+    async with serving(engine) as running:
+        status, kind, text = await post(running, wav(1.0))
+    assert (status, kind) == (200, "application/json")
+    assert text == (
+        '[{"type":"Word","text":"w0","start_time":0.0},{"type":"EndWord","stop_time":0.16},'
+        '{"type":"Word","text":"w1","start_time":0.24},{"type":"EndWord","stop_time":0.4},'
+        '{"type":"Word","text":"w2","start_time":0.48},{"type":"EndWord","stop_time":0.64}]'
+    )
+    assert engine.samples == [SAMPLE_RATE]
+    assert not temporary_files()
+
+
+@pytest.mark.parametrize("format", ["wav", "flac", "mp3", "opus", "m4a", "webm"])
+async def test_any_format_and_rate(format: str) -> None:
+    """Nothing but the bytes says what it is."""
+    engine = ScriptedEngine(counting(2))
+    async with serving(engine) as running:
+        status, _, text = await post(running, encode(noise(2.0, 48_000), 48_000, format))
+    assert status == 200, text
+    assert len(json.loads(text)) == 4
+    assert abs(engine.samples[0] - 2 * SAMPLE_RATE) <= 0.1 * SAMPLE_RATE
+
+
+async def test_larger_than_two_mebibytes_and_than_any_queue() -> None:
+    """moshi-server refuses more than 2 MiB. Here a file ten times the inbox goes through in pieces."""
+    engine = ScriptedEngine()
+    async with serving(engine) as running:
+        status, _, text = await post(running, wav(200.0, 8_000))
+    assert (status, text) == (200, "[]")
+    assert engine.samples == [200 * SAMPLE_RATE]
+
+
+async def test_chunked_body_without_a_length() -> None:
+    async def pieces() -> Any:
+        data = wav(1.0)
+        for start in range(0, len(data), 1_000):
+            yield data[start : start + 1_000]
+
+    async with serving(ScriptedEngine(counting(1))) as running:
+        assert (await post(running, pieces()))[0] == 200
+
+
+@pytest.mark.parametrize(
+    ("headers", "query"), [({}, ""), ({}, f"?auth_id={KEY}"), ({API_KEY_HEADER: "nope"}, ""), ({API_KEY_HEADER: "é"}, "")]
+)
+async def test_key_counts_in_the_header_alone(headers: dict[str, str], query: str) -> None:
+    async with serving(ScriptedEngine()) as running:
+        status, _, text = await post(running, wav(0.1), headers, query)
+    assert (status, text) == (401, "")
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+async def test_too_large_is_said_with_the_limit(chunked: bool) -> None:
+    """413 with moshi-server's beginning, and the number."""
+
+    async def pieces() -> Any:
+        for _ in range(20):
+            yield bytes(1_000)
+
+    async with serving(ScriptedEngine(), max_upload_bytes=10_000) as running:
+        status, kind, text = await post(running, pieces() if chunked else bytes(10_001))
+        assert (status, kind) == (413, "text/plain; charset=utf-8")
+        assert text.startswith("Failed to buffer the request body: length limit exceeded")
+        assert "10000" in text
+        assert (await post(running, wav(0.1)))[0] == 200
+    assert not temporary_files()
+
+
+@pytest.mark.parametrize(
+    "body", [b"", b"z" * 1000, b"RIFF\x00\x00\x00\x00WAVE", b"<html>" * 100], ids=["empty", "z", "header", "html"]
+)
+async def test_what_is_no_audio_is_the_clients_fault(body: bytes) -> None:
+    """400 and a plain sentence; moshi-server says 500, for some formats it drops the connection."""
+    async with serving(ScriptedEngine()) as running:
+        status, kind, text = await post(running, body)
+    assert (status, kind) == (400, "text/plain; charset=utf-8")
+    assert len(text) > 20
+    assert "Traceback" not in text
+    assert "/" not in text.replace("and/or", "")
+
+
+async def test_damage_in_the_middle_is_said() -> None:
+    """Not half a transcript that looks whole."""
+    data = encode(noise(60.0), SAMPLE_RATE, "flac")
+    broken = data[: len(data) // 2] + bytes(20_000) + data[len(data) // 2 + 20_000 :]
+    engine = ScriptedEngine()
+    async with serving(engine) as running:
+        status, _, text = await post(running, broken)
+        assert status in (200, 400)  # FLAC may find its way again behind the damage
+        assert (status == 200) == text.startswith("[")
+        status, _, text = await post(running, data[: len(data) // 2])
+        assert status == 400, text
+        await until(lambda: engine.used_slots == 0)
+
+
+async def test_no_free_slot_is_503_after_the_wait() -> None:
+    """moshi-server answers 500 with the same text; 503 says that trying again helps, and when."""
+    engine = ScriptedEngine(slots=1)
+    async with serving(engine, slot_wait_seconds=0.1) as running, await RawClient.connect(running.port) as client:
+        await client.receive_event()
+        request = b"POST /api/asr-streaming HTTP/1.1\r\nHost: x\r\nkyutai-api-key: public_token\r\nContent-Length: %d\r\n\r\n"
+        data = wav(0.1)
+        answer = await raw_request(running.port, request % len(data) + data)
+    assert (answer.status, answer.body) == (503, b"no free channels")
+    assert answer.headers["retry-after"] == "10"
+
+
+async def test_waits_for_a_slot_that_comes_free() -> None:
+    engine = ScriptedEngine(counting(1), slots=1)
+    async with serving(engine) as running, await RawClient.connect(running.port) as client:
+        await client.receive_event()
+        posting = asyncio.create_task(post(running, wav(0.5)))
+        await until(lambda: engine.refusals > 0, "the upload waiting for a slot")
+        client.close()
+        status, _, text = await posting
+    assert status == 200
+    assert "w0" in text
+
+
+async def test_client_that_goes_away_frees_its_slot_and_its_file() -> None:
+    """While the engine stands still, and while the body is still coming."""
+    engine = ScriptedEngine()
+    async with serving(engine) as running:
+        for body in (wav(1.0), wav(1.0)[:5_000]):
+            engine.hold()
+            _, writer = await asyncio.open_connection("127.0.0.1", running.port)
+            head = (
+                f"POST {DEFAULT_PATH} HTTP/1.1\r\nHost: x\r\nkyutai-api-key: {KEY}\r\nContent-Length: {len(wav(1.0))}\r\n\r\n"
+            )
+            writer.write(head.encode() + body)
+            await writer.drain()
+            if len(body) == len(wav(1.0)):
+                await until(lambda: engine.used_slots == 1)
+            else:
+                await until(temporary_files)
+            writer.transport.abort()
+            await until(lambda: engine.used_slots == 0 and not temporary_files() and not running.server.service.uploads)
+            engine.release()
+        assert (await post(running, wav(0.2)))[0] == 200
+
+
+async def test_engine_failure_is_500_in_plain_words() -> None:
+    engine = ScriptedEngine()
+    async with serving(engine) as running:
+        engine.hold()
+        posting = asyncio.create_task(post(running, wav(1.0)))
+        await until(lambda: engine.used_slots == 1)
+        engine.release_failing("the device is gone")
+        status, kind, text = await posting
+    assert (status, kind) == (500, "text/plain; charset=utf-8")
+    assert text == "the model failed: the device is gone"
+
+
+async def test_shutdown_answers_503() -> None:
+    engine = ScriptedEngine()
+    async with serving(engine) as running:
+        engine.hold()
+        posting = asyncio.create_task(post(running, wav(1.0)))
+        await until(lambda: engine.used_slots == 1)
+        await running.server.stop()
+        assert (await posting)[::2] == (503, "the server is shutting down")
+    assert not temporary_files()
+
+
+async def test_full_disk_is_507(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def full(file: Any, data: bytearray) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(upload, "_write", full)
+    async with serving(ScriptedEngine()) as running:
+        status, _, text = await post(running, wav(0.1))
+    assert (status, text) == (507, "Failed to buffer the request body: No space left on device")
+
+
+async def test_live_streams_are_not_counted_as_connections_by_uploads() -> None:
+    """`asr_connect` counts WebSockets alone, as with moshi-server's BatchedAsr; uploads have a count of their own."""
+    async with serving(ScriptedEngine()) as running:
+        await post(running, wav(0.1))
+        text = running.server.service.metrics.render().decode()
+    assert 'asr_connect{handler="all"} 0\n' in text
+    assert 'moshi_stt_uploads{status="200"} 1\n' in text
+
+
+@pytest.mark.parametrize(("key", "first"), [(KEY, b"HTTP/1.1 100 Continue\r\n"), ("nope", b"HTTP/1.1 401 Unauthorized\r\n")])
+async def test_expect_continue_asks_for_the_body_only_with_a_key(key: str, first: bytes) -> None:
+    """curl waits for it before it sends a large file."""
+    data = wav(0.2)
+    async with serving(ScriptedEngine()) as running:
+        reader, writer = await asyncio.open_connection("127.0.0.1", running.port)
+        head = f"POST {DEFAULT_PATH} HTTP/1.1\r\nHost: x\r\nExpect: 100-continue\r\nkyutai-api-key: {key}\r\n"
+        writer.write(f"{head}Content-Length: {len(data)}\r\n\r\n".encode())
+        async with asyncio.timeout(20):
+            assert await reader.readline() == first
+            if key == KEY:
+                assert await reader.readline() == b"\r\n"
+                writer.write(data)
+                assert await reader.readline() == b"HTTP/1.1 200 OK\r\n"
+        writer.close()
+        await writer.wait_closed()
+
+
+async def test_bad_chunks_are_said() -> None:
+    """A body that breaks HTTP itself."""
+    request = b"POST /api/asr-streaming HTTP/1.1\r\nHost: x\r\nkyutai-api-key: public_token\r\n"
+    request += b"Transfer-Encoding: chunked\r\n\r\nzz\r\nab\r\n"
+    async with serving(ScriptedEngine()) as running:
+        assert (await raw_request(running.port, request)).status == 400
+
+
+async def test_two_uploads_and_a_stream_share_the_engine() -> None:
+    engine = ScriptedEngine(counting(4), slots=3)
+    async with serving(engine) as running, await RawClient.connect(running.port) as client:
+        posts = [asyncio.create_task(post(running, wav(2.0))) for _ in range(2)]
+        client.audio(np.zeros(SAMPLE_RATE, np.float32))
+        client.marker(1)
+        await client.events_until("Marker")
+        assert {status for status, _, _ in await asyncio.gather(*posts)} == {200}

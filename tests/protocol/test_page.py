@@ -1,0 +1,95 @@
+"""The parts of the browser page that can be run without a browser, by Node where there is one."""
+
+import json
+import shutil
+import subprocess
+from typing import Any
+
+import numpy as np
+import pytest
+
+from moshi_stt import protocol
+from moshi_stt.events import EndWord, Error, Marker, Ready, Step, Word
+from moshi_stt.server.static import PACKAGED
+
+NODE = shutil.which("node")
+pytestmark = pytest.mark.skipif(NODE is None, reason="no node: the page's scripts are not run")
+
+
+def run(script: str) -> Any:
+    """What the script prints, as JSON."""
+    assert NODE is not None
+    done = subprocess.run(
+        [NODE, "--input-type=module", "-"], input=script, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def module(name: str) -> str:
+    return json.dumps((PACKAGED / name).as_uri())
+
+
+def test_page_encodes_what_the_server_decodes() -> None:
+    """Audio of every value that a microphone gives, and a marker."""
+    audio, empty, marker = run(f"""
+        import {{ encodeAudio, encodeMarker }} from {module("messagepack.js")};
+        const hex = (buffer) => Buffer.from(buffer).toString("hex");
+        const audio = (...samples) => hex(encodeAudio(Float32Array.from(samples)));
+        console.log(JSON.stringify([audio(0, 0.5, -0.25, 1e-9), audio(), hex(encodeMarker(7))]));
+    """)
+    decoded = protocol.decode(bytes.fromhex(audio))
+    assert isinstance(decoded, protocol.Audio)
+    np.testing.assert_array_equal(decoded.pcm, np.float32([0, 0.5, -0.25, 1e-9]))
+    silence = protocol.decode(bytes.fromhex(empty))
+    assert isinstance(silence, protocol.Audio)
+    assert len(silence.pcm) == 0
+    assert protocol.decode(bytes.fromhex(marker)) == protocol.MarkerRequest(7)
+
+
+def test_page_decodes_every_message_of_the_server() -> None:
+    events = [
+        Ready(),
+        Step(70_000, (0.5, 0.25, 0.125, 1.0), 480_000),
+        Word("hé" * 40, 1.04),
+        EndWord(2.0),
+        Marker(-33),
+        Marker(1 << 40),
+        Error("x" * 300),
+    ]
+    messages = [protocol.encode(event).hex() for event in events]
+    decoded = run(f"""
+        import {{ decode }} from {module("messagepack.js")};
+        const messages = {json.dumps(messages)};
+        console.log(JSON.stringify(messages.map((hex) => decode(Uint8Array.from(Buffer.from(hex, "hex")).buffer))));
+    """)
+    assert decoded == [
+        {"type": "Ready"},
+        {"type": "Step", "step_idx": 70_000, "prs": [0.5, 0.25, 0.125, 1.0], "buffered_pcm": 480_000},
+        {"type": "Word", "text": "hé" * 40, "start_time": 1.04},
+        {"type": "EndWord", "stop_time": 2.0},
+        {"type": "Marker", "id": -33},
+        {"type": "Marker", "id": 1 << 40},
+        {"type": "Error", "message": "x" * 300},
+    ]
+
+
+@pytest.mark.parametrize("rate", [16_000, 44_100, 48_000, 96_000])
+def test_page_resamples_any_rate(rate: int) -> None:
+    """A tone keeps its place and height, one that 24 kHz cannot carry is gone, and the cut of the input does not matter."""
+    tone, alias, cut = run(f"""
+        import {{ Resampler }} from {module("capture.js")};
+        const sound = (hz) => Float32Array.from({{ length: {rate} / 4 }}, (_, i) => Math.sin(2 * Math.PI * hz * i / {rate}));
+        const whole = (pcm, piece) => {{
+          const out = [], resampler = new Resampler({rate}), add = (sample) => out.push(sample);
+          for (let at = 0; at < pcm.length; at += piece) resampler.feed(pcm.subarray(at, at + piece), add);
+          return out;
+        }};
+        console.log(JSON.stringify([whole(sound(1000), 1e9), whole(sound(15000), 1e9), whole(sound(1000), 128)]));
+    """)
+    expected = np.sin(2 * np.pi * 1000 * np.arange(len(tone)) / 24_000)
+    assert len(tone) > 5_800
+    assert np.abs(np.array(tone) - expected)[50:].max() < 0.01
+    if rate > 30_000:
+        assert np.abs(np.array(alias))[50:].max() < 0.02
+    np.testing.assert_allclose(cut, tone, atol=1e-9)
