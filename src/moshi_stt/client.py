@@ -142,7 +142,7 @@ class Client:
             why = {
                 401: "the server does not know this key (401): pass one of its authorized_ids",
                 404: f"the server has no path {urlsplit(self.url).path} (404)",
-                503: "the server has no free slot (503)",
+                503: "the server cannot serve now (503): its /ready says why",
             }.get(error.status, f"the server answered {error.status} {error.message}")
             return f"{self.url}: {why}"
         if isinstance(error, aiohttp.ClientConnectorError):

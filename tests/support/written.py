@@ -7,9 +7,9 @@ import numpy as np
 
 from moshi_stt.constants import SAMPLE_RATE
 from moshi_stt.engine.engine import Engine, EngineInfo
-from moshi_stt.engine.stream import Finish, Pcm, Stream, StreamLimits
+from moshi_stt.engine.stream import Finish, Mark, Pcm, Stream, StreamLimits
 from moshi_stt.errors import NoFreeSlot
-from moshi_stt.events import EndWord, Ready, Word
+from moshi_stt.events import EndWord, Marker, Ready, Word
 
 
 def written(times: list[tuple[float, float]], seconds: float) -> np.ndarray:
@@ -24,7 +24,12 @@ class Reader(Engine):
     """Reads what `written` wrote, and mis-hears a word that its stream does not hold whole. Times may be off."""
 
     def __init__(
-        self, slots: int = 3, jitter_seconds: float = 0.0, fail_on: int | None = None, wait_for_all: bool = False
+        self,
+        slots: int = 3,
+        jitter_seconds: float = 0.0,
+        fail_on: int | None = None,
+        wait_for_all: bool = False,
+        files_only: bool = True,
     ) -> None:
         super().__init__()
         self.info = EngineInfo("batched_asr", "reader", "", ("en",), "cpu", "float32", slots)
@@ -33,9 +38,12 @@ class Reader(Engine):
         self._open: set[Stream] = set()
         self._fail_on = fail_on
         self._wait_for_all = wait_for_all
+        self._files_only = files_only
         self._finished: list[Stream] = []
         self._heard: dict[Stream, list[np.ndarray]] = {}
         self.streams = 0
+        self.read: list[np.ndarray] = []
+        """What each marker stood behind, from its stream's start."""
         self._ends = 0
 
     async def start(self) -> None: ...
@@ -55,7 +63,7 @@ class Reader(Engine):
         return 0
 
     def open(self, *, live: bool = True) -> Stream:
-        assert not live
+        assert not (live and self._files_only)
         if len(self._open) >= self.total_slots:
             raise NoFreeSlot
         stream = Stream(StreamLimits(), live=live, wake=lambda: None, release=self._release)
@@ -76,6 +84,10 @@ class Reader(Engine):
             if isinstance(command, Pcm):
                 self._heard[stream].append(command.samples)
                 stream.stepped(len(command.samples))
+            elif isinstance(command, Mark):
+                pcm = np.concatenate([np.zeros(0, np.float32), *self._heard[stream]])
+                self.read.append(pcm)
+                stream.deliver([*self._read(pcm), Marker(command.id)])
             elif isinstance(command, Finish):
                 self._ends += 1
                 if self._ends == self._fail_on:
