@@ -157,14 +157,14 @@ def gpu() -> Iterator[Finding]:
 
 
 def weights() -> Iterator[Finding]:
-    from moshi_stt.cli.validate import missing_files
+    from moshi_stt.cli.validate import find_files
     from moshi_stt.config import KyutaiModule
     from moshi_stt.config_load import load_config, shipped_names
 
     for name in shipped_names():
         modules = [m for m in load_config(name).config.modules if isinstance(m, KyutaiModule)]
         if modules:
-            missing = [file for module in modules for file in missing_files(module)]
+            missing = [check for module in modules for check in find_files(module) if check.path is None]
             if missing:
                 text = f"{len(missing)} of its files are not on this machine"
                 yield Finding("note", f"weights of {name}", text, f"moshi-stt download {name}")

@@ -59,8 +59,15 @@ def _embedded(module: EmbeddedModule, limits: StreamLimits, observer: EngineObse
             f"Run `pip install {' '.join(missing)}`, or serve Kyutai's model: `moshi-stt worker --config stt-1b-en_fr`"
         )
     from moshi_stt.engine.segment import SegmentEngine
+    from moshi_stt.models.embedded import load_embedded
 
-    return SegmentEngine(module, limits=limits, observer=observer)
+    return SegmentEngine(
+        partial(load_embedded, module.threads),
+        slots=module.batch_size,
+        threads=module.threads,
+        limits=limits,
+        observer=observer,
+    )
 
 
 def _kyutai(module: KyutaiModule, limits: StreamLimits, observer: EngineObserver | None) -> Engine:
@@ -68,7 +75,7 @@ def _kyutai(module: KyutaiModule, limits: StreamLimits, observer: EngineObserver
         raise ConfigError(f'[modules.{module.name}.moshi_stt] device = "mlx": Kyutai\'s models run on PyTorch here; use "auto"')
     if module.engine.quantize != "none":
         raise ConfigError(
-            f'[modules.{module.name}.moshi_stt] quantize = "{module.engine.quantize}": PyTorch runs the weights as they are here; '
+            f'[modules.{module.name}.moshi_stt] quantize = "{module.engine.quantize}": PyTorch runs the weights as they are; '
             'use "none", and dtype_override = "bf16" to halve them'
         )
     missing = missing_packages(TORCH_PACKAGES)
