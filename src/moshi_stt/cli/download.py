@@ -1,0 +1,69 @@
+"""`moshi-stt download`: the weights that configurations name, fetched into the hub's cache. Knows no format of theirs."""
+
+import argparse
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+DEFAULT = "stt-1b-en_fr"
+HEADROOM = 1.02
+"""Free space asked for, over the size of what is to come."""
+
+
+def add_parser(subparsers: Any) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = subparsers.add_parser(
+        "download",
+        help="fetch the weights of a configuration",
+        description="Fetch the files that configurations name into the Hugging Face cache. Run again, it goes on from there.",
+        epilog="Environment: HF_HOME (where the cache is), HF_TOKEN, HF_ENDPOINT (a mirror), HF_HUB_OFFLINE, HTTPS_PROXY.",
+    )
+    parser.add_argument(
+        "configs",
+        nargs="*",
+        metavar="CONFIG",
+        default=[DEFAULT],
+        help=f"name of a shipped configuration (see `moshi-stt configs`), or a TOML file (default {DEFAULT})",
+    )
+    return parser
+
+
+def run(args: argparse.Namespace) -> int:
+    """Fetch, and print where each file is. Raises ConfigError, CheckpointError or DownloadError."""
+    from moshi_stt.models.hub import cache_folder, find_cached, parse_reference, remote_size, resolve
+
+    references = list(dict.fromkeys(name for config in args.configs for name in named_files(config)))
+    if not references:
+        print("nothing to fetch: the model of this configuration comes with the packages")
+        return 0
+    missing = [file for name in references if (file := parse_reference(name)) is not None and find_cached(file) is None]
+    if missing:
+        sizes = [file.known.bytes if file.known else remote_size(file) for file in missing]
+        check_space(sum(sizes), cache_folder())
+    for reference in references:
+        print(f"{reference}\n  {resolve(reference)}", flush=True)
+    return 0
+
+
+def named_files(config: str) -> Iterator[str]:
+    """The files that a configuration's modules name. Raises ConfigError."""
+    from moshi_stt.config import KyutaiModule
+    from moshi_stt.config_load import load_config
+
+    for module in load_config(config).config.modules:
+        if isinstance(module, KyutaiModule):
+            names = (module.config_file, module.lm_model_file, module.text_tokenizer_file, module.audio_tokenizer_file)
+            yield from (name for name in names if name)
+
+
+def check_space(needed_bytes: int, folder: Path) -> None:
+    """Raise DownloadError where the disk of `folder`, which need not be there yet, has no room for so many bytes."""
+    from moshi_stt.errors import DownloadError
+
+    there = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+    free = shutil.disk_usage(there).free
+    if free < needed_bytes * HEADROOM:
+        raise DownloadError(
+            f"{needed_bytes / 1e9:.2f} GB are to be fetched and {there} has {free / 1e9:.2f} GB free. "
+            "Free some space, or set HF_HOME to a folder on another disk."
+        )

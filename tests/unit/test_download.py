@@ -1,0 +1,90 @@
+"""`moshi-stt download` against the hub on this machine."""
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from tests.support.local_hub import COMMIT, LocalHub, local_hub
+
+from moshi_stt.cli import download, main
+from moshi_stt.models import hub as hub_module
+from moshi_stt.models.hub import Known, Published
+
+pytest.importorskip("huggingface_hub", reason="huggingface_hub comes with the model extras")
+
+REPO = "kyutai/stt-1b-en_fr-candle"
+NAMES = ("model.safetensors", "tokenizer_en_fr_audio_8000.model", "mimi-pytorch-e351c8d8@125.safetensors")
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LocalHub]:
+    """A hub with files of the names that the shipped 1B configuration has."""
+    import hashlib
+
+    contents = {name: np.random.default_rng(i).bytes(50_000) for i, name in enumerate(NAMES)}
+    known = {name: Known(len(c), hashlib.sha256(c).hexdigest()) for name, c in contents.items()}
+    monkeypatch.setitem(hub_module.PUBLISHED, REPO, Published(COMMIT, known))
+    for name in ("HF_HUB_CACHE", "HF_HUB_OFFLINE", "HF_TOKEN"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    with local_hub() as running:
+        running.files = {(REPO, name): content for name, content in contents.items()}
+        monkeypatch.setenv("HF_ENDPOINT", running.address)
+        yield running
+
+
+def test_the_shipped_configuration(hub: LocalHub, capsys: pytest.CaptureFixture[str]) -> None:
+    """All of its files; a second run finds them without a request."""
+    assert main(["download", "stt-1b-en_fr"]) == 0
+    printed = capsys.readouterr().out
+    for name in NAMES:
+        path = next(Path(line.strip()) for line in printed.splitlines() if line.startswith("  ") and line.endswith(name))
+        assert path.read_bytes() == hub.files[(REPO, name)]
+    hub.requests.clear()
+    assert main(["download"]) == 0
+    assert capsys.readouterr().out == printed
+    assert not hub.requests
+
+
+def test_what_cannot_be_had(hub: LocalHub, capsys: pytest.CaptureFixture[str]) -> None:
+    del hub.files[(REPO, NAMES[2])]
+    assert main(["download", "stt-1b-en_fr"]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("Error: hf://kyutai/stt-1b-en_fr-candle/mimi-pytorch-e351c8d8@125.safetensors cannot be had")
+    assert f"{hub.address}/{REPO}/resolve/{COMMIT}/{NAMES[2]}" in said
+
+
+def test_a_full_disk(hub: LocalHub, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Said before anything is fetched."""
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=100_000))
+    assert main(["download", "stt-1b-en_fr"]) == 1
+    said = capsys.readouterr().err
+    assert "0.00 GB are to be fetched" in said
+    assert "HF_HOME" in said
+    assert not hub.asked("GET", "")
+
+
+def test_a_configuration_without_weights(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["download", "embedded"]) == 0
+    assert "nothing to fetch" in capsys.readouterr().out
+
+
+def test_a_name_that_is_none(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["download", "stt-1b-en"]) == 1
+    assert "stt-1b-en_fr" in capsys.readouterr().err
+
+
+def test_local_files_are_checked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from moshi_stt.config_load import shipped_text
+
+    path = tmp_path / "own.toml"
+    path.write_text(shipped_text("stt-1b-en_fr").replace(f"hf://{REPO}", str(tmp_path)))
+    assert main(["download", str(path)]) == 1
+    assert "is not there; expected a file" in capsys.readouterr().err
+
+
+def test_space_is_asked_of_the_nearest_folder(tmp_path: Path) -> None:
+    download.check_space(1, tmp_path / "not" / "yet" / "there")
