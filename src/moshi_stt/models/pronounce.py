@@ -143,7 +143,7 @@ def _ordinal(word: str) -> str:
 
 
 def letters_to_phones(word: str) -> list[str]:
-    """Phones for a word of letters and apostrophes by rule, at least one. Without a vowel it is spelled: "bbc" B IY B IY S IY."""
+    """Phones for a word of letters and apostrophes by rule, at least one. Without a vowel it is spelled out, as in "bbc"."""
     letters = re.sub(r"[^a-z]", "", word.lower().translate(_PLAIN))
     if not letters:
         return ["AH"]

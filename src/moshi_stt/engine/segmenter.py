@@ -1,0 +1,293 @@
+"""One stream of audio to words with times, by a recogniser of whole utterances. Knows no threads, no sockets and no model.
+
+What comes out depends on the audio alone, never on how it was cut into pieces or on how busy the machine is: audio is taken
+in blocks of one size, every decision falls at a sample of the stream's own clock, and hypotheses are always made where they
+are due. A word that was said is settled: later hypotheses continue it, so they cannot contradict what has been sent.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moshi_stt.audio.resample import StreamingResampler
+from moshi_stt.constants import SAMPLE_RATE
+from moshi_stt.engine.recogniser import RECOGNISER_RATE, VAD_FRAME, Recogniser, Spoken
+from moshi_stt.events import AnyEvent, EndWord, Word
+
+BLOCK_SAMPLES = 768
+"""Samples at 24 kHz that are resampled at once: one detector frame."""
+
+FRAME_SECONDS = VAD_FRAME / RECOGNISER_RATE
+QUIETEST_FRAMES = 3
+"""A long segment is cut in the middle of the quietest stretch of so many frames."""
+
+
+@dataclass(frozen=True)
+class SegmentSettings:
+    """Where speech is cut and when hypotheses are made. Times in seconds; docs/embedded.md has the measurements behind them."""
+
+    speech_from: float = 0.5
+    """A frame of this probability or more starts speech."""
+    speech_until: float = 0.35
+    """Below this a frame within speech counts as silence."""
+    lead_seconds: float = 0.4
+    """Audio taken before the first frame of speech."""
+    fewest_frames: int = 3
+    """Frames of speech that a segment must have to be recognised at all."""
+    hypothesis_seconds: float = 0.48
+    """From one hypothesis to the next while somebody speaks."""
+    hypothesis_growth: float = 0.03
+    """What each second of the segment adds to that: long segments cost more."""
+    pause_seconds: float = 0.2
+    """After so much silence the last word is over: a hypothesis is made at once."""
+    end_seconds: float = 0.6
+    """After so much silence the segment is over."""
+    long_seconds: float = 8.0
+    """From this length on the first pause ends the segment."""
+    longest_seconds: float = 15.0
+    """Speech without a pause is cut here, at the quietest place of the last `cut_seconds`."""
+    cut_seconds: float = 4.0
+    lowest_logprob: float = -1.0
+    """A hypothesis whose tokens have a mean log-probability below this is noise, not speech."""
+
+
+@dataclass
+class _Segment:
+    """The stretch of speech being recognised. Positions are samples at 16 kHz since the epoch's start."""
+
+    start: int
+    next_hypothesis: int
+    last_speech: int
+    speech_frames: int = 0
+    silent_frames: int = 0
+    said: list[Spoken] = field(default_factory=list)
+    """Words sent."""
+    guess: list[Spoken] = field(default_factory=list)
+    """Words of the latest hypothesis that are not sent."""
+    anchor: tuple[str, int] | None = None
+    """The last word sent and where it starts: the next alignment begins with it."""
+    quiet: bool = False
+    """Whether nothing was said since the latest hypothesis, so that another would say the same."""
+
+
+class Segmenter:
+    """Words of one stream. `feed` and `flush` are generators: each `next` makes at most one hypothesis."""
+
+    def __init__(self, recogniser: Recogniser, settings: SegmentSettings | None = None) -> None:
+        self.settings = settings or SegmentSettings()
+        self.recogniser = recogniser
+        self.hypotheses = 0
+        """Recogniser calls since the start."""
+        seconds = self.settings.longest_seconds + self.settings.lead_seconds + 1.0
+        self._audio = np.empty(int(seconds * RECOGNISER_RATE), np.float32)
+        self.reset()
+
+    def reset(self) -> None:
+        """Fresh state, clock at 0."""
+        self._received = 0  # samples at 24 kHz since the stream's start
+        self._last_stop = 0.0
+        self._begin_epoch()
+
+    def _begin_epoch(self) -> None:
+        """Everything fresh but the clock: after the start and after a flush."""
+        self._epoch_start = self._received
+        self._block = np.zeros(0, np.float32)
+        self._resampler = StreamingResampler(SAMPLE_RATE, RECOGNISER_RATE)
+        self._audio_start = 0
+        self._audio_stop = 0
+        self._framed = 0
+        self._vad = self.recogniser.vad_start()
+        self._segment: _Segment | None = None
+        self._earliest_start = 0
+
+    # ---- in ----------------------------------------------------------------------------------------------------------
+
+    def feed(self, pcm: NDArray[np.float32]) -> Iterator[list[AnyEvent]]:
+        """Take audio, float32 (S,) at 24 kHz, to its end; yield the events of each hypothesis."""
+        joined = np.concatenate([self._block, pcm]) if len(self._block) else pcm
+        whole = len(joined) - len(joined) % BLOCK_SAMPLES
+        self._block = joined[whole:].copy()
+        for start in range(0, whole, BLOCK_SAMPLES):
+            self._received += BLOCK_SAMPLES
+            self._append(self._resampler.feed(_clean(joined[start : start + BLOCK_SAMPLES])))
+            yield from self._take_frames()
+
+    def flush(self) -> Iterator[list[AnyEvent]]:
+        """End the segment here, whatever was being said; yield its words. The stream may go on, its clock running on."""
+        self._received += len(self._block)
+        self._append(self._resampler.feed(_clean(self._block)))
+        self._append(self._resampler.finish())
+        missing = -(self._audio_stop - self._framed) % VAD_FRAME
+        self._append(np.zeros(missing, np.float32))
+        yield from self._take_frames()
+        if self._segment is not None:
+            yield self._finish(self._framed - missing)
+        self._begin_epoch()
+
+    def _append(self, samples: NDArray[np.float32]) -> None:
+        kept = self._audio_stop - self._audio_start
+        if kept + len(samples) > len(self._audio):
+            keep_from = self._segment.start if self._segment else max(self._earliest_start, self._framed - self._lead)
+            drop = keep_from - self._audio_start
+            kept -= drop
+            self._audio[:kept] = self._audio[drop : drop + kept]
+            self._audio_start = keep_from
+        self._audio[kept : kept + len(samples)] = samples
+        self._audio_stop += len(samples)
+
+    def _between(self, start: int, stop: int) -> NDArray[np.float32]:
+        return self._audio[start - self._audio_start : stop - self._audio_start]
+
+    @property
+    def _lead(self) -> int:
+        return int(self.settings.lead_seconds * RECOGNISER_RATE)
+
+    # ---- one frame ---------------------------------------------------------------------------------------------------
+
+    def _take_frames(self) -> Iterator[list[AnyEvent]]:
+        while self._audio_stop - self._framed >= VAD_FRAME:
+            frame = self._between(self._framed, self._framed + VAD_FRAME)
+            probability, self._vad = self.recogniser.speech_probability(frame, self._vad)
+            self._framed += VAD_FRAME
+            if self._segment is None and probability >= self.settings.speech_from:
+                start = max(self._earliest_start, self._framed - VAD_FRAME - self._lead, 0)
+                self._segment = _Segment(start, self._after(start, self._framed), self._framed)
+            if self._segment is not None:
+                yield from self._follow(self._segment, probability)
+
+    def _follow(self, segment: _Segment, probability: float) -> Iterator[list[AnyEvent]]:
+        """Count the frame to the segment, and make the hypothesis that is due behind it."""
+        settings = self.settings
+        now = self._framed
+        if probability >= settings.speech_until:
+            segment.speech_frames += 1
+            segment.silent_frames = 0
+            segment.last_speech = now
+            segment.quiet = False
+        else:
+            segment.silent_frames += 1
+        seconds = (now - segment.start) / RECOGNISER_RATE
+        pause_frames = round(settings.pause_seconds / FRAME_SECONDS)
+        pause = segment.silent_frames == pause_frames
+        over = segment.silent_frames >= round(settings.end_seconds / FRAME_SECONDS)
+        if over or (pause and seconds >= settings.long_seconds):
+            yield self._finish(now)
+        elif seconds >= settings.longest_seconds:
+            yield self._cut()
+        elif segment.speech_frames >= settings.fewest_frames and (
+            pause or (now >= segment.next_hypothesis and not segment.quiet)
+        ):
+            yield self._hypothesise(segment, pause=segment.silent_frames >= round(settings.pause_seconds / FRAME_SECONDS))
+
+    def _after(self, start: int, now: int) -> int:
+        """When a segment that began at `start` is due for a hypothesis, the last one having been made at `now`."""
+        seconds = self.settings.hypothesis_seconds + self.settings.hypothesis_growth * (now - start) / RECOGNISER_RATE
+        return now + int(seconds * RECOGNISER_RATE)
+
+    # ---- hypotheses --------------------------------------------------------------------------------------------------
+
+    def _recognise(self, segment: _Segment, stop: int) -> list[Spoken]:
+        self.hypotheses += 1
+        words = self.recogniser.recognise(self._between(segment.start, stop), segment.said, segment.guess)
+        tokens = sum(len(word.tokens) for word in words)
+        if tokens and sum(word.logprob for word in words) / tokens < self.settings.lowest_logprob:
+            return []
+        return words
+
+    def _hypothesise(self, segment: _Segment, *, pause: bool) -> list[AnyEvent]:
+        """Say the words on which this hypothesis and the one before agree. Its last word may be half of one, but in a pause."""
+        now = self._framed
+        words = self._recognise(segment, now)
+        agreed = _agreeing(segment.guess, words)
+        settled = agreed if pause else min(agreed, len(words) - 1)
+        events = self._say(segment, words, settled, now)
+        segment.guess = words[max(settled, 0) :]
+        segment.quiet = pause and not segment.guess
+        segment.next_hypothesis = self._after(segment.start, now)
+        return events
+
+    def _finish(self, stop: int) -> list[AnyEvent]:
+        """End the segment at `stop`, where nobody speaks or nothing more comes: say the rest."""
+        segment = self._segment
+        assert segment is not None
+        self._segment = None
+        self._earliest_start = max(segment.last_speech, stop - self._lead)
+        if segment.quiet or segment.speech_frames < self.settings.fewest_frames:
+            return []
+        words = self._recognise(segment, stop)
+        return self._say(segment, words, len(words), stop)
+
+    def _cut(self) -> list[AnyEvent]:
+        """End a segment that grew too long at its quietest late place behind what has been said; the rest begins the next."""
+        segment = self._segment
+        assert segment is not None
+        now = self._framed
+        floor = max(segment.start, now - int(self.settings.cut_seconds * RECOGNISER_RATE), self._position(self._last_stop))
+        stop = self._quietest(floor, now)
+        words = self._recognise(segment, stop)
+        events = self._say(segment, words, len(words), stop)
+        rest = _Segment(stop, self._after(stop, now), segment.last_speech)
+        rest.speech_frames = max(0, segment.last_speech - stop) // VAD_FRAME
+        rest.silent_frames = segment.silent_frames
+        self._segment, self._earliest_start = rest, stop
+        return events
+
+    def _quietest(self, start: int, stop: int) -> int:
+        """Middle of the quietest QUIETEST_FRAMES frames between two positions; `stop` where there are not so many."""
+        frames = (stop - start) // VAD_FRAME
+        if frames < QUIETEST_FRAMES:
+            return stop
+        first = stop - frames * VAD_FRAME
+        energy = np.square(self._between(first, stop), dtype=np.float64).reshape(frames, VAD_FRAME).sum(axis=1)
+        smooth = np.convolve(energy, np.ones(QUIETEST_FRAMES), "valid")
+        return first + int(smooth.argmin()) * VAD_FRAME + QUIETEST_FRAMES * VAD_FRAME // 2
+
+    # ---- out ---------------------------------------------------------------------------------------------------------
+
+    def _say(self, segment: _Segment, words: Sequence[Spoken], count: int, stop: int) -> list[AnyEvent]:
+        """Events of the first `count` of the words that follow what was said, heard up to `stop`."""
+        if count <= 0:
+            return []
+        anchor = segment.anchor
+        begin = min(anchor[1], stop) if anchor else segment.start
+        texts = [*([anchor[0]] if anchor else []), *(word.text for word in words)]
+        spans = self.recogniser.align(self._between(begin, stop), texts)[len(texts) - len(words) :]
+        offset = self._seconds(begin)
+        events: list[AnyEvent] = []
+        for word, span in zip(words[:count], spans, strict=False):
+            segment.said.append(word)
+            if not any(letter.isalnum() for letter in word.text):
+                continue
+            start = max(round(offset + span.start, 3), self._last_stop)
+            self._last_stop = max(round(offset + span.stop, 3), start)
+            segment.anchor = (word.text, min(max(self._position(start), segment.start), stop))
+            events += [Word(word.text, start, word.logprob), EndWord(self._last_stop)]
+        return events
+
+    def _seconds(self, position: int) -> float:
+        """The stream's time of a position of this epoch."""
+        return self._epoch_start / SAMPLE_RATE + position / RECOGNISER_RATE
+
+    def _position(self, seconds: float) -> int:
+        return round((seconds - self._epoch_start / SAMPLE_RATE) * RECOGNISER_RATE)
+
+
+def _clean(pcm: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Samples in [-1, 1]; what is no number counts as silence."""
+    return np.clip(np.nan_to_num(pcm, nan=0.0, posinf=0.0, neginf=0.0), -1.0, 1.0)
+
+
+def _agreeing(earlier: Sequence[Spoken], later: Sequence[Spoken]) -> int:
+    """How many words two hypotheses have in common at their start, case and punctuation aside."""
+    count = 0
+    for one, other in zip(earlier, later, strict=False):
+        if _bare(one.text) != _bare(other.text):
+            break
+        count += 1
+    return count
+
+
+def _bare(text: str) -> str:
+    return "".join(letter for letter in text.casefold() if letter.isalnum())
