@@ -107,14 +107,19 @@ keep_embedded() {
 }
 
 if [ -n "$model" ]; then
-  say "Installing what $model needs (PyTorch; on Linux with CUDA about 3 GB)."
   # shellcheck disable=SC2086
-  if ! pip_install "$venv" $wheels_only -e '.[torch]'; then
-    if no_network; then why='the package index cannot be reached'; else why='see run/install.log'; fi
-    keep_embedded "PyTorch could not be installed: $why." "$again"
-  fi
+  need() { # need WHAT REQUIREMENT…: the small part first, so that a hub out of reach costs no gigabytes
+    local what=$1
+    shift
+    pip_install "$venv" $wheels_only "$@" && return
+    if no_network; then why='the package index cannot be reached'; else why='the log is run/install.log'; fi
+    keep_embedded "$what could not be installed: $why." "$again"
+  }
+  need huggingface_hub huggingface_hub
   say "Fetching the weights of $model."
   "$venv/bin/moshi-stt" download "$model" || keep_embedded "the weights of $model could not be had (see above)." "$again"
+  say "Installing PyTorch and what else $model needs (on Linux with CUDA about 3 GB)."
+  need PyTorch -e '.[torch]'
   "$root/scripts/stop.sh" >/dev/null
   if ! start "$model"; then
     if [ "$embedded" = yes ]; then start; fi

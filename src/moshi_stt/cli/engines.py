@@ -5,6 +5,7 @@ No framework is imported before an engine of it is asked for; weights are found,
 
 import importlib.util
 import json
+import re
 import time
 from functools import partial
 from pathlib import Path
@@ -125,13 +126,19 @@ def load_torch(module: KyutaiModule) -> LoadedModel:
         kind="py_batched_asr" if module.type == "PyBatchedAsr" else "batched_asr",
         model=str(lm_file),
         audio_tokenizer=str(mimi_file),
-        languages=(),
+        languages=languages_of(module.lm_model_file),
         device=report.device,
         dtype=report.dtype,
         total_slots=streams,
         details=details,
     )
     return LoadedModel(backend, tokenizer.decode, info, streams)
+
+
+def languages_of(lm_model_file: str) -> tuple[str, ...]:
+    """`stt-1b-en_fr-candle/model.safetensors` → en, fr. Empty where the name tells nothing."""
+    found = re.search(r"stt-[0-9.]+b-([a-z]{2}(?:_[a-z]{2})*)\b", lm_model_file)
+    return tuple(found[1].split("_")) if found else ()
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -61,6 +61,8 @@ def run(args: argparse.Namespace) -> int:
     for warning in loaded.warnings + warnings_of(config, host):
         log.warning("%s", warning)
     engines = build_engines(config, force_cpu=args.cpu)
+    for name, engine in engines.items():
+        log.info("loading %s%s", name, f": {engine.info.model}" if engine.info.model else "")
 
     from moshi_stt.server.app import serve
 

@@ -63,7 +63,7 @@ def start_lines(service: Service, host: str, port: int) -> list[str]:
         name, about = served.module.name, served.engine.info
         lines.append(f"{name}: {about.model} on {about.device}, {about.dtype}, {about.total_slots} slots")
         lines += [f"{name}: {key}: {value}" for key, value in about.details.items()]
-        if about.languages:
+        if about.languages and not any(key.startswith("language") for key in about.details):
             lines.append(f"{name}: languages: {', '.join(about.languages)}")
         lines.append(f"{name}: ready at ws://{shown}:{port}{served.module.path}")
     everywhere = " (and this machine's other addresses)" if host in ("0.0.0.0", "::") else ""
