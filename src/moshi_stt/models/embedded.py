@@ -9,7 +9,7 @@ import os
 import wave
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import ClassVar, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import onnxruntime
@@ -241,8 +241,7 @@ class EmbeddedRecogniser:
     """The embedded model. See `Recogniser` for the methods."""
 
     name = "moonshine tiny-en"
-    languages = ("en",)
-    notes: ClassVar = {"language": "English only; for French serve Kyutai's weights: `moshi-stt worker --config stt-1b-en_fr`"}
+    languages: tuple[str, ...] = ("en",)
 
     def __init__(
         self, moonshine: Moonshine, tokenizer: EmbeddedTokenizer, vad: SileroVad, aligner: Aligner, sample: NDArray[np.float32]
@@ -252,6 +251,7 @@ class EmbeddedRecogniser:
         self._vad = vad
         self._aligner = aligner
         self._sample = sample
+        self.notes = {"language": "English only; for French serve Kyutai's weights: `moshi-stt worker --config stt-1b-en_fr`"}
 
     def sample(self) -> NDArray[np.float32]:
         return self._sample
