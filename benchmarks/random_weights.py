@@ -1,0 +1,107 @@
+"""Random weights of any shape of the models, drawn on the device, and whole checkpoints of them. Knows no benchmark.
+
+Speed does not depend on the values of weights, and these say nothing about accuracy. The scales are such that activations stay
+of order one, as in trained models. Deterministic for a device and a PyTorch version.
+"""
+
+import json
+import math
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from moshi_stt.models.spec import LMSpec, MimiSpec, ModelSpec
+from moshi_stt.models.torch_impl.loader import allocate_lm
+from moshi_stt.models.weights import lm_table, mimi_table
+
+SHAPES: dict[str, tuple[LMSpec, int]] = {
+    "tiny": (LMSpec(256, 4, 4, 50, 1e5, 64, 8, extra_heads=4), 704),
+    "1b": (LMSpec(2048, 16, 16, 750, 1e5, 8000, 32, extra_heads=4), 5632),
+    "2.6b": (LMSpec(2048, 32, 48, 375, 1e5, 4000, 32), 5632),
+}
+"""Language model and its gate's hidden size, by name."""
+
+DELAY_FRAMES = {"tiny": 6, "1b": 6, "2.6b": 31}
+
+
+def model_spec(shape: str) -> ModelSpec:
+    """The spec of a named shape."""
+    lm, _ = SHAPES[shape]
+    return ModelSpec(lm=lm, mimi=MimiSpec(codebooks=lm.codebooks), delay_frames=DELAY_FRAMES[shape])
+
+
+def random_lm(shape: str, dtype: torch.dtype, device: torch.device, seed: int = 0) -> dict[str, Tensor]:
+    """What `LanguageModel` and `FusedLM` take as `params`."""
+    spec, hidden = SHAPES[shape]
+    params, destinations = allocate_lm(spec, hidden, dtype, device)
+    generator = torch.Generator(device).manual_seed(seed)
+    for name, tensor in destinations.items():
+        _draw(name, tensor, generator, books=spec.codebooks)
+    return params
+
+
+def random_mimi(spec: MimiSpec, device: torch.device, seed: int = 1) -> dict[str, Tensor]:
+    """What `MimiEncoder` and `FusedMimi` take as `params`."""
+    generator = torch.Generator(device).manual_seed(seed)
+    params = {param.name: torch.empty(param.shape, device=device) for param in mimi_table(spec)}
+    for name, tensor in params.items():
+        _draw(name, tensor, generator)
+    return params
+
+
+def _draw(name: str, tensor: Tensor, generator: torch.Generator, books: int = 1) -> None:
+    """Fill a parameter by what its name says it is."""
+
+    def uniform(low: float, high: float) -> None:
+        tensor.uniform_(low, high, generator=generator)
+
+    fan_in = math.prod(tensor.shape[1:])
+    if name.endswith("cluster_usage"):
+        uniform(0.5, 1.5)
+    elif name.endswith("embedding_sum"):
+        uniform(-0.6, 0.6)
+    elif "layer_scale" in name:
+        uniform(0.2, 0.4)
+    elif name.endswith(("alpha", "norm1.weight", "norm2.weight")):
+        uniform(0.9, 1.1)
+    elif name.endswith("bias"):
+        uniform(-0.05, 0.05)
+    elif name.startswith(("text_emb", "emb.")):
+        bound = 0.85 if name.startswith("text") else math.sqrt(3 / books)
+        uniform(-bound, bound)
+    else:
+        gain = 3.0 if name.endswith("input_proj.weight") else 1.4 if name.startswith("encoder.model") else 1.0
+        bound = gain * math.sqrt(3 / fan_in)
+        uniform(-bound, bound)
+
+
+def write_checkpoint(shape: str, folder: Path, device: torch.device) -> None:
+    """model.safetensors (bf16), mimi.safetensors and config.json of a shape, as the published repositories name things."""
+    from safetensors.torch import save_file
+
+    spec, hidden = SHAPES[shape]
+    folder.mkdir(parents=True, exist_ok=True)
+    with torch.inference_mode():
+        _, destinations = allocate_lm(spec, hidden, torch.bfloat16, device)
+        generator = torch.Generator(device).manual_seed(0)
+        for name, tensor in destinations.items():
+            _draw(name, tensor, generator, books=spec.codebooks)
+        shapes = {param.name: param.shape for param in lm_table(spec, hidden)}
+        tensors = {name: t.to("cpu", torch.bfloat16).view(shapes[name]).contiguous() for name, t in destinations.items()}
+        save_file(tensors, folder / "model.safetensors")
+        mimi = random_mimi(MimiSpec(codebooks=spec.codebooks), device)
+        save_file({name: t.cpu() for name, t in mimi.items()}, folder / "mimi.safetensors")
+    config = {
+        "card": spec.audio_card,
+        "n_q": spec.codebooks,
+        "dim": spec.dim,
+        "text_card": spec.text_card,
+        "num_heads": spec.heads,
+        "num_layers": spec.layers,
+        "context": spec.context,
+        "max_period": spec.max_period,
+        "extra_heads_num_heads": spec.extra_heads,
+        "extra_heads_dim": spec.extra_head_dim,
+    }
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
