@@ -45,11 +45,11 @@ def _first_conv(x, weight, bias, out, T, row_in, row_out, skip, C: tl.constexpr,
 
 @triton.jit(do_not_specialize=["count", "T"])
 def _conv(
-    x, weight, bias, out, count, T, row_in, step_in, row_out, skip, N,
-    K: tl.constexpr, ACTIVATION: tl.constexpr, BIAS: tl.constexpr,
+    x, weight, bias, shortcut, out, count, T, row_in, step_in, row_shortcut, row_out, skip, N,
+    K: tl.constexpr, ELU_IN: tl.constexpr, ACTIVATION: tl.constexpr, BIAS: tl.constexpr, SHORTCUT: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """out[m, n] = bias[n] + window(m) . weight[n] for `count` = B * T outputs m."""
+    """out[m, n] = bias[n] + window(m) . weight[n] (+ shortcut[m, n]) for `count` = B * T outputs m."""
     m = tl.program_id(0) * BM + tl.arange(0, BM)
     n = tl.program_id(1) * BN + tl.arange(0, BN)
     row = (m // T).to(tl.int64)
@@ -59,10 +59,15 @@ def _conv(
     total = tl.zeros([BM, BN], tl.float32)
     for start in range(0, K, BK):
         window = tl.load(a[:, None] + (start + k)[None, :], mask=(m < count)[:, None], other=0.0)
+        if ELU_IN:
+            window = _elu(window.to(tl.float32)).to(x.dtype.element_ty)
         w = tl.load(weight + n[None, :] * K + (start + k)[:, None])
         total = tl.dot(window, w, total, input_precision=PRECISION)
     if BIAS:
         total += tl.load(bias + n).to(tl.float32)[None, :]
+    if SHORTCUT:
+        at = shortcut + row[:, None] * row_shortcut + t[:, None] * N + n[None, :]
+        total += tl.load(at, mask=(m < count)[:, None], other=0.0).to(tl.float32)
     if ACTIVATION == "elu":
         total = _elu(total)
     if ACTIVATION == "gelu":
@@ -145,21 +150,25 @@ def conv(
     precision: str,
     stride: int = 1,
     kept: int = 0,
+    elu_in: bool = False,
+    shortcut: Tensor | None = None,
     activation: str = "",
     tile: Tile | None = None,
 ) -> None:
     """x (B, context + T * stride, C) -> out[:, kept:] (B, T, N). A kernel of 1 is a plain product over (B, T, C).
 
-    precision: `ieee`, `tf32` or `tf32x3` for float32 data; bfloat16 data is multiplied as it is. activation: ``, `elu`, `gelu`.
+    precision: `ieee`, `tf32` or `tf32x3` for float32 data; bfloat16 data is multiplied as it is.
+    elu_in: x is raw and its ELU is taken on the way. shortcut (B, T, N), its last two axes dense, is added before the
+    activation: ``, `elu` or `gelu`.
     """
     rows, t, n = x.shape[0], out.shape[1] - kept, out.shape[2]
     count, k = rows * t, weight.shape[1]
     tile = tile or choose_tile(count, n, k, x.dtype, precision)
     with device_of(x):
         _conv[(triton.cdiv(count, tile.m), n // tile.n)](
-            x, weight, weight if bias is None else bias, out,
-            count, t, x.stride(0), stride * x.shape[2], out.stride(0), kept * n, n,
-            K=k, ACTIVATION=activation, BIAS=bias is not None, BM=tile.m, BN=tile.n, BK=tile.k, PRECISION=precision,
+            x, weight, weight if bias is None else bias, x if shortcut is None else shortcut, out,
+            count, t, x.stride(0), stride * x.shape[2], 0 if shortcut is None else shortcut.stride(0), out.stride(0), kept * n, n,
+            K=k, ELU_IN=elu_in, ACTIVATION=activation, BIAS=bias is not None, SHORTCUT=shortcut is not None, BM=tile.m, BN=tile.n, BK=tile.k, PRECISION=precision,
             num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
 
@@ -179,6 +188,11 @@ def residual(
     """A residual block and the ELU behind it: x (B, 2 + T, C) raw -> out[:, kept:] (B, T, C)."""
     rows, t, channels = x.shape[0], out.shape[1] - kept, out.shape[2]
     count, hidden = rows * t, weight1.shape[0]
+    if channels > 128 and tile is None:  # too wide to keep what lies between in registers
+        between = torch.empty(rows, t, hidden, dtype=x.dtype, device=x.device)
+        conv(x, weight1, bias1, between, elu_in=True, activation="elu", precision=precision)
+        conv(between, weight2, bias2, out, kept=kept, shortcut=x[:, 2:], activation="elu", precision=precision)
+        return
     tile = tile or choose_residual_tile(count, channels, x.dtype, precision)
     with device_of(x):
         _residual[(triton.cdiv(count, tile.m),)](
@@ -209,8 +223,6 @@ def choose_residual_tile(count: int, channels: int, dtype: torch.dtype, precisio
         return _fitted(Tile(16, 32, 32, 4, 2), channels, channels)
     if count <= 4_096:
         return _fitted(Tile(16, 64, bk, 4, 3), channels, channels)
-    if channels >= 256:
-        return _fitted(Tile(64, 64, bk, 8, 3), channels, channels)
     return _fitted(Tile(128, 64, bk, 4 if channels <= 64 else 8, 3), channels, channels)
 
 

@@ -36,7 +36,7 @@ def _level(
         chosen = tl.load(previous + row, mask=inside, other=0) & 0x7FFFFFFF
         chosen += (level - 1) * SIZE
     products = tl.zeros([BR, BN], tl.float32)
-    for start in tl.static_range(0, D, BK):
+    for start in range(0, D, BK):
         x = tl.load(source + row[:, None] * source_stride + (start + k)[None, :], mask=inside[:, None], other=0.0)
         if SUBTRACT:
             x -= tl.load(books + chosen[:, None] * D + (start + k)[None, :], mask=inside[:, None], other=0.0)
@@ -74,7 +74,7 @@ def quantise(
     best = torch.full((levels, rows), _NOTHING_YET, dtype=torch.int64, device=projected.device)
     buffers = torch.empty(2, rows, dim, dtype=torch.float32, device=projected.device)
     few = rows <= few_rows
-    br, bn, warps = (16, 32, 4) if few or precision == "ieee" else (64, 128, 8)
+    br, bn, bk, warps = (16, 32, 64, 4) if few or precision == "ieee" else (64, 64, 32, 4)
     grid = (triton.cdiv(rows, br), size // bn)
     with device_of(projected):
         for level in range(levels):
@@ -83,6 +83,6 @@ def quantise(
             _level[grid](
                 source, source.stride(0), buffers[(level + 1) % 2], best[max(level - 1, 0)],
                 books, half_norms, best[level], rows, level,
-                SIZE=size, D=dim, BR=br, BN=bn, BK=64, SUBTRACT=subtract, PRECISION=precision, num_warps=warps, num_stages=2,
+                SIZE=size, D=dim, BR=br, BN=bn, BK=bk, SUBTRACT=subtract, PRECISION=precision, num_warps=warps, num_stages=3,
             )  # fmt: skip
         _keep_codes[(rows,)](best, codes, slots, rows, K=levels, BLOCK=triton.next_power_of_2(levels), num_warps=1)
