@@ -32,6 +32,9 @@ need_port_number "$port"
 again="scripts/install.sh${model:+ --model $model}"
 
 cd "$root"
+if [ -n "$model" ] && [ ! -f "$model" ] && [ ! -f "src/moshi_stt/configs/$model.toml" ]; then
+  fail "there is no model or file named $model." "scripts/install.sh --model stt-1b-en_fr   # or stt-2.6b-en, or your own TOML file"
+fi
 need_writable "$root"
 mkdir -p "$run_dir"
 
@@ -106,15 +109,18 @@ keep_embedded() {
   fail "$1" "$2"
 }
 
-if [ -n "$model" ]; then
+# need WHAT REQUIREMENT…
+need() {
+  local what=$1 why='the log is run/install.log'
+  shift
   # shellcheck disable=SC2086
-  need() { # need WHAT REQUIREMENT…: the small part first, so that a hub out of reach costs no gigabytes
-    local what=$1
-    shift
-    pip_install "$venv" $wheels_only "$@" && return
-    if no_network; then why='the package index cannot be reached'; else why='the log is run/install.log'; fi
-    keep_embedded "$what could not be installed: $why." "$again"
-  }
+  pip_install "$venv" $wheels_only "$@" && return
+  if no_network; then why='the package index cannot be reached'; fi
+  keep_embedded "$what could not be installed: $why." "$again"
+}
+
+# The small part first, so that a hub out of reach costs no gigabytes.
+if [ -n "$model" ]; then
   need huggingface_hub huggingface_hub
   say "Fetching the weights of $model."
   "$venv/bin/moshi-stt" download "$model" || keep_embedded "the weights of $model could not be had (see above)." "$again"
