@@ -10,6 +10,7 @@ from contextlib import suppress
 from typing import Any
 
 from aiohttp import hdrs, web
+from aiohttp.http import HttpProcessingError
 
 from moshi_stt.config import ServerConfig
 from moshi_stt.engine.engine import Engine
@@ -21,6 +22,8 @@ from moshi_stt.server.service import SERVICE, Served, Service
 from moshi_stt.server.static import StaticFiles
 
 log = logging.getLogger(__name__)
+http_log = logging.getLogger("moshi_stt.server.http")
+"""aiohttp's own complaints."""
 
 BACKLOG = 1_024
 """Connections that the kernel holds while we are busy."""
@@ -131,8 +134,14 @@ class Server:
         self._app = create_app(config, engines, metrics)
         self.service = self._app[SERVICE]
         self._runner = web.AppRunner(
-            self._app, access_log=None, handler_cancellation=True, keepalive_timeout=KEEPALIVE_SECONDS, handle_signals=False
+            self._app,
+            access_log=None,
+            logger=http_log,
+            handler_cancellation=True,
+            keepalive_timeout=KEEPALIVE_SECONDS,
+            handle_signals=False,
         )
+        http_log.addFilter(_not_their_fault)
         self._listener: socket.socket | None = None
         self._watchers: list[asyncio.Task[None]] = []
         self._failed = asyncio.Event()
@@ -203,6 +212,11 @@ class Server:
         service.fail(f"module {name} failed: {failure}")
         await service.close_connections(f"the model failed: {failure}", frames.INTERNAL, FAILURE_SECONDS)
         self._failed.set()
+
+
+def _not_their_fault(record: logging.LogRecord) -> bool:
+    """Keep out of the log what is no HTTP: scanners would fill it, and a broken request line may hold a key."""
+    return not (record.exc_info and isinstance(record.exc_info[1], HttpProcessingError))
 
 
 def bind(host: str, port: int) -> socket.socket:
