@@ -60,6 +60,7 @@ class _Decoder:
 
     def spans(self, samples: NDArray[np.float32], keys: Sequence[str]) -> list[tuple[float, float]]:
         """Start and stop in seconds of each key in order, as far as the search got: maybe fewer than there are keys."""
+        self.search.reinit_feat()  # its front end carries something over from call to call, and ends move by 10 ms
         self.search.set_align_text(" ".join(keys))
         self.search.start_utt()
         try:
