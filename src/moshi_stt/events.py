@@ -6,7 +6,7 @@ Field names and their order are those of the wire (contract section 2.1). Times 
 import msgspec
 
 
-class Event(msgspec.Struct, frozen=True, tag_field="type", tag=True, omit_defaults=True):
+class Event(msgspec.Struct, frozen=True, tag_field="type", tag=True, omit_defaults=True, gc=False):
     """Base of all events. Immutable."""
 
 

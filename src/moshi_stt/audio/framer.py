@@ -14,6 +14,8 @@ class Framer:
     A sample is copied once on its way, from the piece it came in to the row of the batch: pieces are kept as they are.
     """
 
+    __slots__ = ("_offset", "_pieces", "samples")
+
     def __init__(self) -> None:
         self._pieces: deque[tuple[NDArray[np.float32], float]] = deque()
         self._offset = 0

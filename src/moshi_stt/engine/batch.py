@@ -233,22 +233,28 @@ class BatchEngine(Engine):
 
     def _drain(self, now: float) -> None:
         """Take every pending command of every stream that has some, so that small packets cost no turns."""
-        deliveries = []
-        while self._woken:
-            lane = self._woken.popleft()
+        deliveries: list[Delivery] = []
+        woken = self._woken
+        while woken:
+            lane = woken.popleft()
             lane.woken = False  # before the drain: what comes during it wakes the lane again
-            if events := lane.absorb(now) or lane.done:
-                deliveries.append(Delivery(lane.stream, events if events is not True else [], lane.done))
+            events = lane.absorb(now)
+            if events or lane.done:
+                deliveries.append(Delivery(lane.stream, events, lane.done))
         if deliveries:
             self._post(self._deliver, deliveries, [])
 
     def _gather(self, now: float) -> list[Lane]:
         """Choose the lanes that step now and write their frames and slots into the batch."""
         self._fork_stalled(now)
-        lanes = self._choose([lane for lane in self._table if lane is not None and lane.has_row and lane.stream.writable], now)
-        for row, lane in enumerate(lanes):
-            self._slots[row], self._fresh[row] = lane.gather(self._pcm[row])
-            lane.turn = self._steps
+        lanes = [lane for lane in self._table if lane is not None and lane.has_row and lane.stream.writable]
+        lanes = self._choose(lanes, now)
+        turn = self._steps
+        for lane, row in zip(lanes, self._pcm, strict=False):
+            lane.gather(row)
+            lane.turn = turn
+        self._slots[: len(lanes)] = [lane.row_slot for lane in lanes]
+        self._fresh[: len(lanes)] = [lane.row_fresh for lane in lanes]
         return lanes
 
     def _choose(self, lanes: list[Lane], now: float) -> list[Lane]:
@@ -281,8 +287,8 @@ class BatchEngine(Engine):
         for lane, token, logprob, pause in rows:
             had_tail = lane.tail
             events = lane.scatter(token, logprob, pause, index)
-            if had_tail is not lane.tail:
-                self._give_back(had_tail.spare if had_tail else None)
+            if had_tail is not None and lane.tail is None:
+                self._give_back(had_tail.spare)
             if lane.marks:
                 lane.heard_at = now  # a client that waits for our answer has its time from here
             if lane.commands:

@@ -68,6 +68,30 @@ class Tail:
 class Lane:
     """A stream and its slot. Everything but `slot` and `stream` belongs to the model thread."""
 
+    __slots__ = (
+        "answer",
+        "answered",
+        "arrived",
+        "commands",
+        "delay",
+        "done",
+        "framer",
+        "frames",
+        "fresh",
+        "heard_at",
+        "marks",
+        "new_words",
+        "row_fresh",
+        "row_slot",
+        "samples",
+        "slot",
+        "stream",
+        "tail",
+        "turn",
+        "woken",
+        "words",
+    )
+
     def __init__(self, stream: Stream, slot: Slot, new_words: Callable[[], WordAssembler], delay_frames: int) -> None:
         self.stream = stream
         self.slot = slot
@@ -93,6 +117,9 @@ class Lane:
         """When the last sample of the frame being stepped came."""
         self.frames = 0
         """Frames of client audio stepped in all."""
+        self.row_slot = slot.index
+        self.row_fresh = True
+        """Of the row gathered last: the slot to step, and whether its state starts from zero."""
         self.turn = 0
         """Engine step in which this lane last took part."""
         self.done = False
@@ -108,7 +135,7 @@ class Lane:
         events: list[AnyEvent] = []
         while commands and self.tail is None and not self.done:
             command = commands[0]
-            if isinstance(command, Pcm):
+            if type(command) is Pcm:
                 self.framer.push(command.samples, command.arrived)
                 self.samples += len(command.samples)
                 self.heard_at = command.arrived
@@ -187,27 +214,32 @@ class Lane:
         """Whether a frame, or a frame of silence, can be stepped now."""
         return (self.framer.samples >= FRAME_SAMPLES or self.tail is not None) and not self.done
 
-    def gather(self, row: NDArray[np.float32]) -> tuple[int, bool]:
-        """Write the next frame into row, float32 (1920,). Returns the slot to step and whether its state starts from zero."""
+    def gather(self, row: NDArray[np.float32]) -> None:
+        """Write the next frame into row, float32 (1920,); `row_slot` and `row_fresh` then say how to step it."""
         tail = self.tail
         if tail is None:
             self.arrived = self.framer.pop(row)
-            return self.slot.index, self.fresh
+            self.row_slot, self.row_fresh = self.slot.index, self.fresh
+            return
         if not tail.partial:
             row[:] = 0.0
         elif tail.kind == "finish":
             self.arrived = self.framer.pop(row)
         else:
             self.arrived = self.framer.peek(row)
-        return tail.slot, tail.fresh
+        self.row_slot, self.row_fresh = tail.slot, tail.fresh
 
     def scatter(self, token: int, logprob: float, pause: list[float] | None, step_idx: int) -> list[AnyEvent]:
         """Take what the model said of the gathered row; return the events that it makes, in the order of the wire."""
         if self.tail is not None:
             return self._scatter_tail(self.tail, token, logprob, pause, step_idx)
         self.fresh = False
+        self.frames += 1
+        stream = self.stream
+        stream.stepped(FRAME_SAMPLES)
         events: list[AnyEvent] = []
-        self._count_frame(FRAME_SAMPLES, pause, step_idx, events)
+        if pause is not None:
+            events.append(Step(step_idx, tuple(pause), stream.pending_samples))
         if words := self.words.push(token, logprob):
             events += words
         if self.marks:
@@ -217,7 +249,10 @@ class Lane:
     def _scatter_tail(self, tail: Tail, token: int, logprob: float, pause: list[float] | None, step_idx: int) -> list[AnyEvent]:
         events: list[AnyEvent] = []
         if tail.partial and tail.kind == "finish":
-            self._count_frame(self.samples % FRAME_SAMPLES, pause, step_idx, events)
+            self.frames += 1
+            self.stream.stepped(self.samples % FRAME_SAMPLES)
+            if pause is not None:
+                events.append(Step(step_idx, tuple(pause), self.stream.pending_samples))
         tail.partial = tail.fresh = False
         words = tail.words
         events += words.push(token, logprob)
@@ -226,12 +261,6 @@ class Lane:
         if over and (tail.kind == "finish" or not self.marks):
             self._end_tail(tail, events)
         return events
-
-    def _count_frame(self, samples: int, pause: list[float] | None, step_idx: int, events: list[AnyEvent]) -> None:
-        self.stream.stepped(samples)
-        self.frames += 1
-        if pause is not None:
-            events.append(Step(step_idx, tuple(pause), self.stream.pending_samples))
 
     def _release(self, words: WordAssembler, late_frames: int, events: list[AnyEvent]) -> None:
         """Send the marks that are due, behind the word under way if there is one."""

@@ -1,7 +1,7 @@
 """Files named in a configuration, found or fetched: `hf://OWNER/REPOSITORY/FILE[@REVISION]`, or a path. Knows no format.
 
 A copy in the Hugging Face cache (shared with moshi-server and everything else) is used without asking the network. Otherwise
-the file is fetched through `huggingface_hub`: its proxies, `HF_TOKEN`, `HF_HOME`, `HF_ENDPOINT`, `HF_HUB_OFFLINE`, progress bars.
+the file is fetched through `huggingface_hub`: proxies, `HF_TOKEN`, `HF_HOME`, `HF_ENDPOINT`, `HF_HUB_OFFLINE`, progress bars.
 An interrupted transfer leaves a `.part` beside the cache's blobs, and the next call goes on from there, in any process.
 """
 

@@ -13,6 +13,7 @@ without saying a word twice.
 """
 
 from collections.abc import Callable, Sequence
+from copy import copy
 from dataclasses import dataclass
 from typing import Final
 
@@ -39,6 +40,24 @@ class _Said:
 
 class WordAssembler:
     """The words of one stream."""
+
+    __slots__ = (
+        "_ahead",
+        "_announced",
+        "_decode",
+        "_delay",
+        "_ended_inherited",
+        "_first_step",
+        "_ids",
+        "_logprob",
+        "_mute_end",
+        "_own",
+        "_start",
+        "_unended",
+        "_word_closed",
+        "_word_start",
+        "steps",
+    )
 
     def __init__(self, decode: Callable[[Sequence[int]], str], delay_frames: int) -> None:
         """decode: ids of one word to its text. delay_frames: `asr_delay_in_tokens`."""
@@ -108,8 +127,7 @@ class WordAssembler:
 
     def fork(self) -> "WordAssembler":
         """An assembler in the same state, for tokens of another future."""
-        other = WordAssembler(self._decode, self._delay)
-        other.__dict__.update(self.__dict__)
+        other = copy(self)
         other._ids = self._ids.copy()
         other._ahead = [_Said(said.step, said.ended) for said in self._ahead]
         other._own, other._ended_inherited = [], False

@@ -1,0 +1,141 @@
+#!/usr/bin/env python3
+"""What the batch engine itself costs: microseconds per row and step with a backend that computes nothing.
+
+    bench_engine_overhead.py [--rows 1,8,64,256,1024] [--seconds 2]
+
+Two owners of the time, each measured alone on one thread: the model thread (drain, gather, scatter: what a step takes longer
+than its backend) and the event loop (feed of one frame, delivery, take). Prints a table, then one line of JSON.
+"""
+
+import argparse
+import asyncio
+import json
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moshi_stt.constants import FRAME_SAMPLES
+from moshi_stt.engine.batch import BatchEngine, LoadedModel
+from moshi_stt.engine.engine import EngineInfo, StepOutput
+from moshi_stt.engine.slots import spare_slots
+from moshi_stt.engine.stream import Stream
+
+HEADS = 4
+TOKENS_A_SECOND = 3.5 * 2.5
+"""Speech: about 3.5 words a second, a boundary and one or two pieces each; the rest of 12.5 is padding."""
+
+
+class NullBackend:
+    """Answers with tokens drawn beforehand; counts the time spent in it."""
+
+    heads = HEADS
+
+    def __init__(self, slots: int) -> None:
+        random = np.random.default_rng(0)
+        self.slots = slots
+        speech = random.random((64, slots)) < TOKENS_A_SECOND / 12.5
+        self.tokens = np.where(speech, np.where(random.random((64, slots)) < 0.4, 0, 500), 3).astype(np.int64)
+        self.logprob = np.full(slots, -0.5, np.float32)
+        self.pause = random.random((slots, HEADS)).astype(np.float32)
+        self.seconds = 0.0
+        self.turn = 0
+
+    def step(self, pcm: NDArray[np.float32], slots: NDArray[np.int64], fresh: NDArray[np.bool_]) -> StepOutput:
+        begun = time.thread_time()
+        rows = len(slots)
+        self.turn = (self.turn + 1) % 64
+        output = StepOutput(self.tokens[self.turn, :rows], self.logprob[:rows], self.pause[:rows])
+        self.seconds += time.thread_time() - begun
+        return output
+
+    def copy(self, source: int, target: int) -> None: ...
+
+    def warm_up(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class InlineEngine(BatchEngine):
+    """The engine on one thread: deliveries are kept instead of being sent to the event loop."""
+
+    def __init__(self, backend: NullBackend, streams: int) -> None:
+        info = EngineInfo("batched_asr", "null", "", (), "none", "none", streams)
+        super().__init__(lambda: LoadedModel(backend, lambda ids: "word", info, streams), delay_frames=6)
+        self._loop = asyncio.get_running_loop()
+        self._adopt(self._load())
+        self._ready = True
+        self.kept: list[tuple[Callable[..., object], tuple[object, ...]]] = []
+
+    def _post(self, call: Callable[..., object], *args: object) -> None:
+        self.kept.append((call, args))
+
+    def turn(self) -> int:
+        """One turn of the model thread; how many rows it stepped."""
+        now = time.monotonic()
+        self._drain(now)
+        lanes = self._gather(now)
+        self._scatter(lanes, self._step(len(lanes)))
+        return len(lanes)
+
+
+async def measure(rows: int, seconds: float) -> dict[str, float]:
+    """Microseconds per row and step of the model thread and of the event loop."""
+    backend = NullBackend(rows + spare_slots(rows))
+    engine = InlineEngine(backend, rows)
+    streams: list[Stream] = [engine.open() for _ in range(rows)]
+    frame = np.zeros(FRAME_SAMPLES, np.float32)
+    model = loop = 0.0
+    stepped = 0
+    begun = time.thread_time()
+    while time.thread_time() - begun < seconds:
+        start = time.thread_time()
+        for stream in streams:
+            await stream.feed(frame)
+        fed = time.thread_time()
+        backend.seconds = 0.0
+        stepped += engine.turn()
+        turned = time.thread_time()
+        for call, args in engine.kept:
+            call(*args)
+        engine.kept.clear()
+        for stream in streams:
+            await stream.take()
+        model += turned - fed - backend.seconds
+        loop += fed - start + time.thread_time() - turned
+    return {"rows": rows, "model_thread_us": 1e6 * model / stepped, "event_loop_us": 1e6 * loop / stepped, "steps": stepped}
+
+
+def commit() -> str:
+    done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
+    return done.stdout.strip()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--rows", default="1,8,64,256,1024", help="row counts, comma between them")
+    parser.add_argument("--seconds", type=float, default=2.0, help="how long each is measured")
+    args = parser.parse_args()
+    results: list[dict[str, Any]] = []
+    print(f"{'rows':>6} {'model thread, µs/row':>22} {'event loop, µs/row':>20} {'of an 80 ms frame':>18}")
+    for rows in map(int, args.rows.split(",")):
+        result = asyncio.run(measure(rows, args.seconds))
+        results.append(result)
+        share = rows * (result["model_thread_us"] + result["event_loop_us"]) / 80_000
+        print(f"{rows:>6} {result['model_thread_us']:>22.2f} {result['event_loop_us']:>20.2f} {share:>18.1%}")
+    machine = f"{platform.system()} {platform.machine()}, Python {platform.python_version()}"
+    print(
+        json.dumps(
+            {"benchmark": "engine_overhead", "machine": machine, "device": "none", "commit": commit(), "results": results}
+        )
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
