@@ -60,7 +60,7 @@ def test_version() -> None:
     [
         ((), 2, "moshi-stt: error: the following arguments are required: COMMAND"),
         (("serve",), 2, "moshi-stt: error: argument COMMAND: invalid choice: 'serve'"),
-        (("worker", "--port", "http"), 2, "moshi-stt worker: error: argument -p/--port: http is not a port: expected 0 to 65535"),
+        (("worker", "--port", "http"), 2, "error: argument -p/--port: http is not a port: expected 0 to 65535"),
         (("worker", "--port", "70000"), 2, "error: argument -p/--port: 70000 is not a port: expected 0 to 65535"),
         (("worker", "--batch-size", "0"), 2, "error: argument --batch-size: 0 streams: expected a number, at least 1"),
         (("worker", "--colour"), 2, "error: unrecognized arguments: --colour"),
