@@ -10,6 +10,8 @@ It listens to the first 20 s of voiced sound and then nearly stops. What it look
 * the upper band: nothing above 4 kHz is telephone audio, said as a remark.
 """
 
+from weakref import WeakSet
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -31,6 +33,10 @@ LAST_BLOCK = 250
 """Voiced blocks after which no more are looked at."""
 LAST_LOOK = 1_500
 """Blocks above the noise, voiced or not, after which no more are looked at: two minutes."""
+
+EASY_WATCHES = 64
+"""Streams whose every block is listened to; of twice as many every second block, and so on: a thousand streams that begin at
+once would otherwise keep a core busy."""
 
 _FFT = 4_096
 _HZ_PER_BIN = SAMPLE_RATE / _FFT
@@ -77,6 +83,10 @@ def _pitch_of(power: NDArray[np.float32]) -> float | None:
     return SAMPLE_RATE / float(_SHORTEST_LAG + 1 + peaks[0]) if len(peaks) else None  # the first: later ones are its multiples
 
 
+_listening: "WeakSet[AudioWatch]" = WeakSet()
+"""Every watch of this process that does not know its stream's rate yet."""
+
+
 class AudioWatch:
     """Watches one stream. Feed it everything that the stream is fed."""
 
@@ -92,6 +102,8 @@ class AudioWatch:
         self._spectrum = np.zeros(_FFT // 2 + 1, np.float32)  # sum of the power of voiced blocks
         self._looks = 0
         self._rate_known = False
+        self._blocks = 0
+        _listening.add(self)
 
     @property
     def median_pitch_hz(self) -> float | None:
@@ -169,7 +181,11 @@ class AudioWatch:
             start += taken
             if self._filled == FRAME_SAMPLES:
                 self._filled = 0
-                self._listen(warnings)
+                self._blocks += 1
+                if self._blocks % (1 + len(_listening) // EASY_WATCHES) == 0:
+                    self._listen(warnings)
+        if self._rate_known:
+            _listening.discard(self)
 
     def _listen(self, warnings: list[str]) -> None:
         """One block of 80 ms."""
