@@ -31,7 +31,7 @@ ALLOWED = {
     ),
 }
 
-TORCH_FREE_MODELS = {"spec", "weights", "hub", "embedded", "alignment", "pronounce"}
+TORCH_FREE_MODELS = {"spec", "weights", "report", "tensors", "affine", "hub", "embedded", "alignment", "pronounce"}
 """Files of models/ that are of no framework."""
 
 

@@ -19,31 +19,12 @@ from torch import Tensor
 
 from moshi_stt.constants import FRAME_SAMPLES
 from moshi_stt.engine.engine import StepOutput
+from moshi_stt.models.report import LOUDEST, LoadReport
 from moshi_stt.models.spec import ModelSpec
 from moshi_stt.models.torch_impl.beside import Beside, in_turn
 from moshi_stt.models.torch_impl.lm import LanguageModel, LMState
 from moshi_stt.models.torch_impl.mimi import MimiEncoder, MimiState
 from moshi_stt.models.torch_impl.sampling import choose
-
-LOUDEST = 100.0
-"""Samples are clipped here, far above full scale (1.0), and what is no number counts as 0: one absurd sample would otherwise
-stay in the stream's keys and values for good."""
-
-
-@dataclass(frozen=True)
-class LoadReport:
-    """What was loaded, for the start-up log."""
-
-    device: str
-    dtype: str
-    """Of the language model; Mimi is float32."""
-    lm_parameters: int
-    weight_bytes: int
-    """Weights on the device, both models."""
-    slot_bytes: int
-    """State of one slot on the device."""
-    load_seconds: float
-    notes: tuple[str, ...] = ()
 
 
 @dataclass

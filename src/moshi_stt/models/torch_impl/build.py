@@ -8,9 +8,10 @@ import torch
 
 from moshi_stt.config import KyutaiModule
 from moshi_stt.errors import ConfigError
+from moshi_stt.models.report import LoadReport, memory_note
 from moshi_stt.models.spec import ModelSpec
 from moshi_stt.models.torch_impl.attention import RingAttention, ring_attention, ring_attention_rows
-from moshi_stt.models.torch_impl.backend import BackendState, LoadReport, TorchBackend
+from moshi_stt.models.torch_impl.backend import BackendState, TorchBackend
 from moshi_stt.models.torch_impl.device import (
     DTYPE_NAMES,
     choose_device,
@@ -18,7 +19,6 @@ from moshi_stt.models.torch_impl.device import (
     choose_kv_dtype,
     choose_threads,
     device_name,
-    memory_note,
 )
 from moshi_stt.models.torch_impl.linear import PackedLinear
 from moshi_stt.models.torch_impl.lm import LanguageModel, LMState
@@ -74,7 +74,7 @@ def load_backend(
         weight_bytes=weight_bytes,
         slot_bytes=state.slot_bytes(),
         load_seconds=time.perf_counter() - start,
-        notes=(*spec.notes, *notes, *memory_note(state.slot_bytes(), slots, target)),
+        notes=(*spec.notes, *notes, *(memory_note(state.slot_bytes(), slots) if target.type == "cpu" else ())),
     )
     return TorchBackend(
         spec,

@@ -70,13 +70,3 @@ def device_name(device: torch.device) -> str:
     if device.type == "mps":
         return "mps (Apple GPU)"
     return "cpu"
-
-
-def memory_note(slot_bytes: int, slots: int, device: torch.device) -> tuple[str, ...]:
-    """On a CPU memory is taken as streams fill it: a warning where all slots together would not fit."""
-    if device.type != "cpu" or "SC_AVPHYS_PAGES" not in os.sysconf_names:
-        return ()
-    free, needed = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), slot_bytes * slots
-    if needed < free:
-        return ()
-    return (f"{slots} streams with full context take {needed / 1e9:.1f} GB and {free / 1e9:.1f} GB are free: lower batch_size",)

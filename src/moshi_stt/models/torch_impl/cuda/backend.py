@@ -9,8 +9,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from moshi_stt.engine.engine import StepOutput
+from moshi_stt.models.report import LoadReport
 from moshi_stt.models.spec import ModelSpec
-from moshi_stt.models.torch_impl.backend import BackendState, LoadReport
+from moshi_stt.models.torch_impl.backend import BackendState
 from moshi_stt.models.torch_impl.cuda.elementwise import advance
 from moshi_stt.models.torch_impl.cuda.lm import FusedLM
 from moshi_stt.models.torch_impl.cuda.mimi import FusedMimi
