@@ -61,7 +61,9 @@ def start_lines(service: Service, host: str, port: int) -> list[str]:
     shown = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)
     for served in service:
         name, about = served.module.name, served.engine.info
-        lines.append(f"{name}: {about.model} on {about.device}, {about.dtype}, {about.total_slots} slots")
+        lines.append(
+            f"{name}: {about.model} on {about.device}, {about.dtype}, {about.total_slots} slot{'s'[: about.total_slots != 1]}"
+        )
         lines += [f"{name}: {key}: {value}" for key, value in about.details.items()]
         if about.languages and not any(key.startswith("language") for key in about.details):
             lines.append(f"{name}: languages: {', '.join(about.languages)}")
