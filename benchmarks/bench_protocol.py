@@ -1,4 +1,4 @@
-"""What a message costs the server: CPU time of receiving one frame of audio and sending one event, with an engine that does nothing.
+"""What a message costs the server: CPU time of taking in a frame of audio and sending an event, with an engine that does nothing.
 
 Beside it, in the same run and on the same event loop: aiohttp's own WebSocket echoing the same messages, and aiohttp answering
 each with as few bytes as our `Step` has. Each server is a process of its own; the load comes from another. Messages a second
@@ -171,8 +171,8 @@ class LoadConnection(asyncio.Protocol):
         self.transport = transport
         key = base64.b64encode(os.urandom(16)).decode()
         transport.write(
-            f"GET {DEFAULT_PATH} HTTP/1.1\r\nHost: x\r\nConnection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13\r\n"
-            f"Sec-WebSocket-Key: {key}\r\nkyutai-api-key: public_token\r\n\r\n".encode()
+            f"GET {DEFAULT_PATH} HTTP/1.1\r\nHost: x\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n"
+            f"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: {key}\r\nkyutai-api-key: public_token\r\n\r\n".encode()
         )
 
     def data_received(self, data: bytes) -> None:
@@ -329,8 +329,9 @@ def main() -> None:
     print(f"{'server':22} {'conn':>5} {'load':>7} {'µs/msg':>8} {'msg/s/core':>11} {'core':>6} {'p50 ms':>8} {'p99 ms':>8}")
     for row in rows:
         print(
-            f"{row['server']:22} {row['connections']:5} {'paced' if row['paced'] else 'closed':>7} {row['us_per_message']:8.1f} "
-            f"{1e6 / row['us_per_message']:11,.0f} {row['core_share']:6.2f} {row['p50_ms']:8.2f} {row['p99_ms']:8.2f}"
+            f"{row['server']:22} {row['connections']:5} {'paced' if row['paced'] else 'closed':>7} "
+            f"{row['us_per_message']:8.1f} {1e6 / row['us_per_message']:11,.0f} {row['core_share']:6.2f} "
+            f"{row['p50_ms']:8.2f} {row['p99_ms']:8.2f}"
         )
     commit = subprocess.run(
         ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False

@@ -26,6 +26,7 @@ async def test_known_client_gets_every_word_and_its_marker(flow: str, steps: boo
         options = {"rtf": 100} if flow == "dsm" else {}
         transcript = await FLOWS[flow](running.ws, SPEECH, **options)
     assert transcript.markers == [0]
+    assert transcript.close_code == 1000
     assert transcript.text == " ".join(f"w{i}" for i in range(20))
     assert [start for _, start, _ in transcript.words] == [round(i * 0.16, 6) for i in range(20)]
     assert all(end is not None for _, _, end in transcript.words)

@@ -57,7 +57,6 @@ class _Talk:
         self.socket = socket
         self.transcript = Transcript()
         self.marker = asyncio.Event()
-        self.ended = asyncio.Event()
 
     async def read(self) -> None:
         async for message in self.socket:
@@ -69,8 +68,6 @@ class _Talk:
             assert len(self.transcript.events) > 1 or isinstance(event, Ready | Error), f"the first message is {event}"
             if isinstance(event, Marker):
                 self.marker.set()
-        self.transcript.close_code = self.socket.close_code
-        self.ended.set()
         self.marker.set()
 
     async def audio(self, pcm: NDArray[np.float32]) -> None:
@@ -96,6 +93,7 @@ async def talking(url: str, key: str) -> AsyncIterator[_Talk]:
             if not reading.done():
                 await socket.close()
             await reading
+            talk.transcript.close_code = socket.close_code
 
 
 async def _paced(talk: _Talk, pcm: NDArray[np.float32], rtf: float) -> None:

@@ -34,8 +34,11 @@ KEEPALIVE_SECONDS = 75.0
 SHUTDOWN_SECONDS = 8.0
 """How long running sessions have for their last message and the close handshake, at shutdown."""
 
+CLEANUP_SECONDS = 2.0
+"""How long after them whatever else is still being answered has."""
+
 FAILURE_SECONDS = 3.0
-"""The same after an engine's failure."""
+"""How long its sessions have after an engine's failure."""
 
 MODULE_METHODS = "POST,GET,HEAD"
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
@@ -140,6 +143,7 @@ class Server:
             handler_cancellation=True,
             keepalive_timeout=KEEPALIVE_SECONDS,
             handle_signals=False,
+            shutdown_timeout=CLEANUP_SECONDS,
         )
         http_log.addFilter(_not_their_fault)
         self._listener: socket.socket | None = None
@@ -193,8 +197,10 @@ class Server:
             await site.stop()
         if self._listener is not None:
             self._listener.close()
-        await service.cancel_uploads(SHUTDOWN_SECONDS)
-        await service.close_connections("the server is shutting down: connect again", frames.GOING_AWAY, SHUTDOWN_SECONDS)
+        await asyncio.gather(
+            service.cancel_uploads(SHUTDOWN_SECONDS),
+            service.close_connections("the server is shutting down: connect again", frames.GOING_AWAY, SHUTDOWN_SECONDS),
+        )
         await self._runner.cleanup()
         for watcher in self._watchers:
             watcher.cancel()
