@@ -1,0 +1,85 @@
+"""Affine quantisation of matrices to 8 or 4 bits, as MLX does it, in NumPy. Knows no framework.
+
+Each group of neighbours in a row shares a scale and a bias: weight = scale * level + bias, level = 0 .. 2**bits - 1. Levels
+lie side by side in uint32 words, the first in the lowest bits. The numbers equal those of `mx.quantize` on the same dtype.
+"""
+
+from collections.abc import Mapping
+from typing import Literal, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moshi_stt.models.weights import Packing
+
+Scheme = Literal["int8", "int4"]
+SCHEMES: Mapping[int, Scheme] = {8: "int8", 4: "int4"}
+
+_INT8 = Packing(bits=8, group_size=64)
+_INT4 = Packing(bits=4, group_size=32)
+_SMALLEST_SCALE = np.float32(1e-7)
+_BLOCK = 1 << 22
+"""Numbers worked on at once."""
+
+
+class Packed(NamedTuple):
+    """weight uint32 (rows, columns * bits / 32); scales and biases float32 (rows, columns / group_size)."""
+
+    weight: NDArray[np.uint32]
+    scales: NDArray[np.float32]
+    biases: NDArray[np.float32]
+
+
+def choose_packing(name: str, shape: tuple[int, ...], scheme: Scheme) -> Packing | None:
+    """How a language model's tensor, by canonical name, is packed under a scheme; None leaves it as it is.
+
+    int4 gives the matrices of the layers 4 bits; the embeddings and the output, which are read once a step and not
+    summed away, keep 8. Norms and conditioners are never packed.
+    """
+    if len(shape) != 2 or name.startswith("condition_provider"):
+        return None
+    wanted = _INT4 if scheme == "int4" and name.startswith("transformer.") else _INT8
+    for group_size in (wanted.group_size, 32):
+        if shape[1] % group_size == 0:
+            return Packing(wanted.bits, group_size)
+    return None
+
+
+def quantize(weight: NDArray[np.float32], packing: Packing) -> Packed:
+    """Pack a matrix (rows, columns); columns must be a multiple of the group size."""
+    rows, columns = weight.shape
+    block = max(1, _BLOCK // columns)
+    parts = [_quantize_rows(weight[start : start + block], packing) for start in range(0, rows, block)]
+    return Packed(*(np.concatenate(part) for part in zip(*parts, strict=True)))
+
+
+def _quantize_rows(weight: NDArray[np.float32], packing: Packing) -> Packed:
+    levels = np.float32((1 << packing.bits) - 1)
+    groups = weight.reshape(len(weight), -1, packing.group_size)
+    low, high = groups.min(-1), groups.max(-1)
+    # The end that is farther from 0 becomes an exact multiple of the scale, so that 0 itself is one too.
+    low_is_farther = np.abs(low) > np.abs(high)
+    scale = np.maximum((high - low) / levels, _SMALLEST_SCALE)
+    scale = np.where(low_is_farther, scale, -scale)
+    edge = np.where(low_is_farther, low, high)
+    steps = np.rint(edge / scale)
+    flat = steps == 0
+    scale = np.where(flat, scale, edge / np.where(flat, np.float32(1), steps))
+    bias = np.where(flat, np.float32(0), edge)
+    level = np.clip(np.rint((groups - bias[..., None]) / scale[..., None]), 0, levels).astype(np.uint32)
+    per_word = 32 // packing.bits
+    words = level.reshape(len(weight), -1, per_word) << (np.arange(per_word, dtype=np.uint32) * np.uint32(packing.bits))
+    return Packed(np.bitwise_or.reduce(words, axis=-1), scale.astype(np.float32), bias.astype(np.float32))
+
+
+def levels_of(weight: NDArray[np.uint32], packing: Packing) -> NDArray[np.uint8]:
+    """The levels in packed words: (rows, words) -> (rows, columns)."""
+    shifts = np.arange(32 // packing.bits, dtype=np.uint32) * np.uint32(packing.bits)
+    mask = np.uint32((1 << packing.bits) - 1)
+    return ((weight[..., None] >> shifts) & mask).astype(np.uint8).reshape(len(weight), -1)
+
+
+def dequantize(packed: Packed, packing: Packing) -> NDArray[np.float32]:
+    """The matrix that packed words stand for: (rows, columns)."""
+    levels = levels_of(packed.weight, packing).reshape(len(packed.weight), -1, packing.group_size)
+    return (levels * packed.scales[..., None] + packed.biases[..., None]).reshape(len(levels), -1)

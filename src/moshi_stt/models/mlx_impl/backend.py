@@ -1,0 +1,177 @@
+"""`MLXBackend`: the engine's frame-synchronous backend over Mimi and the language model. Knows no streams, words or sockets.
+
+Step n of a stream (contract section 5.5): the language model sees the codes of frame n - 1 and the text token of step n - 1,
+while Mimi encodes frame n, so neither waits for the other.
+
+Per-slot state besides the models' is on the host, first axis the slot:
+frames (slots,) int64      steps done since the stream began
+text   (slots,) int64      token of the last step
+codes  (slots, K) int64    codes of the last frame
+The last slot is scratch, for rows that pad a step to a fixed number of rows.
+"""
+
+import copy
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import mlx.core as mx
+import numpy as np
+from numpy.typing import NDArray
+
+from moshi_stt.constants import FRAME_SAMPLES
+from moshi_stt.engine.engine import StepOutput
+from moshi_stt.models.mlx_impl.attention import Ring
+from moshi_stt.models.mlx_impl.lm import LanguageModel, LMState
+from moshi_stt.models.mlx_impl.mimi import MimiEncoder, MimiState
+from moshi_stt.models.mlx_impl.sampling import choose
+from moshi_stt.models.report import LOUDEST, LoadReport
+from moshi_stt.models.spec import ModelSpec
+
+
+class SavedSlot(NamedTuple):
+    """Everything that a slot's stream depends on."""
+
+    frames: int
+    text: int
+    codes: NDArray[np.int64]
+    conv: mx.array
+    rings: list[mx.array | None]
+
+
+@dataclass
+class BackendState:
+    """Everything that belongs to slots. `slots` counts the scratch slot."""
+
+    lm: LMState
+    mimi: MimiState
+    slots: int
+    codebooks: int
+    frames: NDArray[np.int64] = field(init=False)
+    text: NDArray[np.int64] = field(init=False)
+    codes: NDArray[np.int64] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.frames = np.zeros(self.slots, np.int64)
+        self.text = np.zeros(self.slots, np.int64)
+        self.codes = np.zeros((self.slots, self.codebooks), np.int64)
+
+    @property
+    def rings(self) -> list[Ring]:
+        return [*self.lm.rings, *self.mimi.rings]
+
+    def slot_bytes(self) -> int:
+        """Bytes of one slot, its rings full."""
+        return sum(ring.slot_bytes() for ring in self.rings) + self.mimi.conv.nbytes // self.slots
+
+
+class MLXBackend:
+    """See `engine.Backend`. Deterministic: the same frames give the same tokens. For one thread, the one that made it."""
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        lm: LanguageModel,
+        mimi: MimiEncoder,
+        state: BackendState,
+        *,
+        device: mx.Device,
+        mimi_stream: mx.Stream | None = None,
+        fixed_rows: int = 0,
+        seed: int = 0,
+        report: LoadReport | None = None,
+    ) -> None:
+        """mimi_stream: where Mimi is computed, beside the language model; None computes it behind it.
+        fixed_rows: step so many rows at once, always, padding with the scratch slot, so that no row's rounding can depend
+        on how many others there are; 0 steps the rows that come. seed: of the noise where spec.temperature > 0.
+        """
+        self.spec = spec
+        self.lm = lm
+        self.mimi = mimi
+        self.state = state
+        self.slots = state.slots - 1
+        self.heads = spec.lm.extra_heads
+        self.device = device
+        self._mimi_stream = mimi_stream
+        self.fixed_rows = fixed_rows
+        self.seed = seed
+        self.report = report
+
+    # ---- Backend -----------------------------------------------------------------------------------------------------
+
+    def step(self, pcm: NDArray[np.float32], slots: NDArray[np.int64], fresh: NDArray[np.bool_]) -> StepOutput:
+        """Step each row once: pcm (B, 1920), slots (B,), fresh (B,). See `engine.Backend.step`."""
+        block = self.fixed_rows or max(len(slots), 1)
+        outputs = []
+        with mx.stream(self.device):
+            for start in range(0, len(slots), block):
+                rows = slice(start, start + block)
+                outputs.append(self._step_block(pcm[rows], slots[rows], fresh[rows]))
+        packed = np.concatenate(outputs) if outputs else np.zeros((0, 2 + self.heads), np.float32)
+        return StepOutput(packed[:, 0].astype(np.int64), packed[:, 1].copy(), packed[:, 2:].copy())
+
+    def warm_up(self) -> None:
+        """Step the scratch slot, which every other slot's stream never sees."""
+        for _ in range(3):
+            self.step(np.zeros((1, FRAME_SAMPLES), np.float32), np.array([self.slots]), np.array([True]))
+
+    def close(self) -> None:
+        """Free the weights and the state. No step may follow."""
+        del self.lm, self.mimi, self.state
+        mx.clear_cache()
+
+    # ---- state of one slot -------------------------------------------------------------------------------------------
+
+    def copy(self, source: int, target: int) -> None:
+        """Make slot `target`'s state what slot `source`'s is; they go their own ways from there."""
+        self.restore(target, self.save(source))
+
+    def save(self, slot: int) -> SavedSlot:
+        """Everything a slot's stream depends on. It shares memory with the slot until the slot is stepped."""
+        state = self.state
+        with mx.stream(self.device):
+            rings = [copy.copy(ring.entries[slot]) for ring in state.rings]
+            return SavedSlot(
+                int(state.frames[slot]), int(state.text[slot]), state.codes[slot].copy(), state.mimi.conv[slot], rings
+            )
+
+    def restore(self, slot: int, saved: SavedSlot) -> None:
+        """Make a slot's stream go on from where `save` was called, of this slot or another."""
+        state = self.state
+        state.frames[slot], state.text[slot], state.codes[slot] = saved.frames, saved.text, saved.codes
+        with mx.stream(self.device):
+            state.mimi.conv[slot] = saved.conv
+            for ring, entries in zip(state.rings, saved.rings, strict=True):
+                ring.entries[slot] = copy.copy(entries)
+            mx.eval(state.mimi.conv)
+
+    # ---- one step ----------------------------------------------------------------------------------------------------
+
+    def _step_block(self, pcm: NDArray[np.float32], slots: NDArray[np.int64], fresh: NDArray[np.bool_]) -> NDArray[np.float32]:
+        """Build the step's graph, evaluate it once, and back in one copy: float32 (B, 2 + heads)."""
+        spec, state, own = self.spec, self.state, slots.tolist()
+        rows, spare = len(own), max(self.fixed_rows - len(own), 0)
+        frames = np.concatenate([np.where(fresh, 0, state.frames[slots]), np.zeros(spare, np.int64)])
+        first = frames == 0
+        every = np.concatenate([slots, np.full(spare, self.slots)])
+        text = np.where(first, spec.lm.start_token, state.text[every])
+        codes = np.where(first[:, None], spec.lm.pad_code, state.codes[every])
+
+        logits, pause = self.lm.step(state.lm, text, codes, frames, own)
+        token, logprob = choose(logits, frames.tolist(), spec.temperature, self.seed)
+        with mx.stream(self._mimi_stream or self.device):
+            new_codes = self.mimi.step(state.mimi, self._cleaned(pcm, spare), frames, own, self.slots)
+
+        # Tokens and codes are small enough for float32 to hold them exactly.
+        columns = [token[:, None], logprob[:, None], pause, new_codes]
+        packed = mx.concatenate([column.astype(mx.float32) for column in columns], axis=1)
+        mx.eval(packed, state.mimi.conv)
+        output = np.array(packed)[:rows]
+        state.frames[slots] = frames[:rows] + 1
+        state.text[slots] = output[:, 0]
+        state.codes[slots] = output[:, 2 + self.heads :]
+        return output[:, : 2 + self.heads]
+
+    def _cleaned(self, pcm: NDArray[np.float32], spare: int) -> mx.array:
+        """On the device, without what is absurd, with `spare` silent rows behind."""
+        pcm = np.clip(np.nan_to_num(pcm, nan=0.0, posinf=0.0, neginf=0.0), -LOUDEST, LOUDEST)
+        return mx.array(np.concatenate([pcm, np.zeros((spare, FRAME_SAMPLES), np.float32)]))
