@@ -142,6 +142,23 @@ def test_save_and_restore(backend: TorchBackend, audio: list[np.ndarray]) -> Non
     assert rest == expected[half:]
 
 
+@pytest.mark.parametrize("frames", [3, 30])
+def test_copy(backend: TorchBackend, audio: list[np.ndarray], frames: int) -> None:
+    """A copied slot goes on by itself, and so does the one it was copied from: with rings part filled, and full."""
+    other = np.concatenate([audio[2][:frames], audio[7][: FRAMES - frames]])
+    poison(backend)
+    for n in range(frames):
+        step_rows(backend, [audio[2][n]], [5], [n == 0])
+    backend.copy(5, 11)
+    said: dict[int, Said] = {5: [], 11: []}
+    for n in range(frames, FRAMES):
+        output = step_rows(backend, [other[n], audio[2][n]], [11, 5], [False, False])
+        for row, slot in enumerate((11, 5)):
+            said[slot].append((int(output.text_token[row]), float(output.logprob[row]), tuple(output.pause[row])))
+    assert said[5] == alone(backend, audio[2], 0)[frames:]
+    assert said[11] == alone(backend, other, 0)[frames:]
+
+
 def test_no_rows(backend: TorchBackend) -> None:
     """A step of nobody is allowed and says nothing."""
     output = backend.step(np.zeros((0, FRAME_SAMPLES), np.float32), np.zeros(0, np.int64), np.zeros(0, bool))

@@ -41,6 +41,16 @@ class BackendState:
     def __post_init__(self) -> None:
         self.named = {"frames": self.frames, "text": self.text, "codes": self.codes, **self.lm.tensors(), **self.mimi.tensors()}
 
+    def copy(self, source: int, target: int, positions_per_frame: int) -> None:
+        """Copy one slot onto another. On a CPU only the part of its rings that the stream has filled is touched."""
+        for tensor in (self.frames, self.text, self.codes, self.mimi.conv):
+            tensor[target].copy_(tensor[source])
+        frames = int(self.frames[source]) if self.frames.device.type == "cpu" else None  # elsewhere: no synchronisation
+        for rings, positions in ((self.lm.rings, 1), (self.mimi.rings, positions_per_frame)):
+            filled = None if frames is None else frames * positions
+            for tensor in (tensor for ring in rings for tensor in ring if tensor is not None):
+                tensor[target, :, :filled].copy_(tensor[source, :, :filled])
+
     def slot_bytes(self) -> int:
         """Bytes of one slot."""
         return sum(tensor[0].numel() * tensor.element_size() for tensor in self.named.values())
@@ -108,8 +118,7 @@ class TorchBackend:
     def copy(self, source: int, target: int) -> None:
         """Make slot `target`'s state what slot `source`'s is; they go their own ways from there."""
         with torch.inference_mode():
-            for tensor in self.state.named.values():
-                tensor[target].copy_(tensor[source])
+            self.state.copy(source, target, self.spec.mimi.positions_per_frame)
 
     def save(self, slot: int) -> dict[str, Tensor]:
         """A copy of everything a slot's stream depends on, on the host, by name."""
