@@ -124,8 +124,13 @@ if [ -n "$model" ]; then
   need huggingface_hub huggingface_hub
   say "Fetching the weights of $model."
   "$venv/bin/moshi-stt" download "$model" || keep_embedded "the weights of $model could not be had (see above)." "$again"
-  say "Installing PyTorch and what else $model needs (on Linux with CUDA about 3 GB)."
-  need PyTorch -e '.[torch]'
+  if [ "$(uname -sm)" = 'Darwin arm64' ]; then
+    say "Installing MLX and what else $model needs."
+    need MLX -e '.[mlx]'
+  else
+    say "Installing PyTorch and what else $model needs (on Linux with CUDA about 3 GB)."
+    need PyTorch -e '.[torch]'
+  fi
   "$root/scripts/stop.sh" >/dev/null
   if ! start "$model"; then
     if [ "$embedded" = yes ]; then start; fi
