@@ -218,3 +218,25 @@ def test_a_process_id_of_another_program_is_left_alone(installed: Path) -> None:
     (installed / "run").mkdir(exist_ok=True)
     (installed / "run" / "server.pid").write_text(f"{os.getpid()}\n")
     assert run(installed, "stop.sh").stdout == "No server is running.\n"
+
+
+def test_the_service_files_run_a_command_that_there_is() -> None:
+    """launchd's file is a property list, systemd's an INI file; both start the worker with flags that it has."""
+    import argparse
+    import configparser
+    import plistlib
+
+    from moshi_stt.cli.worker import add_parser
+
+    folder = ROOT / "scripts" / "service"
+    plist = plistlib.loads((folder / "moshi-stt.plist").read_bytes())
+    unit = configparser.ConfigParser(strict=False)
+    unit.optionxform = str  # type: ignore[assignment,method-assign]
+    unit.read(folder / "moshi-stt.service")
+    for command in (plist["ProgramArguments"], unit["Service"]["ExecStart"].split()):
+        program, subcommand, *flags = command
+        assert program.endswith("/.venv/bin/moshi-stt")
+        assert subcommand == "worker"
+        assert add_parser(argparse.ArgumentParser().add_subparsers()).parse_args(flags).addr == "127.0.0.1"
+    assert unit["Service"]["Restart"] == "on-failure"
+    assert plist["KeepAlive"] == {"SuccessfulExit": False}
