@@ -5,7 +5,7 @@ A session is what each connection sent and received, in order; see the README be
 
 import json
 import wave
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -77,3 +77,18 @@ def tokens(folder: Path, name: str) -> list[int]:
     with np.load(folder / "tokens.npz") as file:
         row: list[int] = file[f"{name}_text_in"][1:].tolist()
     return row
+
+
+def assert_same_words(theirs: Sequence[object], ours: Sequence[object]) -> None:
+    """Ours begin with theirs, flaw F12 mended: the same texts and ends, the same starts but where theirs repeats one."""
+    their_words, our_words = ([e for e in events if isinstance(e, Word)] for events in (theirs, ours))
+    assert [w.text for w in our_words[: len(their_words)]] == [w.text for w in their_words]
+    previous = -1.0
+    for their, our in zip(their_words, our_words, strict=False):
+        if their.start_time == previous:
+            assert our.start_time > their.start_time, "two words that start together"
+        else:
+            assert our.start_time == their.start_time
+        previous = their.start_time
+    their_ends = {e.stop_time for e in theirs if isinstance(e, EndWord)}
+    assert their_ends <= {e.stop_time for e in ours if isinstance(e, EndWord)}

@@ -29,6 +29,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LocalHub]:
     monkeypatch.setitem(hub_module.PUBLISHED, REPO, Published(COMMIT, known))
     for name in ("HF_HUB_CACHE", "HF_HUB_OFFLINE", "HF_TOKEN"):
         monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)  # read when the library was imported
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
     with local_hub() as running:
         running.files = {(REPO, name): content for name, content in contents.items()}

@@ -65,27 +65,14 @@ def test_worked_example() -> None:
 )
 def test_recorded_sessions(shared: Path, session: str, checkpoint: str, tokens: str, delay: int) -> None:
     """Every word of the server, in order, at its time where F12 is not at work, each ended once, by the recorded end."""
+    pytest.importorskip("sentencepiece", reason="sentencepiece comes with the model extras")
     folder = shared / "goldens" / "recorded"
     tokenizer = TextTokenizer(shared / "goldens" / f"tokenizer-{checkpoint}.model")
     words = WordAssembler(tokenizer.decode, delay)
     ours = [event for token in recorded.tokens(folder, tokens) for event in words.push(token)]
     theirs = recorded.load(folder, session).words()
     assert len([e for e in theirs if isinstance(e, Word)]) > 10
-    assert matches(theirs, ours)
-
-
-def matches(theirs: Sequence[object], ours: Sequence[object]) -> bool:
-    """Whether ours are theirs with F12 mended: same texts; same times, but where theirs repeats a start, ours is later."""
-    their_words, our_words = ([e for e in events if isinstance(e, Word)] for events in (theirs, ours))
-    assert [w.text for w in our_words[: len(their_words)]] == [w.text for w in their_words]
-    previous = -1.0
-    for their, our in zip(their_words, our_words, strict=False):
-        assert our.start_time == their.start_time if their.start_time != previous else our.start_time > their.start_time
-        previous = their.start_time
-    their_ends = [e.stop_time for e in theirs if isinstance(e, EndWord)]
-    our_ends = [e.stop_time for e in ours if isinstance(e, EndWord)]
-    assert set(their_ends) <= set(our_ends)
-    return True
+    recorded.assert_same_words(theirs, ours)
 
 
 def test_a_word_behind_a_word_without_a_boundary() -> None:
@@ -130,7 +117,7 @@ def test_log_probabilities_add_up() -> None:
 def test_texts_are_the_contracts(tokens: list[int], delay: int) -> None:
     """Only times differ from the contract's rule, and those only behind a word that no boundary ended."""
     ours, theirs = assemble(tokens, delay), contract(tokens, delay)
-    assert matches(theirs, ours)
+    recorded.assert_same_words(theirs, ours)
 
 
 @given(TOKENS, DELAYS)

@@ -135,7 +135,7 @@ class Lane:
         events: list[AnyEvent] = []
         while commands and self.tail is None and not self.done:
             command = commands[0]
-            if type(command) is Pcm:
+            if isinstance(command, Pcm):
                 self.framer.push(command.samples, command.arrived)
                 self.samples += len(command.samples)
                 self.heard_at = command.arrived
@@ -267,7 +267,7 @@ class Lane:
         marks = self.marks
         last = self.tail.end if self.tail is not None and self.tail.kind == "finish" else math.inf
         while marks and words.steps >= marks[0].due + late_frames < last:  # `_end` sends those behind all audio
-            if words.under_way:
+            if words.under_way and marks[0].due > self.delay:  # else no audio is before the mark, so no word
                 if words.steps < marks[0].due + late_frames + HOLD_FRAMES:
                     break
                 events += words.flush()
