@@ -1,4 +1,4 @@
-"""What a message costs the server: CPU time of taking in a frame of audio and sending an event, with an engine that does nothing.
+"""What a message costs the server: CPU time to take in a frame of audio and send an event, with an engine that does nothing.
 
 Beside it, in the same run and on the same event loop: aiohttp's own WebSocket echoing the same messages, and aiohttp answering
 each with as few bytes as our `Step` has. Each server is a process of its own; the load comes from another. Messages a second
@@ -22,6 +22,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -48,9 +49,10 @@ async def serve_aiohttp(reply: bytes | None) -> int:
     async def handle(request: web.Request) -> web.WebSocketResponse:
         socket = web.WebSocketResponse(compress=False, max_msg_size=1 << 26)
         await socket.prepare(request)
-        async for message in socket:
-            if message.type is WSMsgType.BINARY:
-                await socket.send_bytes(message.data if reply is None else reply)
+        with suppress(ConnectionResetError):  # the load just ends
+            async for message in socket:
+                if message.type is WSMsgType.BINARY:
+                    await socket.send_bytes(message.data if reply is None else reply)
         return socket
 
     app = web.Application()

@@ -1,12 +1,17 @@
 """The parts of the browser page that can be run without a browser, by Node where there is one."""
 
+import asyncio
 import json
 import shutil
 import subprocess
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from tests.support.raw_ws import RawClient
+from tests.support.scripted_engine import ScriptedEngine, counting
+from tests.support.serving import KEY, Running, serving, until
 
 from moshi_stt import protocol
 from moshi_stt.events import EndWord, Error, Marker, Ready, Step, Word
@@ -93,3 +98,66 @@ def test_page_resamples_any_rate(rate: int) -> None:
     if rate > 30_000:
         assert np.abs(np.array(alias))[50:].max() < 0.02
     np.testing.assert_allclose(cut, tone, atol=1e-9)
+
+
+async def browse(running: Running, key: str, seconds: float) -> dict[str, Any]:
+    """What the page shows after a file was dropped on it, in a stand-in for a browser."""
+    script = Path(__file__).parents[1] / "support" / "fake_browser.mjs"
+    assert NODE is not None
+    process = await asyncio.create_subprocess_exec(
+        *(NODE, "--no-warnings", "--experimental-websocket", str(script), str(PACKAGED), running.http, key, str(seconds)),
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+    )
+    output, errors = await asyncio.wait_for(process.communicate(), 30)
+    assert process.returncode == 0, errors.decode()
+    shown: dict[str, Any] = json.loads(output)
+    return shown
+
+
+def has_websocket() -> bool:
+    """Node has a WebSocket of its own from 20.10 on."""
+    if NODE is None:
+        return False
+    arguments = [NODE, "--no-warnings", "--experimental-websocket", "-p", "typeof WebSocket"]
+    return subprocess.run(arguments, capture_output=True, text=True, check=False).stdout.strip() == "function"
+
+
+@pytest.mark.skipif(not has_websocket(), reason="no node with a WebSocket")
+async def test_page_shows_the_words_of_a_dropped_file() -> None:
+    """Its own session against the real server, to the last word and the marker."""
+    engine = ScriptedEngine(counting(20), delay_frames=6)
+    async with serving(engine) as running:
+        shown = await browse(running, KEY, 4.0)
+    assert shown["error"] == ""
+    assert shown["state"] == "Done."
+    assert shown["words"] == [f"w{i}" for i in range(20)]
+    assert shown["server"] == "scripted on cpu, language: en; 0 of 4 places taken"
+    assert engine.samples == [4 * 24_000]
+
+
+@pytest.mark.skipif(not has_websocket(), reason="no node with a WebSocket")
+@pytest.mark.parametrize(
+    ("case", "said"),
+    [
+        ("wrong key", "The server refused the connection. Is the key right?"),
+        ("full", "Every place on the server is taken."),
+        ("failing", "The model failed: the device is gone."),
+    ],
+)
+async def test_page_says_in_plain_words_what_is_wrong(case: str, said: str) -> None:
+    engine = ScriptedEngine(slots=1)
+    async with serving(engine) as running:
+        if case == "full":
+            async with await RawClient.connect(running.port) as client:
+                await client.receive_event()
+                shown = await browse(running, KEY, 1.0)
+        elif case == "failing":
+            engine.hold()
+            browsing = asyncio.create_task(browse(running, KEY, 1.0))
+            await until(lambda: engine.used_slots == 1)
+            engine.release_failing("the device is gone")
+            shown = await browsing
+        else:
+            shown = await browse(running, "wrong", 1.0)
+    assert shown["error"].startswith(said)

@@ -2,6 +2,7 @@
 
 import asyncio
 import errno
+import gc
 import logging
 import signal
 import socket
@@ -256,7 +257,24 @@ def serve(config: ServerConfig, engines: Mapping[str, Engine], host: str, port: 
 
     Raises ConfigError, CheckpointError or EngineError where the server cannot start.
     """
+    raise_file_limit()
     return run(_serve(config, engines, host, port))
+
+
+def raise_file_limit() -> None:
+    """Let this process hold as many sockets as its user may: the default is 256 on macOS, 1,024 on many a Linux."""
+    try:
+        import resource
+    except ImportError:  # Windows has no such limit
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    for wanted in (65_536, 10_240):  # macOS refuses more than the second, whatever its hard limit says
+        limit = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        if soft == resource.RLIM_INFINITY or limit <= soft:
+            return
+        with suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
+            return
 
 
 async def _serve(config: ServerConfig, engines: Mapping[str, Engine], host: str, port: int) -> int:
@@ -284,6 +302,8 @@ async def _serve(config: ServerConfig, engines: Mapping[str, Engine], host: str,
             await starting
         return 0
     await starting
+    gc.collect()
+    gc.freeze()  # models and modules stay: full collections, which stop everything, need not walk them again
     for line in info.start_lines(server.service, host, server.port):
         log.info("%s", line)
     try:

@@ -72,6 +72,7 @@ class Session {
     this.socket.binaryType = "arraybuffer";
     this.socket.onmessage = ({ data }) => this.receive(decode(data));
     this.socket.onclose = ({ code }) => this.closed(code);
+    this.socket.onerror = () => setTimeout(() => this.closed(1006), 500); // where no close event follows
   }
 
   receive(message) {
