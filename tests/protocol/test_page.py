@@ -100,12 +100,22 @@ def test_page_resamples_any_rate(rate: int) -> None:
     np.testing.assert_allclose(cut, tone, atol=1e-9)
 
 
-async def browse(running: Running, key: str, seconds: float) -> dict[str, Any]:
-    """What the page shows after a file was dropped on it, in a stand-in for a browser."""
+async def browse(running: Running, key: str, seconds: float, source: str = "file") -> dict[str, Any]:
+    """What the page shows after a file was dropped on it, or the microphone was used, in a stand-in for a browser."""
     script = Path(__file__).parents[1] / "support" / "fake_browser.mjs"
     assert NODE is not None
     process = await asyncio.create_subprocess_exec(
-        *(NODE, "--no-warnings", "--experimental-websocket", str(script), str(PACKAGED), running.http, key, str(seconds)),
+        *(
+            NODE,
+            "--no-warnings",
+            "--experimental-websocket",
+            str(script),
+            str(PACKAGED),
+            running.http,
+            key,
+            str(seconds),
+            source,
+        ),
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE,
     )
@@ -124,13 +134,14 @@ def has_websocket() -> bool:
 
 
 @pytest.mark.skipif(not has_websocket(), reason="no node with a WebSocket")
-async def test_page_shows_the_words_of_a_dropped_file() -> None:
-    """Its own session against the real server, to the last word and the marker."""
+@pytest.mark.parametrize("source", ["file", "microphone"])
+async def test_page_shows_the_words(source: str) -> None:
+    """Its own session against the real server, to the last word; what was said before the server was ready is not lost."""
     engine = ScriptedEngine(counting(20), delay_frames=6)
     async with serving(engine) as running:
-        shown = await browse(running, KEY, 4.0)
+        shown = await browse(running, KEY, 4.0, source)
     assert shown["error"] == ""
-    assert shown["state"] == "Done."
+    assert (shown["state"], shown["microphones"]) == ("Done.", 0)
     assert shown["words"] == [f"w{i}" for i in range(20)]
     assert shown["server"] == "scripted on cpu, language: en; 0 of 4 places taken"
     assert engine.samples == [4 * 24_000]

@@ -1,10 +1,11 @@
 // As much of a browser as the page uses, for Node: elements that remember, sound that is given, Node's own WebSocket.
-// Usage: node --experimental-websocket fake_browser.mjs PAGE_FOLDER SERVER_URL KEY SECONDS
-// Drops a file of SECONDS of silence on the page and prints, as JSON, what the page then shows.
+// Usage: node --experimental-websocket fake_browser.mjs PAGE_FOLDER SERVER_URL KEY SECONDS file|microphone
+// Drops a file of SECONDS of silence on the page, or speaks so long into its microphone and presses Stop. Prints, as JSON, what
+// the page then shows.
 
 import { pathToFileURL } from "node:url";
 
-const [folder, server, key, seconds] = process.argv.slice(2);
+const [folder, server, key, seconds, source] = process.argv.slice(2);
 
 class Element {
   constructor() {
@@ -42,16 +43,49 @@ globalThis.OfflineAudioContext = class {
     return { length, numberOfChannels: 2, getChannelData: () => new Float32Array(length) };
   }
 };
+const microphone = { open: 0, port: null };
+Object.defineProperty(globalThis, "navigator", {
+  value: { mediaDevices: { getUserMedia: async () => ({ getTracks: () => [{ stop: () => { microphone.open -= 1; } }] }) } },
+});
+globalThis.AudioContext = class {
+  constructor({ sampleRate = 48000 } = {}) {
+    this.sampleRate = sampleRate;
+    this.destination = {};
+    this.audioWorklet = { addModule: async () => {} };
+  }
+  createMediaStreamSource() {
+    if (this.sampleRate !== 48000) throw new Error("this browser cannot resample");
+    microphone.open += 1;
+    return { context: this, connect: (node) => ({ connect: () => { microphone.port = node.port; } }) };
+  }
+  close() {}
+};
+globalThis.AudioWorkletNode = class { port = {}; };
 const fetchThere = globalThis.fetch;
 globalThis.fetch = (path, options) => fetchThere(new URL(path, server), options);
 document.getElementById("key").value = key;
 document.getElementById("path").value = "/api/asr-streaming";
 
 await import(pathToFileURL(`${folder}/captions.js`));
-listeners.drop({ preventDefault() {}, dataTransfer: { files: [{ name: "speech.wav", arrayBuffer: async () => new ArrayBuffer(0) }] } });
+const pause = (ms) => new Promise((resolve) => setTimeout(resolve, ms));
+const speak = () => microphone.port.onmessage({ data: new Float32Array(1920).fill(0.1) });
+
+async function talk() {
+  elements.talk.onclick();
+  while (!microphone.port) await pause(1);
+  const frames = Math.round(seconds * 12.5);
+  for (let i = 0; i < 3; i++) speak(); // before the server is ready
+  while (elements.state.textContent !== "Listening. Speak.") await pause(1);
+  for (let i = 3; i < frames; i++) speak();
+  elements.talk.onclick();
+}
+
+if (source === "microphone") await talk();
+else listeners.drop({ preventDefault() {}, dataTransfer: { files: [{ name: "speech.wav", arrayBuffer: async () => new ArrayBuffer(0) }] } });
 const over = () => elements.state?.textContent === "Done." || elements.error?.textContent;
-for (let i = 0; i < 1500 && !over(); i++) await new Promise((resolve) => setTimeout(resolve, 10));
+for (let i = 0; i < 1500 && !over(); i++) await pause(10);
 console.log(JSON.stringify({
+  microphones: microphone.open,
   server: elements.server?.textContent,
   state: elements.state?.textContent,
   error: elements.error?.textContent ?? "",

@@ -199,6 +199,10 @@ function releaseMicrophone() {
 
 function stopTalking() {
   releaseMicrophone();
+  if (session?.socket.readyState !== WebSocket.OPEN) {
+    session?.end("");
+    return;
+  }
   say("Waiting for the last words…");
   $("talk").disabled = true;
   session?.mark(FILE_MARKER); // the last words come before it
