@@ -17,6 +17,7 @@ LEAVES = {"__init__", "constants", "errors", "events", "packed", "protocol", "co
 
 ALLOWED = {
     # folder or module: (what of the package it may import besides the leaves, which frameworks)
+    "__main__": ({"cli"}, set()),
     "text": ({"text"}, set()),
     "audio": ({"audio"}, set()),
     "engine": ({"engine", "audio", "text"}, set()),

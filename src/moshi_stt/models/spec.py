@@ -416,6 +416,8 @@ def _delay_frames(module: KyutaiModule) -> tuple[int, tuple[str, ...]]:
     if not math.isfinite(value):
         raise ConfigError(f"modules.{module.name}: conditioning_delay = {value} is no number of seconds")
     delay = math.floor(value * FRAME_RATE) + 1
+    if delay == module.asr_delay_in_tokens:
+        return delay, ()
     return delay, (f"conditioning_delay = {value:g} makes the delay {delay} frames instead of {module.asr_delay_in_tokens}",)
 
 
