@@ -120,3 +120,37 @@ def loader(
         return LoadedModel(backend, decode, info, streams)
 
     return load
+
+
+class LevelModel(FakeBackend):
+    """Hears the language of `level_speech` frame by frame, as Kyutai's models hear theirs: a boundary, then a word's one piece.
+
+    A word that starts in frame f has its boundary at step f + delay + 1: a frame is heard one step late. The levels of the last
+    frames are a slot's state. Silence of a whole frame must lie between two words.
+    """
+
+    def __init__(self, slots: int, heads: int = 4, delay: int = 6) -> None:
+        super().__init__(slots, heads)
+        self.levels = np.zeros((slots, delay + 2), np.int64)  # newest last
+
+    def copy(self, source: int, target: int) -> None:
+        super().copy(source, target)
+        self.levels[target] = self.levels[source]
+
+    def step(self, pcm: NDArray[np.float32], slots: NDArray[np.int64], fresh: NDArray[np.bool_]) -> StepOutput:
+        self.levels[slots[fresh]] = 0
+        output = super().step(pcm, slots, fresh)
+        self.levels[slots] = np.roll(self.levels[slots], -1, axis=1)
+        self.levels[slots, -1] = np.rint(np.abs(pcm).max(axis=1) * 100)
+        return output
+
+    def tokens(self, slots: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Of the frames before this one: its own levels come after."""
+        before, first, second = self.levels[slots, 0], self.levels[slots, 1], self.levels[slots, 2]
+        starts, goes_on = (before == 0) & (first > 0), (first == 0) & (second > 0)
+        return np.where(starts, first + 10, np.where(goes_on, 0, 3))
+
+
+def spell_level(ids: Sequence[int]) -> str:
+    """As the recogniser of `level_speech` writes its words."""
+    return " ".join(f"w{piece - 10}." for piece in ids)

@@ -16,7 +16,7 @@ from tests.support.batch import (
     without_timing,
     words_of,
 )
-from tests.support.scripted_backend import FakeBackend, PseudoModel, Scripted
+from tests.support.scripted_backend import FakeBackend, LevelModel, PseudoModel, Scripted
 
 from moshi_stt.constants import FRAME_SAMPLES
 from moshi_stt.engine.batch import BatchEngine
@@ -249,6 +249,23 @@ async def test_a_marker_waits_for_the_word_under_way() -> None:
         assert steps_of(events[:at]) == 15
         assert isinstance(events[at - 1], Word)
         assert events[at - 1].text == "50.51.52.53"
+        stream.close()
+
+
+@pytest.mark.parametrize("wait", [0.02, 30.0], ids=["nothing behind it", "audio behind it"])
+async def test_a_word_in_the_last_frame_comes_before_the_marker(wait: float) -> None:
+    """As late as a word can be: its boundary comes with the step at which the marker is due, its piece one step later."""
+    pcm = np.zeros(6 * FRAME_SAMPLES, np.float32)
+    pcm[-FRAME_SAMPLES:] = 0.07
+    async with engine(LevelModel, marker_wait=wait) as started:
+        stream = started.open()
+        await stream.feed(pcm)
+        await stream.mark(1)
+        if wait == 30.0:
+            await stream.feed(np.zeros(20 * FRAME_SAMPLES, np.float32))
+        events = await until(stream, lambda e: Marker(1) in e)
+        before = events[: events.index(Marker(1))]
+        assert [(e.text, e.start_time) for e in before if isinstance(e, Word)] == [("17", 0.48)]
         stream.close()
 
 
