@@ -25,6 +25,16 @@ class Spoken(NamedTuple):
     logprob: float
 
 
+class Hypothesis(NamedTuple):
+    """What was said, as far as it can be told.
+
+    whole: whether the model came to an end by itself, rather than being stopped where it said more than anybody can.
+    """
+
+    words: list[Spoken]
+    whole: bool = True
+
+
 class Span(NamedTuple):
     """When a word was said: seconds from the start of the samples given."""
 
@@ -60,11 +70,15 @@ class Recogniser(Protocol):
         ...
 
     def recognise(
-        self, samples: NDArray[np.float32], said: Sequence[Spoken] = (), draft: Sequence[Spoken] = ()
-    ) -> list[Spoken]:
+        self,
+        samples: NDArray[np.float32],
+        said: Sequence[Spoken] = (),
+        draft: Sequence[Spoken] = (),
+        said_seconds: float = 0.0,
+    ) -> Hypothesis:
         """The words of samples, float32 (S,) of at most 30 s, that follow `said`.
 
-        said: words at the start of the samples that are settled: the result continues them.
+        said: words at the start of the samples that are settled: the result continues them. said_seconds: where they end.
         draft: a guess of what follows (an earlier hypothesis); it only saves time where it is right.
         Raises whatever the model's framework raises.
         """

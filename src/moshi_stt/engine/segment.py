@@ -154,7 +154,7 @@ class SegmentEngine(Engine):
             "loaded in": f"{load_seconds:.1f} s",
             "recogniser threads": str(self._threads_wanted),
             "cost of a live stream": f"{cost:.2f} of a core, measured",
-            "real-time streams": f"about {held} of {self.info.total_slots} slots" if held else "none: this machine is too slow",
+            "real-time streams": f"about {held} on this machine" if held else "none: this machine is too slow",
             **recogniser.notes,
         }
 

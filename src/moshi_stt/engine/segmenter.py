@@ -40,17 +40,27 @@ class SegmentSettings:
     """From one hypothesis to the next while somebody speaks."""
     hypothesis_growth: float = 0.03
     """What each second of the segment adds to that: long segments cost more."""
-    pause_seconds: float = 0.2
+    pause_seconds: float = 0.25
     """After so much silence the last word is over: a hypothesis is made at once."""
-    end_seconds: float = 0.6
+    end_seconds: float = 1.2
     """After so much silence the segment is over."""
     long_seconds: float = 8.0
     """From this length on the first pause ends the segment."""
     longest_seconds: float = 15.0
     """Speech without a pause is cut here, at the quietest place of the last `cut_seconds`."""
     cut_seconds: float = 4.0
+    sure_logprob: float = -0.3
+    """A word of this log-probability or more is settled when a second hypothesis agrees on it; one below, when either"""
+    agreements: int = 4
+    """so many hypotheses in a row agree on it, or"""
+    followers: int = 6
+    """a second agrees and so many words follow it: it is far from the audio's end, where most changes are."""
+    pause_agreements: int = 2
+    """In a pause, when so many agree, sure or not."""
     lowest_logprob: float = -1.0
     """A hypothesis whose tokens have a mean log-probability below this is noise, not speech."""
+    spare_logprob: float = -0.8
+    """Added to the sum, so that one doubtful word is not dropped for itself."""
 
 
 @dataclass
@@ -66,6 +76,8 @@ class _Segment:
     """Words sent."""
     guess: list[Spoken] = field(default_factory=list)
     """Words of the latest hypothesis that are not sent."""
+    agreements: list[int] = field(default_factory=list)
+    """How many hypotheses in a row agree on each word of the guess."""
     anchor: tuple[str, int] | None = None
     """The last word sent and where it starts: the next alignment begins with it."""
     quiet: bool = False
@@ -188,25 +200,42 @@ class Segmenter:
 
     # ---- hypotheses --------------------------------------------------------------------------------------------------
 
-    def _recognise(self, segment: _Segment, stop: int) -> list[Spoken]:
+    def _recognise(self, segment: _Segment, stop: int) -> list[Spoken] | None:
+        """The words behind those said, up to `stop`; None where the recogniser lost its way."""
         self.hypotheses += 1
-        words = self.recogniser.recognise(self._between(segment.start, stop), segment.said, segment.guess)
+        said_seconds = (self._position(self._last_stop) - segment.start) / RECOGNISER_RATE if segment.said else 0.0
+        samples = self._between(segment.start, stop)
+        words, whole = self.recogniser.recognise(samples, segment.said, segment.guess, said_seconds)
+        if not whole:
+            return None
         tokens = sum(len(word.tokens) for word in words)
-        if tokens and sum(word.logprob for word in words) / tokens < self.settings.lowest_logprob:
-            return []
-        return words
+        likely = sum(word.logprob for word in words) >= self.settings.lowest_logprob * tokens + self.settings.spare_logprob
+        return words if likely else []
 
     def _hypothesise(self, segment: _Segment, *, pause: bool) -> list[AnyEvent]:
-        """Say the words on which this hypothesis and the one before agree. Its last word may be half of one, but in a pause."""
+        """Recognise what there is of the segment and say the words that are settled."""
         now = self._framed
-        words = self._recognise(segment, now)
+        words = self._recognise(segment, now) or []
         agreed = _agreeing(segment.guess, words)
-        settled = agreed if pause else min(agreed, len(words) - 1)
+        agreements = [count + 1 for count in segment.agreements[:agreed]] + [1] * (len(words) - agreed)
+        settled = self._settled(words, agreements, pause=pause)
         events = self._say(segment, words, settled, now)
-        segment.guess = words[max(settled, 0) :]
+        segment.guess, segment.agreements = words[settled:], agreements[settled:]
         segment.quiet = pause and not segment.guess
         segment.next_hypothesis = self._after(segment.start, now)
         return events
+
+    def _settled(self, words: Sequence[Spoken], agreements: Sequence[int], *, pause: bool) -> int:
+        """How many words may be sent. The last may be half of one, but in a pause."""
+        settings = self.settings
+        last = len(words) if pause else len(words) - 1
+        for index in range(last):
+            count, followers = agreements[index], len(words) - index - 1
+            sure = words[index].logprob >= settings.sure_logprob or followers >= settings.followers
+            enough = settings.pause_agreements if pause else 2 if sure else settings.agreements
+            if count < enough:
+                return index
+        return max(last, 0)
 
     def _finish(self, stop: int) -> list[AnyEvent]:
         """End the segment at `stop`, where nobody speaks or nothing more comes: say the rest."""
@@ -216,7 +245,12 @@ class Segmenter:
         self._earliest_start = max(segment.last_speech, stop - self._lead)
         if segment.quiet or segment.speech_frames < self.settings.fewest_frames:
             return []
+        return self._say_rest(segment, stop)
+
+    def _say_rest(self, segment: _Segment, stop: int) -> list[AnyEvent]:
         words = self._recognise(segment, stop)
+        if words is None:
+            words = segment.guess
         return self._say(segment, words, len(words), stop)
 
     def _cut(self) -> list[AnyEvent]:
@@ -226,8 +260,7 @@ class Segmenter:
         now = self._framed
         floor = max(segment.start, now - int(self.settings.cut_seconds * RECOGNISER_RATE), self._position(self._last_stop))
         stop = self._quietest(floor, now)
-        words = self._recognise(segment, stop)
-        events = self._say(segment, words, len(words), stop)
+        events = self._say_rest(segment, stop)
         rest = _Segment(stop, self._after(stop, now), segment.last_speech)
         rest.speech_frames = max(0, segment.last_speech - stop) // VAD_FRAME
         rest.silent_frames = segment.silent_frames

@@ -15,7 +15,7 @@ import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
 
-from moshi_stt.engine.recogniser import RECOGNISER_RATE, Span, Spoken
+from moshi_stt.engine.recogniser import RECOGNISER_RATE, Hypothesis, Span, Spoken
 from moshi_stt.errors import CheckpointError
 from moshi_stt.models.alignment import Aligner
 
@@ -30,14 +30,11 @@ BEGIN, END = 1, 2
 """Tokens that open and close a text."""
 
 TOKENS_PER_SECOND = 6.5
-"""No English speaker needs more; a decoder caught in a loop does. (Useful Sensors' own bound for this model.)"""
+"""No English speaker needs more; a decoder caught in a loop does. (Its makers' own bound for this model.)"""
 
-SPARE_TOKENS = 6
-LONGEST_LOOP = 12
-"""Tokens of the longest phrase that the repetition guard looks for."""
-
-LOOP_TURNS = 4
-"""A phrase said so often in a row is a loop."""
+SPARE_TOKENS = 8
+SPARE_SECONDS = 0.3
+"""By so much the end of the words said may be placed too late."""
 
 SHORTEST_SAMPLES = RECOGNISER_RATE // 4
 """Anything shorter is padded with silence: the encoder's convolutions need some length."""
@@ -132,6 +129,7 @@ class Moonshine:
         heads, width = self._decoder.get_inputs()[3].shape[1], self._decoder.get_inputs()[3].shape[3]
         self._no_past = np.zeros((1, heads, 0, width), np.float32)  # (B, H, T, D)
         self._growing = [name for name in self._outputs[1:] if "decoder" in name]
+        self._growing_pasts = [name for name in self._pasts if "decoder" in name]
 
     def encode(self, samples: NDArray[np.float32]) -> NDArray[np.float32]:
         """Samples (S,) to hidden states (1, T, D), T = about 41.7 a second."""
@@ -143,13 +141,13 @@ class Moonshine:
 
     def decode(
         self, hidden: NDArray[np.float32], said: Sequence[int], draft: Sequence[int], limit: int
-    ) -> tuple[list[int], list[float]]:
-        """Continue the tokens `said` greedily until the end token or `limit` tokens in all; and their log-probabilities.
+    ) -> tuple[list[int], list[float], bool]:
+        """Continue the tokens `said` greedily by at most `limit`: tokens, their log-probabilities, whether they came to an end.
 
         One pass over said + draft costs about as much as one step, so the draft is checked whole and kept as far as it is what
         the decoder would have chosen.
         """
-        draft = draft[: max(0, limit - len(said))]
+        draft = draft[:limit]
         feed: dict[str, NDArray[np.generic]] = {
             "encoder_hidden_states": hidden,
             # One for every audio sample, or, where all are valid, one that broadcasts.
@@ -159,36 +157,27 @@ class Moonshine:
             **dict.fromkeys(self._pasts, self._no_past),
         }
         logits, *caches = self._decoder.run(self._outputs, feed)
-        feed.update(zip(self._pasts, caches, strict=True))
-        feed["use_cache_branch"] = np.array([True])
-        tokens: list[int] = []
-        logprobs: list[float] = []
+        scores = logits[0, len(said) :]  # (T, V)
         if said:
             # What was said stays said: the next token must begin a word, not lengthen the last.
-            logits[0, len(said)] = np.where(self._word_starts, logits[0, len(said)], -np.inf)
-        for position in range(len(draft) + 1):
-            token, logprob = _best(logits[0, len(said) + position])
-            if position == len(draft) or token != draft[position]:
-                break
-            tokens.append(token)
-            logprobs.append(logprob)
-        settled = 1 + len(said) + len(tokens)
+            scores[0] = np.where(self._word_starts, scores[0], -np.inf)
+        chosen = [_best(row) for row in scores]
+        right = next((index for index, token in enumerate(draft) if chosen[index][0] != token), len(draft))
+        tokens, logprobs = [token for token, _ in chosen[:right]], [logprob for _, logprob in chosen[:right]]
+        token, logprob = chosen[right]
+        feed.update(zip(self._pasts, caches, strict=True))
+        feed["use_cache_branch"] = np.array([True])
         for name, cache in zip(self._pasts, caches, strict=True):
             if "decoder" in name:
-                feed[name] = cache[:, :, :settled]
-        while token != END and len(said) + len(tokens) < limit:
+                feed[name] = cache[:, :, : 1 + len(said) + right]
+        while token != END and len(tokens) < limit:
             tokens.append(token)
             logprobs.append(logprob)
-            if loop := _loop_length(tokens):
-                del tokens[-loop:], logprobs[-loop:]
-                break
             feed["input_ids"] = np.array([[token]], np.int64)
             logits, *caches = self._decoder.run([self._outputs[0], *self._growing], feed)
-            feed.update(
-                (name.replace("present", "past_key_values"), cache) for name, cache in zip(self._growing, caches, strict=True)
-            )
+            feed.update(zip(self._growing_pasts, caches, strict=True))
             token, logprob = _best(logits[0, 0])
-        return tokens, logprobs
+        return tokens, logprobs, token == END
 
 
 def read_wav(path: Path) -> NDArray[np.float32]:
@@ -200,18 +189,6 @@ def read_wav(path: Path) -> NDArray[np.float32]:
 def _best(logits: NDArray[np.float32]) -> tuple[int, float]:
     token = int(logits.argmax())
     return token, -math.log(float(np.exp(logits - logits[token]).sum()))
-
-
-def _loop_length(tokens: Sequence[int]) -> int:
-    """How many tokens at the end are repeats of the phrase before them, where it was said LOOP_TURNS times; else 0."""
-    for size in range(1, LONGEST_LOOP + 1):
-        span = size * LOOP_TURNS
-        if span > len(tokens):
-            break
-        tail = tokens[-span:]
-        if all(tail[index] == tail[index % size] for index in range(size, span)):
-            return span - size
-    return 0
 
 
 class SileroState(NamedTuple):
@@ -263,12 +240,17 @@ class EmbeddedRecogniser:
         return self._vad(frame, state)
 
     def recognise(
-        self, samples: NDArray[np.float32], said: Sequence[Spoken] = (), draft: Sequence[Spoken] = ()
-    ) -> list[Spoken]:
-        limit = math.ceil(len(samples) / RECOGNISER_RATE * TOKENS_PER_SECOND) + SPARE_TOKENS
+        self,
+        samples: NDArray[np.float32],
+        said: Sequence[Spoken] = (),
+        draft: Sequence[Spoken] = (),
+        said_seconds: float = 0.0,
+    ) -> Hypothesis:
+        seconds = len(samples) / RECOGNISER_RATE - max(0.0, said_seconds - SPARE_SECONDS)
+        limit = math.ceil(seconds * TOKENS_PER_SECOND) + SPARE_TOKENS
         hidden = self._moonshine.encode(samples)
-        tokens, logprobs = self._moonshine.decode(hidden, _tokens(said), _tokens(draft), limit)
-        return self._tokenizer.words(tokens, logprobs)
+        tokens, logprobs, whole = self._moonshine.decode(hidden, _tokens(said), _tokens(draft), limit)
+        return Hypothesis(self._tokenizer.words(tokens, logprobs), whole)
 
     def align(self, samples: NDArray[np.float32], texts: Sequence[str]) -> list[Span]:
         return self._aligner.align(samples, texts)

@@ -1,0 +1,342 @@
+"""The segment engine over a recogniser without a model: streams, threads, order, bounds and failures."""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from tests.support.level_speech import LevelRecogniser, pause, say
+
+from moshi_stt.constants import SAMPLE_RATE
+from moshi_stt.engine.engine import SilentObserver
+from moshi_stt.engine.segment import SegmentEngine, measure
+from moshi_stt.engine.segmenter import SegmentSettings
+from moshi_stt.engine.stream import Stream, StreamLimits
+from moshi_stt.errors import CheckpointError, EngineError, EngineFailed, NoFreeSlot
+from moshi_stt.events import AnyEvent, EndWord, Error, Marker, Ready, Word
+
+DEADLINE = 60.0
+
+
+class Engine(SegmentEngine):
+    recogniser: LevelRecogniser
+
+
+@asynccontextmanager
+async def engine(slots: int = 8, threads: int = 2, **options: object) -> AsyncIterator[Engine]:
+    recogniser = LevelRecogniser()
+    made = Engine(lambda: recogniser, slots=slots, threads=threads, **options)  # type: ignore[arg-type]
+    await made.start()
+    made.recogniser = recogniser
+    recogniser.calls = 0
+    try:
+        yield made
+    finally:
+        recogniser.gate.set()
+        await made.stop()
+
+
+async def until(stream: Stream, last: Callable[[AnyEvent], bool]) -> list[AnyEvent]:
+    """Events up to and with the first that is the last one."""
+    events: list[AnyEvent] = []
+    async with asyncio.timeout(DEADLINE):
+        async for event in stream:
+            events.append(event)
+            if last(event):
+                break
+    return events
+
+
+async def to_end(stream: Stream) -> list[AnyEvent]:
+    return await until(stream, lambda _: False)
+
+
+async def transcribe(
+    engine: SegmentEngine, audio: NDArray[np.float32], *, live: bool = True, size: int = 1920
+) -> list[AnyEvent]:
+    stream = engine.open(live=live)
+    try:
+        reading = asyncio.create_task(to_end(stream))
+        for start in range(0, len(audio), size):
+            await stream.feed(audio[start : start + size])
+        await stream.finish()
+        return await reading
+    finally:
+        stream.close()
+
+
+def texts(events: list[AnyEvent]) -> list[str]:
+    return [event.text for event in events if isinstance(event, Word)]
+
+
+async def test_ready_then_words_then_the_end() -> None:
+    async with engine() as served:
+        events = await transcribe(served, say([10, 20, 30]))
+    assert events[0] == Ready()
+    assert texts(events) == ["w10.", "w20.", "w30."]
+    assert [type(event) for event in events[1:]] == [Word, EndWord] * 3
+
+
+async def test_audio_and_a_marker_and_then_nothing_gives_the_last_word_and_the_marker() -> None:
+    async with engine() as served:
+        stream = served.open()
+        await stream.feed(say([10, 20])[:-1_000])
+        await stream.mark(7)
+        events = await until(stream, lambda event: isinstance(event, Marker))
+        assert texts(events) == ["w10.", "w20."]
+        assert events[-1] == Marker(7)
+        await stream.feed(say([30]))
+        await stream.mark(8)
+        await stream.mark(9)
+        events = await until(stream, lambda event: event == Marker(9))
+        assert texts(events) == ["w30."]
+        assert events[-2:] == [Marker(8), Marker(9)]
+        assert isinstance(events[0], Word)
+        assert events[0].start_time > 0.8
+        stream.close()
+
+
+async def test_a_marker_before_any_audio_is_answered() -> None:
+    async with engine() as served:
+        stream = served.open()
+        await stream.mark(-1)
+        assert await until(stream, lambda event: isinstance(event, Marker)) == [Ready(), Marker(-1)]
+        stream.close()
+
+
+async def test_reset_says_what_was_pending_and_starts_anew() -> None:
+    async with engine() as served:
+        stream = served.open()
+        await stream.feed(say([10, 20]))
+        await stream.reset()
+        await stream.feed(say([30]))
+        await stream.finish()
+        events = await to_end(stream)
+        stream.close()
+    said = [event.text if isinstance(event, Word) else event for event in events if not isinstance(event, EndWord)]
+    assert said == [Ready(), "w10.", "w20.", Ready(), "w30."]
+    last = next(event for event in reversed(events) if isinstance(event, Word))
+    assert last.start_time == pytest.approx(0.1, abs=0.01)
+
+
+async def test_streams_at_once_say_what_each_says_alone() -> None:
+    audios = [say([10 + 3 * index + step for step in range(12)]) for index in range(8)]
+    async with engine() as served:
+        alone = [await transcribe(served, audio) for audio in audios]
+        together = await asyncio.gather(
+            *(transcribe(served, audio, live=index % 2 == 0, size=777) for index, audio in enumerate(audios))
+        )
+    assert together == alone
+    assert all(len(texts(events)) == 12 for events in alone)
+
+
+async def test_overload_loses_nothing_and_feeding_waits() -> None:
+    """While the recogniser stands still the inbox fills and `feed` waits; then every word comes, the same as ever."""
+    audio = np.concatenate([say(range(10, 60)), pause(1.0)] * 2)
+    limits = StreamLimits(inbox_samples=2 * SAMPLE_RATE)
+    async with engine(limits=limits) as served:
+        expected = await transcribe(served, audio)
+        served.recogniser.gate.clear()
+        stream = served.open()
+        feeding = asyncio.create_task(stream.feed(audio))
+        reading = asyncio.create_task(to_end(stream))
+        done, _ = await asyncio.wait([feeding], timeout=0.3)
+        assert not done
+        assert stream.pending_samples <= limits.inbox_samples
+        assert served.queued_samples == stream.pending_samples
+        served.recogniser.gate.set()
+        async with asyncio.timeout(DEADLINE):
+            await feeding
+        await stream.finish()
+        assert await reading == expected
+        assert served.queued_samples == 0
+        stream.close()
+
+
+async def test_a_reader_that_stands_still_stops_only_its_own_stream() -> None:
+    limits = StreamLimits(outbox_events=8)
+    audio = say(range(10, 40))
+    async with engine(limits=limits, threads=1) as served:
+        stuck = served.open()
+        feeding = asyncio.create_task(stuck.feed(audio))
+        assert len(texts(await transcribe(served, audio))) == 30
+        await feeding
+        await stuck.finish()
+        assert len(texts(await to_end(stuck))) == 30
+        stuck.close()
+
+
+async def test_a_live_stream_overtakes_files_and_files_go_on() -> None:
+    """One thread, three long files queued before a live stream of a second: the live one ends first, the files end too."""
+    order: list[str] = []
+
+    async def named(name: str, served: SegmentEngine, audio: NDArray[np.float32], live: bool) -> None:
+        await transcribe(served, audio, live=live, size=SAMPLE_RATE)
+        order.append(name)
+
+    async with engine(threads=1) as served:
+        served.recogniser.gate.clear()
+        files = [asyncio.create_task(named("file", served, say(range(10, 90)), False)) for _ in range(3)]
+        await asyncio.sleep(0)
+        live = asyncio.create_task(named("live", served, say([10, 20]), True))
+        await asyncio.sleep(0)
+        served.recogniser.gate.set()
+        async with asyncio.timeout(DEADLINE):
+            await asyncio.gather(live, *files)
+    assert order == ["live", "file", "file", "file"]
+
+
+async def test_a_file_is_not_starved_by_live_streams() -> None:
+    """Live streams that never run out of audio share one thread with a file: the file ends while they go on."""
+    async with engine(threads=1) as served:
+        over = asyncio.Event()
+
+        async def endless() -> None:
+            stream = served.open()
+            reading = asyncio.create_task(to_end(stream))
+            while not over.is_set():
+                await stream.feed(say(range(10, 30)))
+            stream.close()
+            await reading
+
+        live = [asyncio.create_task(endless()) for _ in range(3)]
+        async with asyncio.timeout(DEADLINE):
+            assert len(texts(await transcribe(served, say(range(10, 30)), live=False))) == 20
+        over.set()
+        await asyncio.gather(*live)
+
+
+async def test_no_slot_is_refused_and_a_closed_stream_frees_its_slot_at_once() -> None:
+    async with engine(slots=2) as served:
+        first, second = served.open(), served.open()
+        assert served.used_slots == 2
+        with pytest.raises(NoFreeSlot, match="no free channels"):
+            served.open()
+        served.recogniser.gate.clear()
+        await first.feed(say([10, 20, 30]))
+        first.close()
+        third = served.open()
+        served.recogniser.gate.set()
+        await third.feed(say([40]))
+        await third.finish()
+        assert texts(await to_end(third)) == ["w40."]
+        waiting = asyncio.create_task(served.open_when_free(DEADLINE))
+        await asyncio.sleep(0)
+        second.close()
+        (await waiting).close()
+        third.close()
+        assert served.used_slots == 0
+
+
+async def test_a_stream_whose_audio_the_recogniser_cannot_take_fails_alone() -> None:
+    async with engine() as served:
+        served.recogniser.poison = 66
+        bad, good = await asyncio.gather(transcribe(served, say([10, 66])), transcribe(served, say([10, 20])))
+        assert isinstance(bad[-1], Error)
+        assert bad[-1].close_code == 1011
+        assert "cannot hear this" in bad[-1].message
+        assert texts(good) == ["w10.", "w20."]
+        assert served.ready
+        assert texts(await transcribe(served, say([30]))) == ["w30."]
+
+
+async def test_a_broken_recogniser_fails_the_engine_and_every_stream() -> None:
+    async with engine() as served:
+        other = served.open()
+        served.recogniser.broken = True
+        events = await transcribe(served, say([10]))
+        assert isinstance(events[-1], Error)
+        failure = await asyncio.wait_for(served.wait_failed(), DEADLINE)
+        assert "broken" in str(failure)
+        assert isinstance((await to_end(other))[-1], Error)
+        assert not served.ready
+        with pytest.raises(EngineFailed):
+            served.open()
+        other.close()
+
+
+async def test_stop_ends_every_stream_and_may_be_called_twice() -> None:
+    async with engine() as served:
+        stream = served.open()
+        await stream.feed(say([10]))
+        await served.stop()
+        last = (await to_end(stream))[-1]
+        assert isinstance(last, Error)
+        assert last.close_code == 1001
+        assert served.recogniser.closed
+        with pytest.raises(EngineError):
+            served.open()
+        stream.close()
+
+
+async def test_a_model_that_cannot_be_loaded_is_an_error_of_start() -> None:
+    def missing() -> LevelRecogniser:
+        raise CheckpointError("the wheel is missing: run `pip install it`")
+
+    served = SegmentEngine(missing, slots=1)
+    with pytest.raises(CheckpointError, match="pip install"):
+        await served.start()
+    assert not served.ready
+    with pytest.raises(EngineError, match="not loaded"):
+        served.open()
+    await served.stop()
+
+
+class Counting(SilentObserver):
+    def __init__(self) -> None:
+        self.steps = self.lags = self.open = self.refusals = self.failures = 0
+        self.closed_steps: list[int] = []
+
+    def stepped(self, seconds: float, rows: int) -> None:
+        assert seconds >= 0
+        assert rows == 1
+        self.steps += 1
+
+    def lagged(self, seconds: float) -> None:
+        assert 0 <= seconds < DEADLINE
+        self.lags += 1
+
+    def opened(self) -> None:
+        self.open += 1
+
+    def closed(self, steps: int) -> None:
+        self.closed_steps.append(steps)
+
+    def refused(self) -> None:
+        self.refusals += 1
+
+    def failed(self) -> None:
+        self.failures += 1
+
+
+async def test_the_observer_counts() -> None:
+    seen = Counting()
+    async with engine(slots=1, observer=seen) as served:
+        await transcribe(served, say([10, 20]))
+        held = served.open()
+        with pytest.raises(NoFreeSlot):
+            served.open()
+        held.close()
+        served.recogniser.poison = 66
+        await transcribe(served, say([66]))
+        calls = served.recogniser.calls
+    assert seen.open == 3
+    assert seen.refusals == 1
+    assert seen.failures == 1
+    assert seen.lags >= 1
+    assert len(seen.closed_steps) == 3
+    assert seen.closed_steps[1] == 0
+    assert seen.closed_steps[0] == seen.steps > 0
+    assert calls >= seen.steps
+
+
+async def test_info_says_what_the_machine_can_carry() -> None:
+    async with engine(slots=3, threads=2) as served:
+        assert served.info.kind == "embedded"
+        assert served.info.total_slots == served.total_slots == 3
+        assert served.info.languages == ("en",)
+        assert "of a core" in served.info.details["cost of a live stream"]
+        assert "about" in served.info.details["real-time streams"]
+    assert measure(LevelRecogniser(), SegmentSettings()) > 0

@@ -1,0 +1,207 @@
+"""The segmenter over speech of levels: every word once, in order, at its time, however the audio is cut."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from tests.support.level_speech import LevelRecogniser, pause, say
+
+from moshi_stt.constants import SAMPLE_RATE
+from moshi_stt.engine.recogniser import Hypothesis, Spoken
+from moshi_stt.engine.segmenter import Segmenter, SegmentSettings
+from moshi_stt.events import AnyEvent, EndWord, Word
+
+
+def run(segmenter: Segmenter, *pieces: NDArray[np.float32], flush: bool = True) -> list[AnyEvent]:
+    events = [event for piece in pieces for batch in segmenter.feed(piece) for event in batch]
+    if flush:
+        events += [event for batch in segmenter.flush() for event in batch]
+    return events
+
+
+def texts(events: list[AnyEvent]) -> list[str]:
+    return [event.text for event in events if isinstance(event, Word)]
+
+
+def check_order(events: list[AnyEvent], seconds: float) -> None:
+    """Each Word is followed by its EndWord; times never go back and stay within the audio."""
+    last = 0.0
+    for word, end in zip(events[::2], events[1::2], strict=True):
+        assert isinstance(word, Word)
+        assert isinstance(end, EndWord)
+        assert last <= word.start_time <= end.stop_time <= seconds + 0.001
+        last = end.stop_time
+
+
+def test_every_word_comes_once_in_order_and_at_its_time() -> None:
+    numbers = [10, 20, 30, 40, 50]
+    audio = say(numbers)
+    events = run(Segmenter(LevelRecogniser()), audio)
+    assert texts(events) == [f"w{number}." for number in numbers]
+    check_order(events, len(audio) / SAMPLE_RATE)
+    starts = [event.start_time for event in events if isinstance(event, Word)]
+    assert starts == pytest.approx([0.1 + 0.4 * index for index in range(5)], abs=0.01)
+
+
+def test_words_come_while_the_speaker_still_speaks() -> None:
+    """Nothing but local agreement can say them: there is no pause and no end in this audio."""
+    segmenter = Segmenter(LevelRecogniser())
+    events = run(segmenter, say(range(10, 20)), flush=False)
+    assert texts(events)[:3] == ["w10.", "w11.", "w12."]
+    assert len(texts(events)) < 10
+
+
+@settings(deadline=None, max_examples=8)
+@given(st.lists(st.integers(1, 30_000), min_size=1, max_size=20), st.sampled_from([7, 240, 1920]))
+def test_how_the_audio_is_cut_changes_nothing(sizes: list[int], rest: int) -> None:
+    audio = np.concatenate([say([11, 22, 33]), pause(0.5), say([44, 55]), pause(2.0), say([66])])
+    whole = run(Segmenter(LevelRecogniser()), audio)
+    pieces, position = [], 0
+    for size in [*sizes, *[rest] * (len(audio) // rest + 1)]:
+        pieces.append(audio[position : position + size])
+        position += size
+    assert run(Segmenter(LevelRecogniser()), *pieces) == whole
+    assert len(texts(whole)) == 6
+
+
+def test_long_speech_without_a_pause_is_cut_between_words() -> None:
+    numbers = [5 + index % 90 for index in range(150)]
+    audio = say(numbers, gap=0.03)
+    events = run(Segmenter(LevelRecogniser()), audio)
+    assert texts(events) == [f"w{number}." for number in numbers]
+    check_order(events, len(audio) / SAMPLE_RATE)
+
+
+def test_what_one_stream_holds_does_not_grow_with_its_length() -> None:
+    segmenter = Segmenter(LevelRecogniser())
+    size = segmenter._audio.nbytes
+    for _ in range(12):
+        run(segmenter, say(range(10, 40)), pause(3.0), flush=False)
+    assert segmenter._audio.nbytes == size
+    assert segmenter._segment is None
+    assert len(segmenter._block) < 768
+
+
+def test_silence_makes_no_call_and_no_word() -> None:
+    recogniser = LevelRecogniser()
+    assert run(Segmenter(recogniser), pause(20.0)) == []
+    assert recogniser.calls == 0
+
+
+def test_a_click_is_not_recognised() -> None:
+    recogniser = LevelRecogniser()
+    click = np.full(480, 0.5, np.float32)
+    assert run(Segmenter(recogniser), pause(1.0), click, pause(1.0)) == []
+    assert recogniser.calls == 0
+
+
+def test_a_flush_ends_the_segment_and_the_clock_runs_on() -> None:
+    segmenter = Segmenter(LevelRecogniser())
+    first = run(segmenter, say([10, 20])[:-1_000])
+    second = run(segmenter, say([30]))
+    assert texts(first) == ["w10.", "w20."]
+    assert texts(second) == ["w30."]
+    (word,) = (event for event in second if isinstance(event, Word))
+    assert word.start_time == pytest.approx((len(say([10, 20])) - 1_000) / SAMPLE_RATE + 0.1, abs=0.01)
+
+
+def test_two_flushes_in_a_row_and_a_flush_of_nothing_say_nothing() -> None:
+    segmenter = Segmenter(LevelRecogniser())
+    assert run(segmenter) == []
+    assert texts(run(segmenter, say([10]))) == ["w10."]
+    assert run(segmenter) == []
+
+
+def test_reset_starts_the_clock_anew() -> None:
+    segmenter = Segmenter(LevelRecogniser())
+    before = run(segmenter, say([10, 20]))
+    segmenter.reset()
+    assert run(segmenter, say([10, 20])) == before
+
+
+def test_samples_that_are_no_numbers_do_no_harm() -> None:
+    segmenter = Segmenter(LevelRecogniser())
+    bad = np.array([np.nan, np.inf, -np.inf, 1e30, -1e30] * 2_000, np.float32)
+    run(segmenter, np.where(np.isfinite(bad), np.float32(0), bad))
+    assert texts(run(segmenter, pause(0.5), say([10]))) == ["w10."]
+
+
+class Changing(LevelRecogniser):
+    """Gives one answer after the other, whatever it hears."""
+
+    def __init__(self, *answers: list[Spoken] | None) -> None:
+        super().__init__()
+        self.answers = list(answers)
+
+    def recognise(self, samples, said=(), draft=(), said_seconds=0.0):  # type: ignore[no-untyped-def]
+        answer = self.answers[min(self.calls, len(self.answers) - 1)]
+        self.calls += 1
+        if answer is None:
+            return Hypothesis([Spoken("loop", (1,), -0.01)] * 20, whole=False)
+        return Hypothesis(answer[len(said) :])
+
+    def align(self, samples, texts):  # type: ignore[no-untyped-def]
+        from moshi_stt.models.alignment import share_out
+
+        return share_out(texts, 0.0, len(samples) / 16_000)
+
+
+def spoken(text: str, logprob: float = -0.01) -> list[Spoken]:
+    return [Spoken(word, (1,), logprob) for word in text.split()]
+
+
+STEADY = np.full(SAMPLE_RATE * 4, 0.5, np.float32)
+"""Four seconds of somebody speaking without a pause."""
+
+
+def test_a_word_that_changes_is_not_said_until_it_is_settled() -> None:
+    recogniser = Changing(spoken("I less"), spoken("Unless to be"), spoken("Unless to be rather"))
+    events = run(Segmenter(recogniser), STEADY[: round(SAMPLE_RATE * 1.7)], flush=False)
+    assert recogniser.calls == 3
+    assert texts(events) == ["Unless", "to"] or texts(events) == ["Unless", "to", "be"]
+
+
+def test_an_unsure_word_waits_for_more_hypotheses() -> None:
+    sure, unsure = Changing(spoken("a b c", -0.01)), Changing(spoken("a b c", -0.9))
+    audio = STEADY[: SAMPLE_RATE * 3 // 2]
+    assert texts(run(Segmenter(sure), audio, flush=False)) == ["a", "b"]
+    assert texts(run(Segmenter(unsure), audio, flush=False)) == []
+    assert texts(run(Segmenter(unsure), STEADY, flush=False)) == ["a", "b"]
+
+
+def test_an_unsure_word_with_many_behind_it_does_not_wait() -> None:
+    unsure = Changing(spoken("a b c d e f g h i j", -0.9))
+    assert texts(run(Segmenter(unsure), STEADY[: SAMPLE_RATE * 3 // 2], flush=False)) == ["a", "b", "c", "d"]
+
+
+def test_noise_that_the_model_only_guesses_at_says_nothing() -> None:
+    assert run(Segmenter(Changing(spoken("you you you you", -2.5))), STEADY) == []
+
+
+def test_a_decoder_that_lost_its_way_says_nothing_and_hides_no_earlier_guess() -> None:
+    assert run(Segmenter(Changing(None)), STEADY) == []
+    guess = spoken("a b c", -0.9)
+    assert texts(run(Segmenter(Changing(guess, None)), STEADY[: SAMPLE_RATE * 3 // 4])) == ["a", "b", "c"]
+
+
+def test_words_without_a_letter_are_not_sent_and_not_repeated() -> None:
+    assert texts(run(Segmenter(Changing(spoken("♪ hello ♪ there"))), STEADY)) == ["hello", "there"]
+
+
+def test_hypotheses_are_made_on_the_streams_own_clock() -> None:
+    """Their number is a matter of the audio, whatever time they take."""
+    first, second = LevelRecogniser(), LevelRecogniser()
+    audio = np.concatenate([say(range(10, 40)), pause(2.0)])
+    run(Segmenter(first), audio)
+    run(Segmenter(second), *np.array_split(audio, 300))
+    assert first.calls == second.calls > 10
+
+
+def test_settings_hold_what_the_buffer_needs() -> None:
+    """A segment of the longest length, cut late, with its lead, fits: the buffer never has to drop what is still needed."""
+    recogniser = LevelRecogniser()
+    settings = SegmentSettings(longest_seconds=3.0, cut_seconds=2.5)
+    numbers = [5 + index % 90 for index in range(60)]
+    events = run(Segmenter(recogniser, settings), pause(1.0), say(numbers, gap=0.04))
+    assert texts(events) == [f"w{number}." for number in numbers]
