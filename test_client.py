@@ -17,6 +17,7 @@ until the marker comes back. Works with moshi-stt and with moshi-server.
 import argparse
 import asyncio
 import contextlib
+import importlib.util
 import json
 import sys
 import time
@@ -132,18 +133,16 @@ async def stream_audio(url: str, api_key: str, audio: np.ndarray, rtf: float, st
 
 
 def sample_path() -> str:
-    """What to send where no file is named: the recording that comes with the server, or the Mac installer's."""
-    for folder in (Path(__file__).parent / "data", Path.cwd() / "data"):
-        if (folder / "bonjour.wav").is_file():
-            return str(folder / "bonjour.wav")
-    with contextlib.suppress(ImportError):
-        import importlib.util
-
-        spec = importlib.util.find_spec("moonshine_voice")
-        if spec is not None and spec.origin is not None:
-            sample = Path(spec.origin).parent / "assets" / "beckett.wav"
-            if sample.is_file():
-                return str(sample)
+    """What to send where no file is named: the Mac installer's recording, or the one that the server's install brings."""
+    here = Path(__file__).parent
+    places = [here / "data" / "bonjour.wav", Path("data") / "bonjour.wav"]
+    places += here.glob(".venv/**/moonshine_voice/assets/beckett.wav")
+    spec = importlib.util.find_spec("moonshine_voice")
+    if spec is not None and spec.origin is not None:
+        places.append(Path(spec.origin).parent / "assets" / "beckett.wav")
+    for path in places:
+        if path.is_file():
+            return str(path)
     raise ClientError("no FILE named and no sample found: name a recording, for instance `uv run test_client.py speech.wav`")
 
 
