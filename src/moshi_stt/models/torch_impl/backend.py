@@ -56,7 +56,38 @@ class BackendState:
         return sum(tensor[0].numel() * tensor.element_size() for tensor in self.named.values())
 
 
-class TorchBackend:
+class SlotBackend:
+    """What every backend over a `BackendState` has in common."""
+
+    def __init__(self, spec: ModelSpec, state: BackendState, report: LoadReport | None) -> None:
+        self.spec = spec
+        self.state = state
+        self.slots = len(state.frames) - 1
+        self.heads = spec.lm.extra_heads
+        self.report = report
+        self.device = state.frames.device
+
+    def copy(self, source: int, target: int) -> None:
+        """Make slot `target`'s state what slot `source`'s is; they go their own ways from there."""
+        with torch.inference_mode():
+            self.state.copy(source, target, self.spec.mimi.positions_per_frame)
+
+    def save(self, slot: int) -> dict[str, Tensor]:
+        """A copy of everything a slot's stream depends on, on the host, by name."""
+        return {name: tensor[slot].to("cpu", copy=True) for name, tensor in self.state.named.items()}
+
+    def restore(self, slot: int, saved: dict[str, Tensor]) -> None:
+        """Make a slot's stream go on from where `save` was called, of this slot or another of a backend of this class."""
+        with torch.inference_mode():
+            for name, tensor in self.state.named.items():
+                tensor[slot].copy_(saved[name])
+
+    def age(self) -> None:
+        """Make every slot's stream one whose context is full, of anything: for measuring. The state is undefined then."""
+        self.state.frames.fill_(max(self.spec.lm.context, self.spec.mimi.context))
+
+
+class TorchBackend(SlotBackend):
     """See `engine.Backend`. Deterministic: the same frames give the same tokens."""
 
     def __init__(
@@ -75,17 +106,12 @@ class TorchBackend:
         fixed_rows: step so many rows at once, always, padding with the scratch slot, so that no row's rounding can depend
         on how many others there are; 0 steps the rows that come. seed: of the noise where spec.temperature > 0.
         """
-        self.spec = spec
+        super().__init__(spec, state, report)
         self.lm = lm
         self.mimi = mimi
-        self.state = state
-        self.slots = len(state.frames) - 1
-        self.heads = spec.lm.extra_heads
         self._beside = beside
         self.fixed_rows = fixed_rows
         self.seed = seed
-        self.report = report
-        self.device = state.frames.device
 
     # ---- Backend -----------------------------------------------------------------------------------------------------
 
@@ -112,22 +138,6 @@ class TorchBackend:
         del self.lm, self.mimi, self.state
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
-
-    # ---- state of one slot -------------------------------------------------------------------------------------------
-
-    def copy(self, source: int, target: int) -> None:
-        """Make slot `target`'s state what slot `source`'s is; they go their own ways from there."""
-        with torch.inference_mode():
-            self.state.copy(source, target, self.spec.mimi.positions_per_frame)
-
-    def save(self, slot: int) -> dict[str, Tensor]:
-        """A copy of everything a slot's stream depends on, on the host, by name."""
-        return {name: tensor[slot].to("cpu", copy=True) for name, tensor in self.state.named.items()}
-
-    def restore(self, slot: int, saved: dict[str, Tensor]) -> None:
-        """Make a slot's stream go on from where `save` was called, of this slot or another."""
-        for name, tensor in self.state.named.items():
-            tensor[slot].copy_(saved[name])
 
     # ---- one step ----------------------------------------------------------------------------------------------------
 

@@ -1,10 +1,12 @@
-"""From a configured module and its files to a `TorchBackend`: device, dtype, weights. Knows no server and no hub."""
+"""From a configured module and its files to a backend: device, dtype, weights. Knows no server and no hub."""
 
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
+from torch import Tensor
 
 from moshi_stt.config import KyutaiModule
 from moshi_stt.errors import ConfigError
@@ -12,6 +14,7 @@ from moshi_stt.models.report import LoadReport, memory_note
 from moshi_stt.models.spec import ModelSpec
 from moshi_stt.models.torch_impl.attention import RingAttention, ring_attention, ring_attention_rows
 from moshi_stt.models.torch_impl.backend import BackendState, TorchBackend
+from moshi_stt.models.torch_impl.beside import Beside
 from moshi_stt.models.torch_impl.device import (
     DTYPE_NAMES,
     choose_device,
@@ -19,12 +22,16 @@ from moshi_stt.models.torch_impl.device import (
     choose_kv_dtype,
     choose_threads,
     device_name,
+    without_kernels,
 )
 from moshi_stt.models.torch_impl.linear import PackedLinear
 from moshi_stt.models.torch_impl.lm import LanguageModel, LMState
 from moshi_stt.models.torch_impl.loader import allocate_lm, fill, load_mimi_params
 from moshi_stt.models.torch_impl.mimi import MimiEncoder, MimiState
 from moshi_stt.models.weights import plan_lm, plan_mimi
+
+if TYPE_CHECKING:
+    from moshi_stt.models.torch_impl.cuda.backend import CudaBackend
 
 
 def load_backend(
@@ -37,7 +44,7 @@ def load_backend(
     *,
     zero_start: bool = False,
     seed: int = 0,
-) -> TorchBackend:
+) -> "TorchBackend | CudaBackend":
     """Check both files, load them, and make the state of `slots` slots. `backend.report` says what came of it.
 
     device: "cpu", "cuda", "cuda:1", "mps" or "auto"; None takes the module's. zero_start: see `MimiEncoder`.
@@ -48,17 +55,14 @@ def load_backend(
     dtype = choose_dtype(module.dtype_override, target)
     lm_plan, hidden = plan_lm(lm_file, spec.lm)
     mimi_plan = plan_mimi(mimi_file, spec.mimi)
-    attention: RingAttention = ring_attention_rows if target.type == "cpu" else ring_attention
+    why_plain = without_kernels(spec.lm, dtype, target)
+    kv_dtype = choose_kv_dtype(module.engine.kv_dtype, dtype, why_plain)
     with torch.inference_mode():
         params, destinations = allocate_lm(spec.lm, hidden, dtype, target)
         fill(lm_plan, destinations)
         destinations.clear()  # so that `LanguageModel` can free what it repacks
-        weight_bytes = _bytes(params)
-        lm = LanguageModel(spec.lm, params, attention, spec.condition)
         mimi_params = load_mimi_params(mimi_plan, target)
-        weight_bytes += _bytes(mimi_params)
-        mimi = MimiEncoder(spec.mimi, mimi_params, attention, zero_start=zero_start)
-    kv_dtype = choose_kv_dtype(module.engine.kv_dtype, dtype, target)
+        weight_bytes = _bytes(params) + _bytes(mimi_params)
     try:
         state = make_state(spec, slots, kv_dtype, target)
     except RuntimeError as error:  # torch.OutOfMemoryError is one
@@ -67,6 +71,12 @@ def load_backend(
             f"weights ({str(error).splitlines()[0]}): lower batch_size"
         ) from error
     beside = choose_threads(module.engine.threads) if target.type == "cpu" else None
+    if target.type == "cuda":
+        notes += (
+            f"PyTorch's own kernels, several times slower than ours: {why_plain}"
+            if why_plain
+            else "fused kernels, CUDA graphs",
+        )
     report = LoadReport(
         device=device_name(target) if beside is None else f"cpu ({beside})",
         dtype=DTYPE_NAMES[dtype],
@@ -76,16 +86,59 @@ def load_backend(
         load_seconds=time.perf_counter() - start,
         notes=(*spec.notes, *notes, *(memory_note(state.slot_bytes(), slots) if target.type == "cpu" else ())),
     )
-    return TorchBackend(
-        spec,
-        lm,
-        mimi,
-        state,
-        beside=beside,
-        fixed_rows=_fixed_rows(target, lm, mimi) if module.engine.fixed_shapes else 0,
-        seed=seed,
-        report=report,
-    )
+    options = Options(module.engine.mimi_dtype, module.engine.fixed_shapes, seed, zero_start)
+    if not why_plain:
+        return fused_backend(spec, params, mimi_params, state, options, report)
+    return plain_backend(spec, params, mimi_params, state, options, report, beside)
+
+
+class Options(NamedTuple):
+    """mimi_dtype, fixed_shapes: see `config.EngineConfig`. seed: of the noise where the temperature is above 0.
+    zero_start: see `MimiEncoder`.
+    """
+
+    mimi_dtype: Literal["tf32", "f32", "bf16"] = "tf32"
+    fixed_shapes: bool = False
+    seed: int = 0
+    zero_start: bool = False
+
+
+def plain_backend(
+    spec: ModelSpec,
+    params: dict[str, Tensor],
+    mimi_params: dict[str, Tensor],
+    state: BackendState,
+    options: Options,
+    report: LoadReport | None = None,
+    beside: Beside | None = None,
+) -> TorchBackend:
+    """On any device, from filled params (`loader`)."""
+    attention: RingAttention = ring_attention_rows if state.frames.device.type == "cpu" else ring_attention
+    with torch.inference_mode():
+        lm = LanguageModel(spec.lm, params, attention, spec.condition)
+        mimi = MimiEncoder(spec.mimi, mimi_params, attention, zero_start=options.zero_start)
+    fixed_rows = _fixed_rows(state.frames.device, lm, mimi) if options.fixed_shapes else 0
+    return TorchBackend(spec, lm, mimi, state, beside=beside, fixed_rows=fixed_rows, seed=options.seed, report=report)
+
+
+def fused_backend(
+    spec: ModelSpec,
+    params: dict[str, Tensor],
+    mimi_params: dict[str, Tensor],
+    state: BackendState,
+    options: Options,
+    report: LoadReport | None = None,
+    buckets: tuple[int, ...] | None = None,
+) -> "CudaBackend":
+    """On a GPU where `device.without_kernels` finds nothing, from filled params. buckets: see `CudaBackend`."""
+    from moshi_stt.models.torch_impl.cuda.backend import CudaBackend
+    from moshi_stt.models.torch_impl.cuda.lm import FusedLM
+    from moshi_stt.models.torch_impl.cuda.mimi import PRECISIONS, FusedMimi
+
+    with torch.inference_mode():
+        lm = FusedLM(spec.lm, params, spec.condition, temperature=spec.temperature, seed=options.seed)
+        mimi = FusedMimi(spec.mimi, mimi_params, PRECISIONS[options.mimi_dtype], zero_start=options.zero_start)
+    return CudaBackend(spec, lm, mimi, state, fixed_shapes=options.fixed_shapes, report=report, buckets=buckets)
 
 
 def make_state(spec: ModelSpec, slots: int, kv_dtype: torch.dtype, device: torch.device) -> BackendState:

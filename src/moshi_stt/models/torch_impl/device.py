@@ -3,11 +3,13 @@
 Every choice that was not asked for and that its user should know of comes back as a note for the start-up log.
 """
 
+import importlib.util
 import os
 
 import torch
 
 from moshi_stt.errors import ConfigError
+from moshi_stt.models.spec import LMSpec
 from moshi_stt.models.torch_impl.beside import Beside
 
 DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32, "f64": torch.float64}
@@ -56,11 +58,31 @@ def choose_dtype(override: str | None, device: torch.device) -> torch.dtype:
     return DTYPES[override] if override else torch.float32 if device.type == "cpu" else torch.bfloat16
 
 
-def choose_kv_dtype(setting: str, dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    """The dtype of the language model's keys and values: the model's own unless set."""
+def choose_kv_dtype(setting: str, dtype: torch.dtype, without_kernels: str) -> torch.dtype:
+    """The dtype of the language model's keys and values: the model's own unless set.
+
+    without_kernels: why Triton's kernels cannot run here; empty where they can.
+    """
     if setting == "fp8":
-        raise ConfigError(f'kv_dtype = "fp8" needs a CUDA device with Triton; this is {device.type}')
+        if without_kernels:
+            raise ConfigError(f'kv_dtype = "fp8" needs a CUDA device with Triton, and {without_kernels}; use "auto"')
+        return torch.float8_e4m3fn
     return dtype if setting == "auto" else DTYPES[setting]
+
+
+def without_kernels(spec: LMSpec, dtype: torch.dtype, device: torch.device) -> str:
+    """Why the fused kernels of `torch_impl.cuda` cannot run a model here; empty where they can."""
+    if device.type != "cuda":
+        return f"this is {device.type}"
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed (pip install triton)"
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return f"{torch.cuda.get_device_name(device)} is older than they need (compute capability 8.0)"
+    if dtype not in (torch.bfloat16, torch.float32):
+        return f"they know no {DTYPE_NAMES[dtype]}"
+    if spec.head_dim not in (32, 64, 128, 256) or spec.extra_head_dim > 16:
+        return f"they know no attention heads of {spec.head_dim} or extra heads of {spec.extra_head_dim}"
+    return ""
 
 
 def device_name(device: torch.device) -> str:

@@ -11,7 +11,7 @@ from torch import Tensor
 from moshi_stt.engine.engine import StepOutput
 from moshi_stt.models.report import LoadReport
 from moshi_stt.models.spec import ModelSpec
-from moshi_stt.models.torch_impl.backend import BackendState
+from moshi_stt.models.torch_impl.backend import BackendState, SlotBackend
 from moshi_stt.models.torch_impl.cuda.elementwise import advance
 from moshi_stt.models.torch_impl.cuda.lm import FusedLM
 from moshi_stt.models.torch_impl.cuda.mimi import FusedMimi
@@ -21,7 +21,7 @@ FIXED_ROWS = 64
 """Rows of every step where shapes must not depend on the neighbours."""
 
 
-class CudaBackend:
+class CudaBackend(SlotBackend):
     """See `engine.Backend`. The same state as `TorchBackend`'s, stepped by the kernels of this folder."""
 
     def __init__(
@@ -40,14 +40,9 @@ class CudaBackend:
 
         graphs, buckets: CUDA graphs of `bucket_sizes` unless given.
         """
-        self.spec = spec
+        super().__init__(spec, state, report)
         self.lm = lm
         self.mimi = mimi
-        self.state = state
-        self.slots = len(state.frames) - 1
-        self.heads = spec.lm.extra_heads
-        self.report = report
-        self.device = state.frames.device
         self._side = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None  # type: ignore[no-untyped-call]
         if buckets is None:
             buckets = (min(FIXED_ROWS, self.slots),) if fixed_shapes else bucket_sizes(self.slots)
@@ -84,21 +79,18 @@ class CudaBackend:
     # ---- state of one slot -------------------------------------------------------------------------------------------
 
     def copy(self, source: int, target: int) -> None:
-        """Make slot `target`'s state what slot `source`'s is; they go their own ways from there."""
-        with torch.inference_mode():
-            for tensor in self.state.named.values():
-                tensor[target].copy_(tensor[source])
+        """See `SlotBackend.copy`."""
+        super().copy(source, target)
         self._settle()
 
-    def save(self, slot: int) -> dict[str, Tensor]:
-        """A copy of everything a slot's stream depends on, on the host, by name."""
-        return {name: tensor[slot].to("cpu", copy=True) for name, tensor in self.state.named.items()}
-
     def restore(self, slot: int, saved: dict[str, Tensor]) -> None:
-        """Make a slot's stream go on from where `save` was called, of this slot or another, of a backend of this class."""
-        with torch.inference_mode():
-            for name, tensor in self.state.named.items():
-                tensor[slot].copy_(saved[name])
+        """See `SlotBackend.restore`."""
+        super().restore(slot, saved)
+        self._settle()
+
+    def age(self) -> None:
+        """See `SlotBackend.age`."""
+        super().age()
         self._settle()
 
     def _settle(self) -> None:

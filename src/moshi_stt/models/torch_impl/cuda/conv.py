@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from moshi_stt.models.report import LOUDEST
 from moshi_stt.models.torch_impl.cuda.launch import device_of
 
 
@@ -41,6 +42,15 @@ def _first_conv(x, weight, bias, out, T, row_in, row_out, skip, C: tl.constexpr,
         total += sample[:, None] * tl.load(weight + c * KERNEL + k).to(tl.float32)[None, :]
     at = out + row * row_out + skip + t[:, None] * C + c[None, :]
     tl.store(at, total.to(out.dtype.element_ty), mask=(t < T)[:, None])
+
+
+@triton.jit
+def _place_sound(x, out, T, row_in, row_out, skip, LOUDEST: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(1).to(tl.int64)
+    t = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    sound = tl.load(x + row * row_in + t, mask=t < T, other=0.0)
+    sound = tl.where(tl.abs(sound) < float("inf"), sound, 0.0)  # false for what is no number
+    tl.store(out + row * row_out + skip + t, tl.minimum(tl.maximum(sound, -LOUDEST), LOUDEST), mask=t < T)
 
 
 @triton.jit(do_not_specialize=["count", "T"])
@@ -131,6 +141,16 @@ class Tile(NamedTuple):
     stages: int
 
 
+def place_sound(pcm: Tensor, out: Tensor) -> None:
+    """pcm (B, S) float32 behind the kept columns of out (B, context + S, 1), cleaned as the plain backend does."""
+    rows, count = pcm.shape
+    skip = out.shape[1] - count
+    with device_of(pcm):
+        _place_sound[(triton.cdiv(count, 1024), rows)](
+            pcm, out, count, pcm.stride(0), out.stride(0), skip, LOUDEST=LOUDEST, BLOCK=1024, num_warps=4
+        )
+
+
 def first_conv(x: Tensor, weight: Tensor, bias: Tensor, out: Tensor, kept: int) -> None:
     """x (B, context + S, 1) float32 -> out[:, kept:] (B, S, C), raw; weight (C, kernel)."""
     rows, length, channels = x.shape[0], out.shape[1] - kept, out.shape[2]
@@ -167,8 +187,10 @@ def conv(
     with device_of(x):
         _conv[(triton.cdiv(count, tile.m), n // tile.n)](
             x, weight, weight if bias is None else bias, x if shortcut is None else shortcut, out,
-            count, t, x.stride(0), stride * x.shape[2], 0 if shortcut is None else shortcut.stride(0), out.stride(0), kept * n, n,
-            K=k, ELU_IN=elu_in, ACTIVATION=activation, BIAS=bias is not None, SHORTCUT=shortcut is not None, BM=tile.m, BN=tile.n, BK=tile.k, PRECISION=precision,
+            count, t, x.stride(0), stride * x.shape[2],
+            0 if shortcut is None else shortcut.stride(0), out.stride(0), kept * n, n,
+            K=k, ELU_IN=elu_in, ACTIVATION=activation, BIAS=bias is not None, SHORTCUT=shortcut is not None,
+            BM=tile.m, BN=tile.n, BK=tile.k, PRECISION=precision,
             num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
 

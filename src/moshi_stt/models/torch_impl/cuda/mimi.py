@@ -86,7 +86,7 @@ class FusedMimi:
             tails.load(whole, state.conv, slots, frames)
             wholes.append(whole)
             buffers |= dict(zip(group, views, strict=True))
-        buffers[0][:, convs[0].context :, 0] = pcm
+        kernels.place_sound(pcm, buffers[0])
         x = self._convolve(buffers)
         self._transform(state, x, frames, slots, buffers[len(convs) - 1])
         latent = torch.empty(rows, 1, spec.dim, device=x.device)
