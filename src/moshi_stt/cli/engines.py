@@ -28,8 +28,9 @@ from moshi_stt.errors import CheckpointError, ConfigError
 if TYPE_CHECKING:
     from moshi_stt.models.mlx_impl.backend import MLXBackend
     from moshi_stt.models.torch_impl.backend import TorchBackend
+    from moshi_stt.models.torch_impl.cuda.backend import CudaBackend
 
-    KyutaiBackend = TorchBackend | MLXBackend
+    KyutaiBackend = TorchBackend | CudaBackend | MLXBackend
 
 log = logging.getLogger(__name__)
 
@@ -111,6 +112,7 @@ def _kyutai(module: KyutaiModule, limits: StreamLimits, observer: EngineObserver
     return BatchEngine(
         partial(load_kyutai, module, framework),
         delay_frames=module.asr_delay_in_tokens,
+        marker_wait_seconds=module.engine.marker_wait_seconds,
         limits=limits,
         observer=observer,
         name=module.lm_model_file,

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
@@ -12,6 +13,15 @@ BUDGET_SECONDS = 0.8 * FRAME_SECONDS
 """What a step of all streams may take: the rest of the frame's 80 ms is for the sockets and for bad moments."""
 
 TRIES = 5
+
+
+@runtime_checkable
+class Ages(Protocol):
+    """A backend whose steps take longer the more its streams have said."""
+
+    def age(self) -> None:
+        """Make every slot's stream one whose context is full, of anything. The state is undefined then."""
+        ...
 
 
 def sustained_streams(backend: Backend, most: int, clock: Callable[[], float] = time.perf_counter) -> int:
@@ -41,4 +51,6 @@ def step_seconds(backend: Backend, rows: int, clock: Callable[[], float]) -> flo
         begun = clock()
         backend.step(pcm, slots, np.full(rows, turn == 0))
         taken.append(clock() - begun)
+        if turn == 0 and isinstance(backend, Ages):
+            backend.age()
     return sorted(taken[1:])[TRIES // 2]

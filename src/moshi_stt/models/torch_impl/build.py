@@ -34,6 +34,9 @@ if TYPE_CHECKING:
     from moshi_stt.models.torch_impl.cuda.backend import CudaBackend
 
 
+FUSED_NOTE = "runs on its own kernels, each step one CUDA graph"
+
+
 def load_backend(
     module: KyutaiModule,
     lm_file: Path,
@@ -72,11 +75,7 @@ def load_backend(
         ) from error
     beside = choose_threads(module.engine.threads) if target.type == "cpu" else None
     if target.type == "cuda":
-        notes += (
-            f"PyTorch's own kernels, several times slower than ours: {why_plain}"
-            if why_plain
-            else "fused kernels, CUDA graphs",
-        )
+        notes += (f"runs on PyTorch's kernels, several times slower than its own: {why_plain}" if why_plain else FUSED_NOTE,)
     report = LoadReport(
         device=device_name(target) if beside is None else f"cpu ({beside})",
         dtype=DTYPE_NAMES[dtype],
