@@ -89,6 +89,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     """CPU threads of the model; 0 chooses."""
     fixed_shapes: bool = False
     """Compute rows in shapes that do not depend on the neighbours."""
+    marker_wait_seconds: float = 0.25
+    """When nothing followed a marker for so long, silence of the server's own answers it (docs/engine.md)."""
 
 
 class KyutaiModule(msgspec.Struct, frozen=True, kw_only=True):

@@ -269,7 +269,12 @@ def _embedded(table: Table, name: str, path: str) -> EmbeddedModule:
 
 def _engine(table: Table) -> EngineConfig:
     ours = table.table("moshi_stt")
-    return ours.struct(EngineConfig) if ours else EngineConfig()
+    if not ours:
+        return EngineConfig()
+    engine = ours.struct(EngineConfig)
+    if not 0 <= engine.marker_wait_seconds <= 60:
+        ours.fail("marker_wait_seconds", "expected seconds from 0 to 60. Leave the key out for the default.")
+    return engine
 
 
 def _batched(table: Table, name: str, path: str) -> KyutaiModule:
