@@ -8,7 +8,7 @@ import asyncio
 import time
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -64,6 +64,15 @@ class Backend(Protocol):
 
     def close(self) -> None:
         """Free the device's memory."""
+        ...
+
+
+@runtime_checkable
+class Ages(Protocol):
+    """A backend whose steps take longer the more its streams have said."""
+
+    def age(self) -> None:
+        """Make every slot's stream one whose context is full, of anything. The state is undefined then."""
         ...
 
 

@@ -2,26 +2,16 @@
 
 import time
 from collections.abc import Callable
-from typing import Protocol, runtime_checkable
 
 import numpy as np
 
 from moshi_stt.constants import FRAME_SAMPLES, FRAME_SECONDS
-from moshi_stt.engine.engine import Backend
+from moshi_stt.engine.engine import Ages, Backend
 
 BUDGET_SECONDS = 0.8 * FRAME_SECONDS
 """What a step of all streams may take: the rest of the frame's 80 ms is for the sockets and for bad moments."""
 
 TRIES = 5
-
-
-@runtime_checkable
-class Ages(Protocol):
-    """A backend whose steps take longer the more its streams have said."""
-
-    def age(self) -> None:
-        """Make every slot's stream one whose context is full, of anything. The state is undefined then."""
-        ...
 
 
 def sustained_streams(backend: Backend, most: int, clock: Callable[[], float] = time.perf_counter) -> int:
