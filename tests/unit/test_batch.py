@@ -17,6 +17,7 @@ from tests.support.batch import (
     words_of,
 )
 from tests.support.scripted_backend import FakeBackend, LevelModel, PseudoModel, Scripted
+from tests.support.serving import until as comes_true
 
 from moshi_stt.constants import FRAME_SAMPLES
 from moshi_stt.engine.batch import BatchEngine
@@ -323,6 +324,22 @@ async def test_more_waiting_markers_than_copies() -> None:
         for seed, stream in enumerate(streams):
             assert (await until(stream, lambda e, seed=seed: Marker(seed) in e))[-1] == Marker(seed)
             stream.close()
+
+
+async def test_a_slow_reader_does_not_keep_the_copy() -> None:
+    """Its outbox fills while the one spare slot is its: the few steps are done all the same, and another's marker comes."""
+    limits = StreamLimits(outbox_events=8)
+    async with engine(lambda slots: Scripted(slots, [0, 9] * 50, heads=0), streams=2, limits=limits) as started:
+        slow, other = started.open(), started.open()
+        await slow.feed(noise(16))
+        await slow.mark(1)
+        await comes_true(lambda: len(slow._outbox) > 8)
+        await other.feed(noise(2))
+        await other.mark(2)
+        assert (await until(other, lambda e: Marker(2) in e))[-1] == Marker(2)
+        assert (await until(slow, lambda e: Marker(1) in e))[-1] == Marker(1)
+        slow.close()
+        other.close()
 
 
 async def test_a_stream_that_closes_gives_its_copy_back() -> None:

@@ -247,7 +247,7 @@ class BatchEngine(Engine):
     def _gather(self, now: float) -> list[Lane]:
         """Choose the lanes that step now and write their frames and slots into the batch."""
         self._fork_stalled(now)
-        lanes = [lane for lane in self._table if lane is not None and lane.has_row and lane.stream.writable]
+        lanes = [lane for lane in self._table if lane is not None and lane.has_row and (lane.stream.writable or lane.borrows)]
         lanes = self._choose(lanes, now)
         turn = self._steps
         for lane, row in zip(lanes, self._pcm, strict=False):
@@ -324,7 +324,7 @@ class BatchEngine(Engine):
             self._spares.release(spare)
 
     def _waiting_lanes(self) -> list[Lane]:
-        return [lane for lane in self._table if lane is not None and lane.marks and lane.waiting]
+        return [lane for lane in self._table if lane is not None and lane.marks and lane.waiting and lane.stream.writable]
 
     def _idle_seconds(self, now: float) -> float | None:
         """How long nothing happens unless somebody wakes this thread."""

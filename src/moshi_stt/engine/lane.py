@@ -188,6 +188,11 @@ class Lane:
         """Whether a mark waits for audio that is not there."""
         return bool(self.marks) and self.tail is None and self.framer.samples < FRAME_SAMPLES and not self.commands
 
+    @property
+    def borrows(self) -> bool:
+        """Whether it holds a spare slot, which others wait for: then its few last events may go over the outbox's bound."""
+        return self.tail is not None and self.tail.spare is not None
+
     def fork(self, slot: int, spare: Slot | None) -> None:
         """Answer the pending marks on `slot`, into which this lane's state has been copied (if it has any yet)."""
         self._start_tail("fork", slot, self.words.fork(), spare)
