@@ -331,6 +331,7 @@ async def test_a_slow_reader_does_not_keep_the_copy() -> None:
     limits = StreamLimits(outbox_events=8)
     async with engine(lambda slots: Scripted(slots, [0, 9] * 50, heads=0), streams=2, limits=limits) as started:
         slow, other = started.open(), started.open()
+        started.fake.step_seconds = 0.01  # so that the outbox is seen to be full
         await slow.feed(noise(9))
         await slow.mark(1)
         await comes_true(lambda: len(slow._outbox) > 8)
