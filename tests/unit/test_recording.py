@@ -28,7 +28,7 @@ def in_pieces(pcm: np.ndarray, size: int = 10_007) -> Iterator[np.ndarray]:
         yield pcm[start : start + size]
 
 
-def check(words: list[TimedWord], times: list[tuple[float, float]], tolerance: float = 1e-4) -> None:
+def check(words: list[TimedWord], times: list[tuple[float, float]], tolerance: float = 1e-3) -> None:
     assert [word.text for word in words] == [f"w{number}" for number in range(len(times))]
     for word, (start, end) in zip(words, times, strict=True):
         assert abs(word.start - start) <= tolerance
@@ -53,7 +53,7 @@ async def test_each_word_comes_once_at_its_time(pause_every: int, gap: float, ji
     pcm = written(times, times[-1][1] + 0.5)
     progress: list[float] = []
     words = await transcribe_recording(engine, in_pieces(pcm), rule=RULE, on_progress=progress.append)
-    check(words, times, jitter + 1e-3)
+    check(words, times, jitter + 2e-3)
     assert engine.streams > 5
     assert engine.used_slots == 0
     assert sum(progress) == pytest.approx(len(pcm) / SAMPLE_RATE)
@@ -198,6 +198,7 @@ def word(text: str, middle: float) -> TimedWord:
         ([word("no", 9.8), word("no", 10.1)], [word("no", 9.9), word("no", 10.3)], "no no"),
         ([word("a", 9.9)], [word("b", 10.1)], "a b"),
         ([word("a", 9.0)], [word("a", 11.0)], "a a"),
+        ([word("as", 9.3)], [word("As", 10.2)], "as"),
         ([word("cut", 11.4)], [word("cat", 7.1), word("a", 10.4)], "a"),
         ([], [word("a", 10.4)], "a"),
         ([word("a", 9.6)], [], "a"),

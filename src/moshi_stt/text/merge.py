@@ -8,8 +8,8 @@ from collections.abc import Sequence
 
 from moshi_stt.text.subtitles import TimedWord
 
-SAME_WORD_SECONDS = 0.6
-"""Two pieces may place one word this far apart."""
+SAME_WORD_SECONDS = 1.0
+"""Two pieces may place one word this far apart: the earlier one hears little behind it, and aligners then err."""
 
 
 def merge_words(starts: Sequence[float], words: Sequence[Sequence[TimedWord]]) -> list[TimedWord]:
