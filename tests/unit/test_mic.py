@@ -1,5 +1,6 @@
 """The microphone command with a sound library made for the test, and without one."""
 
+import argparse
 import asyncio
 import io
 import os
@@ -13,8 +14,10 @@ from typing import Any
 import numpy as np
 import pytest
 from tests.support.media import noise
+from tests.support.scripted_engine import ScriptedEngine, counting
+from tests.support.serving import serving
 
-from moshi_stt.cli import main, mic
+from moshi_stt.cli import engines, main, mic
 from moshi_stt.cli.mic import Captions, Live, Microphone, caption, device_lines
 from moshi_stt.errors import ConfigError, EngineError
 from moshi_stt.events import AnyEvent, EndWord, Ready, Step, Word
@@ -239,6 +242,33 @@ def test_listing_prints_the_devices(monkeypatch: pytest.MonkeyPatch, capsys: pyt
     monkeypatch.setitem(sys.modules, "sounddevice", module)
     assert main(["mic", "--list-devices"]) == 0
     assert capsys.readouterr() == ("*  1  Built-in Microphone  (48000 Hz)\n", "")
+
+
+def interrupting(seconds: float) -> Sound:
+    """A recording, and then Ctrl-C."""
+    return Sound(playing(seconds, 24_000, lambda: os.kill(os.getpid(), signal.SIGINT)), 24_000.0)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals")
+def test_the_whole_command_in_process(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """The last word comes behind Ctrl-C: the engine is 20 frames late."""
+    engine = ScriptedEngine(counting(10), delay_frames=20)
+    monkeypatch.setattr(mic, "load_library", lambda: interrupting(1.6))
+    monkeypatch.setattr(engines, "build_engine", lambda *args, **more: engine)
+    assert main(["mic"]) == 0
+    out, err = capsys.readouterr()
+    assert out == " ".join(f"w{n}" for n in range(10)) + "\n"
+    assert err == "loading the model …\nlistening to Built-in Microphone at 24000 Hz; Ctrl-C ends\n"
+    assert engine.used_slots == 0
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals")
+async def test_the_whole_command_on_a_server(capsys: pytest.CaptureFixture[str]) -> None:
+    async with serving(ScriptedEngine(counting(10), delay_frames=20)) as running:
+        args = argparse.ArgumentParser()
+        parsed = mic.add_parser(args.add_subparsers()).parse_args(["--url", running.ws])
+        assert await mic._run(parsed, Microphone(interrupting(1.6), None)) == 0
+    assert capsys.readouterr().out == " ".join(f"w{n}" for n in range(10)) + "\n"
 
 
 @pytest.mark.skipif(os.name != "posix", reason="signals")

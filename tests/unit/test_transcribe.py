@@ -22,6 +22,7 @@ from moshi_stt.config import EmbeddedModule, LimitsConfig, Module
 from moshi_stt.config_load import load_config
 from moshi_stt.engine.engine import Engine
 from moshi_stt.errors import CheckpointError
+from moshi_stt.sample import sample_path
 
 TIMES = [(0.5, 0.8), (1.0, 1.3), (1.5, 1.8)]
 
@@ -277,6 +278,24 @@ def test_accents_are_utf8_whatever_the_locale(tmp_path: Path) -> None:
     out, err = program.communicate(timeout=60)
     assert (program.returncode, err) == (0, b"")
     assert json.loads(out.decode("utf-8"))["file"] == str(path)
+
+
+@pytest.mark.skipif(
+    bool(engines.missing_packages(engines.EMBEDDED_PACKAGES)), reason="the packages of the embedded model are not here"
+)
+def test_the_embedded_model_leaves_standard_output_clean() -> None:
+    code = "import sys; from moshi_stt.cli import main; sys.exit(main())"
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code, "transcribe", "--format", "words", str(sample_path())],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    rows = [line.split("\t") for line in done.stdout.splitlines()]
+    assert all(0 <= float(start) <= float(end) <= 10 for start, end, _ in rows)
+    assert [word.strip(".,?").lower() for _, _, word in rows[:4]] == ["ever", "tried", "ever", "failed"]
 
 
 @pytest.mark.skipif(os.name != "posix", reason="signals")
