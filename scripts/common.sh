@@ -92,7 +92,7 @@ pip_install() {
   while :; do
     local alive=0
     kill -0 "$pid" 2>/dev/null && alive=1
-    total=$(wc -l <"$run_dir/install.log")
+    total=$(($(wc -l <"$run_dir/install.log"))) # macOS pads the number
     if [ "$total" -gt "$shown" ]; then
       sed -n "$((shown + 1)),${total}p" "$run_dir/install.log" | sed -nE \
         -e 's/^ *Downloading ([A-Za-z0-9_.]+-[0-9][^-]*)-.*\(([0-9.]+ [MG]B)\).*/  \1 (\2)/p' \
@@ -139,7 +139,7 @@ server_pid() {
   [ -f "$pid_file" ] || return 1
   pid=$(cat "$pid_file")
   case $pid in '' | *[!0-9]*) return 1 ;; esac
-  ps -p "$pid" -o command= 2>/dev/null | grep -q 'moshi-stt' || return 1
+  ps -p "$pid" -o command= 2>/dev/null | grep -q 'moshi-stt worker' || return 1
 }
 
 # Sets `server_url` and `server_model` of the server that was last started.
