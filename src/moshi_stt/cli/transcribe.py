@@ -301,6 +301,8 @@ async def _run_all(args: argparse.Namespace, sources: Sequence[Source], outputs:
     waiting = deque(zip(sources, outputs, strict=True))
     running: deque[tuple[Source, Path | None, asyncio.Task[list[TimedWord]]]] = deque()
     async with AsyncExitStack() as stack:
+        if not args.url and sys.stderr.isatty() and not args.quiet:
+            print("loading the model …", file=sys.stderr)
         transcriber = await stack.enter_async_context(build_transcriber(args))
         bar = _progress_bar(args, sources)
         stack.callback(bar.close)
