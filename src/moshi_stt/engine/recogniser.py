@@ -79,7 +79,7 @@ class Recogniser(Protocol):
         """The words of samples, float32 (S,) of at most 30 s, that follow `said`.
 
         said: words at the start of the samples that are settled: the result continues them. said_seconds: where they end.
-        draft: a guess of what follows (an earlier hypothesis); it only saves time where it is right.
+        draft: a guess of what follows (an earlier hypothesis); it saves time where it is right, and leads nowhere else.
         Raises whatever the model's framework raises.
         """
         ...

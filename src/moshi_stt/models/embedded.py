@@ -108,12 +108,17 @@ class EmbeddedTokenizer:
             groups[-1].append(index)
         return [
             Spoken(
-                b"".join(self.pieces[tokens[index]] for index in group).decode("utf-8", "replace").strip(),
+                _text([self.pieces[tokens[index]] for index in group]),
                 tuple(tokens[index] for index in group),
                 math.fsum(logprobs[index] for index in group),
             )
             for group in groups
         ]
+
+
+def _text(pieces: Sequence[bytes]) -> str:
+    """The text of a word's pieces; the model sometimes doubles a comma."""
+    return b"".join(pieces).decode("utf-8", "replace").strip().replace(",,", ",")
 
 
 class Moonshine:

