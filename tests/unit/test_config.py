@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from moshi_stt.config import EmbeddedModule, EngineConfig, KyutaiModule, LimitsConfig
@@ -334,6 +335,7 @@ BROKEN: list[tuple[Callable[[], str], str]] = [
     (change('"cuda:0"', '"tpu"', PY_BATCHED), '[modules.asr.py] device = "tpu": expected "cuda" or "cpu".'),
     # ours
     (add('[modules.asr.moshi_stt]\ndevice = "gpu"\n'), '[modules.asr.moshi_stt] device = "gpu": expected one of "auto", "cpu", "cuda", "mps", "mlx".'),
+    (add("[modules.asr.moshi_stt]\nmarker_wait_seconds = -1\n"), "[modules.asr.moshi_stt] marker_wait_seconds = -1: expected seconds from 0 to 60."),
     (add("[moshi_stt]\ninbox_seconds = 0\n"), "[moshi_stt] inbox_seconds = 0: expected a number above 0"),
     (add("[moshi_stt]\ninbox_seconds = 0.01\n"), "[moshi_stt] inbox_seconds = 0.01: expected at least one frame"),
     (add("[moshi_stt]\nping_seconds = 20\n"), "[moshi_stt] ping_seconds = 20: expected less than silent_seconds (20)"),
@@ -347,6 +349,26 @@ def test_a_broken_file_is_refused_by_name_and_remedy(text: Callable[[], str], me
         parse_config(text(), "test.toml")
     assert str(raised.value).startswith("test.toml: ")
     assert message in str(raised.value)
+
+
+def as_documented(default: object) -> str:
+    if isinstance(default, str):
+        return f'`"{default}"`'
+    if isinstance(default, bool):
+        return str(default).lower()
+    assert isinstance(default, int | float)
+    return f"{default >> 30} GiB" if default == 1 << 30 else f"{default >> 20} MiB" if default == 64 << 20 else f"{default:g}"
+
+
+def test_every_key_is_documented() -> None:
+    text = (ROOT / "docs" / "configuration.md").read_text()
+    for struct in (LimitsConfig, EngineConfig, KyutaiModule, EmbeddedModule):
+        for key in set(struct.__struct_fields__) - {"name", "config_file", "engine", "model"}:
+            assert f"`{key}`" in text, f"docs/configuration.md does not say what {key} is"
+    for struct in (LimitsConfig, EngineConfig):
+        for field in msgspec.structs.fields(struct):
+            row = f"| `{field.name}` | {as_documented(field.default)} |"
+            assert row in text, f"docs/configuration.md has another default for {field.name}"
 
 
 def test_names_that_are_no_file(tmp_path: Path) -> None:

@@ -1,0 +1,103 @@
+"""From a configured module to its engine: what is chosen, and what is said where it cannot be had."""
+
+from collections.abc import Callable
+
+import msgspec
+import pytest
+
+from moshi_stt.cli import engines
+from moshi_stt.cli.engines import build_engine, build_engines, framework_of, languages_of
+from moshi_stt.config import EngineConfig, KyutaiModule, LimitsConfig
+from moshi_stt.config_load import embedded_config, load_config
+from moshi_stt.engine.batch import BatchEngine
+from moshi_stt.errors import ConfigError
+
+
+@pytest.fixture
+def lacking(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Call it with names of packages: these, and no others, are missing from then on."""
+
+    def lack(*names: str) -> None:
+        monkeypatch.setattr(engines, "missing_packages", lambda wanted: [name for name in wanted if name in names])
+
+    return lack
+
+
+def one_b(**engine: object) -> KyutaiModule:
+    (module,) = load_config("stt-1b-en_fr").config.modules
+    assert isinstance(module, KyutaiModule)
+    return msgspec.structs.replace(module, engine=EngineConfig(**engine))  # type: ignore[arg-type]
+
+
+def test_the_embedded_engine() -> None:
+    pytest.importorskip("moonshine_voice", reason="the embedded model is not installed")
+    built = build_engines(embedded_config())
+    assert list(built) == ["asr"]
+    assert built["asr"].total_slots == 64
+    assert not built["asr"].ready
+
+
+def test_a_missing_wheel_of_the_embedded_model(lacking: Callable[..., None]) -> None:
+    lacking("pocketsphinx")
+    with pytest.raises(
+        ConfigError, match=r"needs pocketsphinx, not installed here\. Run `pip install pocketsphinx`, or serve Kyu"
+    ):
+        build_engines(embedded_config())
+
+
+def test_kyutais_engine_is_not_loaded_before_it_is_started(lacking: Callable[..., None]) -> None:
+    lacking()
+    engine = build_engine(one_b(), LimitsConfig())
+    assert isinstance(engine, BatchEngine)
+    assert not engine.ready
+    assert engine.info.model == "hf://kyutai/stt-1b-en_fr-candle/model.safetensors"
+
+
+def test_a_missing_extra_is_a_sentence_with_the_command(lacking: Callable[..., None]) -> None:
+    lacking("torch", "mlx", "sentencepiece")
+    with pytest.raises(ConfigError) as raised:
+        build_engine(one_b(device="cuda"), LimitsConfig())
+    assert str(raised.value) == (
+        "Kyutai's models need torch, sentencepiece, not installed here: run `pip install 'moshi-stt[torch]'` "
+        "(in a checkout: scripts/install.sh --model stt-1b-en_fr)"
+    )
+    with pytest.raises(ConfigError, match=r"need mlx, sentencepiece, .*pip install 'moshi-stt\[mlx\]'"):
+        build_engine(one_b(device="mlx"), LimitsConfig())
+
+
+@pytest.mark.parametrize(
+    ("device", "apple", "absent", "framework"),
+    [
+        ("auto", False, (), "torch"),
+        ("auto", True, (), "mlx"),
+        ("auto", True, ("mlx",), "torch"),
+        ("auto", False, ("torch",), "mlx"),
+        ("auto", False, ("torch", "mlx"), "torch"),
+        ("cuda", True, ("torch",), "torch"),
+        ("mps", True, (), "torch"),
+        ("mlx", False, ("mlx",), "mlx"),
+    ],
+)
+def test_which_framework(
+    monkeypatch: pytest.MonkeyPatch,
+    lacking: Callable[..., None],
+    device: str,
+    apple: bool,
+    absent: tuple[str, ...],
+    framework: str,
+) -> None:
+    lacking(*absent)
+    monkeypatch.setattr(engines, "on_apple_silicon", lambda: apple)
+    assert framework_of(one_b(device=device)) == framework
+
+
+@pytest.mark.parametrize(
+    ("name", "languages"),
+    [
+        ("hf://kyutai/stt-1b-en_fr-candle/model.safetensors", ("en", "fr")),
+        ("/models/stt-2.6b-en/model.safetensors", ("en",)),
+        ("/models/mine/model.safetensors", ()),
+    ],
+)
+def test_languages(name: str, languages: tuple[str, ...]) -> None:
+    assert languages_of(name) == languages
