@@ -346,7 +346,7 @@ class Connection(asyncio.Protocol):
         if parts:
             self._was_active = True
             self._metrics.frames_sent += len(parts) >> 1
-            self._write(b"".join(parts))
+            self._write(parts[0] + parts[1] if len(parts) == 2 else b"".join(parts))
         if failure is not None:
             self.end(failure, failure.close_code or frames.INTERNAL)
         elif stream.ended:

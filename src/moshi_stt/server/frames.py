@@ -34,6 +34,9 @@ _MASKED: Final = 0x80
 _RESERVED: Final = 0x70
 _OPCODES: Final = frozenset((CONTINUATION, TEXT, BINARY, CLOSE, PING, PONG))
 
+_USUAL: Final = b"\x82\xfe"
+"""How a client's whole binary message of 126 to 65,535 bytes begins."""
+
 _U16 = struct.Struct("!H")
 _U64 = struct.Struct("!Q")
 
@@ -50,21 +53,21 @@ class Message(NamedTuple):
     code: int = 0
 
 
+_MESSAGE = tuple.__new__  # a third of the cost of Message(...)
+
+
 def _violation(code: int, sentence: str) -> Message:
     return Message(VIOLATION, sentence.encode(), code)
 
 
 def unmask(data: bytes | bytearray, start: int, length: int) -> bytes:
     """The payload data[start : start + length], whose masking key is the four bytes before it."""
-    words = length >> 2
-    key = data[start - 4 : start]
-    body = (np.frombuffer(data, np.uint32, words, start) ^ np.frombuffer(key, np.uint32)).tobytes() if words else b""
-    left = length & 3
-    if not left:
-        return body
-    end = start + length
-    tail = int.from_bytes(data[end - left : end], "little") ^ int.from_bytes(key[:left], "little")
-    return body + tail.to_bytes(left, "little")
+    words = (length + 3) >> 2
+    if start + 4 * words > len(data):  # whole words, past the payload's end
+        data, start = data[start - 4 :] + b"\0\0\0", 4
+    key_and_body = np.frombuffer(data, np.uint32, words + 1, start - 4)
+    payload: bytes = (key_and_body[1:] ^ key_and_body[0]).tobytes()
+    return payload[:length]
 
 
 class FrameParser:
@@ -91,7 +94,12 @@ class FrameParser:
         if self._lost:
             return []
         source: bytes | bytearray = data
-        if self._buffer:
+        if not self._buffer:
+            if data[:2] == _USUAL and not self._skip and self._fragments is None:  # one whole message, as nearly always
+                length = data[2] << 8 | data[3] if len(data) >= 4 else 0
+                if len(data) == 8 + length and length <= self._limit:
+                    return [_MESSAGE(Message, (BINARY, unmask(data, 8, length), 0))]
+        else:
             self._buffer += data
             if len(self._buffer) < self._needed:
                 return []
