@@ -62,11 +62,11 @@ def _write(
     codec: dict[str, str],
 ) -> None:
     channels = 1 if pcm.ndim == 1 else pcm.shape[1]
-    layout = {1: "mono", 2: "stereo", 4: "quad", 6: "5.1"}[channels]
+    layout = {1: "mono", 2: "stereo", 4: "quad", 6: "5.1", 8: "7.1", 16: "hexadecagonal"}[channels]
     with av.open(str(path), "w", format=container_name, options=options) as container:
         stream = container.add_stream(codec_name, rate=rate, layout=layout, options=codec)
         stream.codec_context.format = sample_format
-        frame = av.AudioFrame.from_ndarray(np.ascontiguousarray(pcm.reshape(-1, channels).T), format="fltp", layout=layout)
+        frame = av.AudioFrame.from_ndarray(np.ascontiguousarray(pcm.reshape(1, -1)), format="flt", layout=layout)
         frame.sample_rate = rate
         frame.pts, frame.time_base = 0, Fraction(1, rate)
         resampler = av.AudioResampler(sample_format, layout, rate)

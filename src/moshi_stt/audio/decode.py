@@ -35,6 +35,8 @@ _WITHOUT_GAPS: Final = {"wav", "w64", "flac", "aiff", "au", "mp3"}
 _UNKNOWN_BYTES: Final = 0x7FFF0000
 """Recorders that write to a pipe put a size beyond this into a WAV header, or 0."""
 
+_SAFE_PLANES: Final = 7
+"""PyAV 18 looks for a null pointer behind the last plane, and reads past the end where there are eight or more."""
 _HEAD_BYTES: Final = 16
 _SPOOL_BYTES: Final = 8 << 20
 _PIECE_SAMPLES: Final = SAMPLE_RATE
@@ -190,6 +192,7 @@ class _Decoder:
         self._cut_short = cut_short
         self._stream = _audio_stream(container)
         self._resampler: StreamingResampler | None = None
+        self._packer: tuple[tuple[str, str, int], av.AudioResampler] | None = None
         self._origin_seconds = (container.start_time or 0) / 1_000_000
         self._seconds = 0.0  # of audio decoded so far, silence for gaps included
         self._skipped_seconds = 0.0  # of silence put in for gaps
@@ -249,12 +252,24 @@ class _Decoder:
             yield from self._hold(self._resample(silence, rate))
 
     def _convert(self, frame: "av.AudioFrame") -> NDArray[np.float32]:
+        channels = frame.layout.nb_channels
+        if frame.format.is_planar and channels > _SAFE_PLANES:
+            frame = self._interleaved(frame)
         samples = frame.to_ndarray()  # planar: (C, S); packed: (1, S * C)
-        if frame.format.is_planar:
-            samples = samples.T
-        else:
-            samples = samples.reshape(-1, frame.layout.nb_channels)
+        samples = samples.T if frame.format.is_planar else samples.reshape(-1, channels)
         return self._resample(to_mono_float(samples), frame.sample_rate)
+
+    def _interleaved(self, frame: "av.AudioFrame") -> "av.AudioFrame":
+        """The same samples in one plane. Raises AudioError where FFmpeg cannot do it."""
+        kind = (frame.format.name, frame.layout.name, frame.sample_rate)
+        if self._packer is None or self._packer[0] != kind:
+            self._packer = (kind, av.AudioResampler("flt", frame.layout, frame.sample_rate))
+        try:
+            (packed,) = self._packer[1].resample(frame)
+        except (av.error.FFmpegError, ValueError) as error:
+            channels = frame.layout.nb_channels
+            raise AudioError(f"the {channels} channels of the audio track cannot be mixed: {_reason(error)}") from None
+        return packed
 
     def _resample(self, mono: NDArray[np.float32], rate: int) -> NDArray[np.float32]:
         tail = _EMPTY
