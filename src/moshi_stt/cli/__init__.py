@@ -21,6 +21,7 @@ COMMANDS = {
     "validate": "check configuration files and the weights they name",
     "configs": "list the shipped configurations, or print one",
     "download": "fetch the weights of a configuration",
+    "quantize": "write a checkpoint of 8 or 4 bits",
     "status": "show what a running server is doing",
     "doctor": "name what is missing on this machine",
     "sample": "print the path of a recording of speech to try",

@@ -303,9 +303,13 @@ def plan_lm(path: Path, spec: LMSpec) -> tuple[Plan, int]:
     Raises CheckpointError naming all that is wrong.
     """
     header = read_header(path)
-    naming: Naming = "mlx" if "out_norm.weight" in header.tensors else "file"
     hidden = gate_hidden(header, spec)
-    return make_plan(header, naming, lm_table(spec, hidden), lm_ignored(spec)), hidden
+    return make_plan(header, naming_of(header), lm_table(spec, hidden), lm_ignored(spec)), hidden
+
+
+def naming_of(header: Header) -> Naming:
+    """The naming of a language model's file."""
+    return "mlx" if "out_norm.weight" in header.tensors else "file"
 
 
 def plan_mimi(path: Path, spec: MimiSpec) -> Plan:
