@@ -258,6 +258,16 @@ async def test_bad_chunks_are_said() -> None:
         assert (await raw_request(running.port, request)).status == 400
 
 
+async def test_body_that_stops_coming_is_given_up() -> None:
+    """Nothing waits for ever: neither the file nor the handler stays."""
+    request = b"POST /api/asr-streaming HTTP/1.1\r\nHost: x\r\nkyutai-api-key: public_token\r\nContent-Length: 1000\r\n\r\nabc"
+    async with serving(ScriptedEngine(), idle_seconds=0.2) as running:
+        answer = await raw_request(running.port, request)
+        assert (answer.status, answer.body) == (408, b"Failed to buffer the request body: nothing came for 0.2 s")
+        assert not temporary_files()
+        assert not running.server.service.uploads
+
+
 async def test_two_uploads_and_a_stream_share_the_engine() -> None:
     engine = ScriptedEngine(counting(4), slots=3)
     async with serving(engine) as running, await RawClient.connect(running.port) as client:

@@ -1,5 +1,7 @@
 """Whole sessions over a live socket: the flows of known clients, and the order and bytes of what was recorded."""
 
+import os
+import socket
 from pathlib import Path
 
 import numpy as np
@@ -124,6 +126,15 @@ async def test_socket_may_cut_messages_anywhere(size: int) -> None:
             client.write(data[start : start + size])
             await client.drain()
         assert (await client.events_until("Marker"))[-1] == {"type": "Marker", "id": 1}
+
+
+async def test_small_messages_are_not_held_back_by_the_kernel() -> None:
+    """TCP_NODELAY, which moshi-server does not set."""
+    async with serving(ScriptedEngine()) as running, await RawClient.connect(running.port) as client:
+        await client.receive_event()
+        (connection,) = running.server.service.connections
+        with socket.socket(fileno=os.dup(connection.fileno())) as same:
+            assert same.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
 
 
 async def test_frames_sent_with_the_request_are_not_lost() -> None:

@@ -140,7 +140,7 @@ async def _received(request: web.Request, limits: LimitsConfig) -> AsyncIterator
         try:
             received = 0
             buffer = bytearray()
-            async for piece in request.content.iter_any():
+            while piece := await _next_piece(request, limits.idle_seconds):
                 received += len(piece)
                 if received > limit:
                     raise _Refused(413, too_large)
@@ -156,6 +156,15 @@ async def _received(request: web.Request, limits: LimitsConfig) -> AsyncIterator
         except OSError as error:
             raise _Refused(507, f"{UNBUFFERED}{error.strerror}") from None
         yield Path(file.name)
+
+
+async def _next_piece(request: web.Request, patience_seconds: float) -> bytes:
+    """What came of the body, waiting for at least a byte; empty at its end."""
+    try:
+        async with asyncio.timeout(patience_seconds):
+            return await request.content.readany()
+    except TimeoutError:
+        raise _Refused(408, f"{UNBUFFERED}nothing came for {patience_seconds:g} s") from None
 
 
 async def _write(file: IO[bytes], data: bytearray) -> None:
