@@ -132,6 +132,8 @@ def shared_checkpoint(name: str, shared: Path) -> Path:
         with tempfile.TemporaryDirectory(dir=cache) as scratch:
             made = Path(scratch) / name
             subprocess.run([sys.executable, str(script), name, str(made)], check=True, capture_output=True)
+            toml = made / "moshi-server.toml"  # names its files by their whole path
+            toml.write_text(toml.read_text().replace(str(made.resolve()), str(folder.resolve())))
             if not (folder / "config.json").is_file():
                 made.rename(folder)
     return folder
