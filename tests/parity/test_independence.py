@@ -1,16 +1,15 @@
 """A stream's output depends on its own frames alone: not on its slot, neighbours, predecessor, or how rows are grouped."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pytest
-from tests.support.checkpoints import Checkpoint, module
+from tests.support.checkpoints import Checkpoint
+from tests.support.frameworks import FRAMEWORKS, loader, poison, rows_independent
 from tests.support.stepping import drive, noise, step_rows
 
 from moshi_stt.constants import FRAME_SAMPLES
-from moshi_stt.models.torch_impl.attention import ring_attention
-from moshi_stt.models.torch_impl.backend import TorchBackend
-from moshi_stt.models.torch_impl.build import load_backend, rows_independent
 
 SLOTS = 16
 FRAMES = 40
@@ -19,24 +18,18 @@ Said = list[tuple[int, float, tuple[float, ...]]]
 """Token, log-probability and pauses of each step."""
 
 
-def load(small: Checkpoint, **engine: object) -> TorchBackend:
-    return load_backend(module(**engine), small.lm_file, small.mimi_file, small.spec, SLOTS)
+def load(framework: str, small: Checkpoint, **settings: object) -> Any:
+    return loader(framework)(small.lm_file, small.mimi_file, small.spec, SLOTS, settings=settings)
 
 
-@pytest.fixture(scope="module")
-def backend(small: Checkpoint) -> Iterator[TorchBackend]:
-    backend = load(small)
+@pytest.fixture(scope="module", params=FRAMEWORKS)
+def backend(request: pytest.FixtureRequest, small: Checkpoint) -> Iterator[Any]:
+    backend = load(request.param, small)
     yield backend
     backend.close()
 
 
-def poison(backend: TorchBackend) -> None:
-    """Every slot's state as a predecessor that went mad would leave it."""
-    for tensor in backend.state.named.values():
-        tensor.fill_(float("nan") if tensor.is_floating_point() else 7)
-
-
-def schedule(backend: TorchBackend, audio: list[np.ndarray], seed: int) -> dict[int, Said]:
+def schedule(backend: Any, audio: list[np.ndarray], seed: int) -> dict[int, Said]:
     """Run every stream to its end in a random schedule: joins, leaves, idle gaps, resets, slots taken over from others."""
     rng = np.random.default_rng(seed)
     waiting, running = list(rng.permutation(len(audio))), {}  # slot -> (stream, next frame)
@@ -63,7 +56,7 @@ def schedule(backend: TorchBackend, audio: list[np.ndarray], seed: int) -> dict[
     return said
 
 
-def alone(backend: TorchBackend, stream: np.ndarray, slot: int) -> Said:
+def alone(backend: Any, stream: np.ndarray, slot: int) -> Said:
     output = drive(backend, stream.reshape(-1), slot)
     return [
         (int(token), float(logprob), tuple(pause))
@@ -76,9 +69,9 @@ def audio() -> list[np.ndarray]:
     return [noise(FRAMES, seed).reshape(FRAMES, FRAME_SAMPLES) for seed in range(24)]
 
 
-def test_random_schedule_bit_for_bit(backend: TorchBackend, audio: list[np.ndarray]) -> None:
+def test_random_schedule_bit_for_bit(backend: Any, audio: list[np.ndarray]) -> None:
     """24 streams over 16 slots: every token, log-probability and pause to the last bit as the same stream alone."""
-    assert rows_independent(backend.lm, backend.mimi), "this processor's products depend on the number of rows"
+    assert rows_independent(backend), "this processor's products depend on the number of rows"
     poison(backend)
     together = schedule(backend, audio, seed=5)
     for stream, said in together.items():
@@ -89,8 +82,9 @@ def test_fixed_shapes_without_repacked_weights(
     small: Checkpoint, audio: list[np.ndarray], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where products are plain ones, whose rounding does depend on the rows, `fixed_shapes` gives the same bit for bit."""
+    pytest.importorskip("torch")
     monkeypatch.setattr("moshi_stt.models.torch_impl.linear.can_pack", lambda device, dtype: False)
-    backend = load(small, engine_fixed_shapes=True)
+    backend = load("torch", small, engine_fixed_shapes=True)
     assert backend.fixed_rows == 1
     poison(backend)
     together = schedule(backend, audio[:12], seed=6)
@@ -100,7 +94,10 @@ def test_fixed_shapes_without_repacked_weights(
 
 def test_attention_for_devices(small: Checkpoint, audio: list[np.ndarray]) -> None:
     """The static-shape attention of devices: the same tokens, in blocks padded with the scratch slot, NaNs in every ring."""
-    backend = load(small)
+    pytest.importorskip("torch")
+    from moshi_stt.models.torch_impl.attention import ring_attention
+
+    backend = load("torch", small)
     expected = [alone(backend, stream, 0) for stream in audio[:12]]
     backend.lm.attention = backend.mimi.attention = ring_attention
     backend.fixed_rows = 8
@@ -111,7 +108,7 @@ def test_attention_for_devices(small: Checkpoint, audio: list[np.ndarray]) -> No
         np.testing.assert_allclose([step[1] for step in said], [step[1] for step in expected[stream]], atol=1e-4)
 
 
-def test_absurd_samples_do_not_last(backend: TorchBackend, audio: list[np.ndarray]) -> None:
+def test_absurd_samples_do_not_last(backend: Any, audio: list[np.ndarray]) -> None:
     """NaN, infinities and huge samples: the neighbour notices nothing, and once they have left the window neither does the
     stream itself."""
     mad = audio[0].copy()
@@ -126,7 +123,7 @@ def test_absurd_samples_do_not_last(backend: TorchBackend, audio: list[np.ndarra
     assert said == expected
 
 
-def test_save_and_restore(backend: TorchBackend, audio: list[np.ndarray]) -> None:
+def test_save_and_restore(backend: Any, audio: list[np.ndarray]) -> None:
     """A stream goes on in another slot, after others have used both, as if nothing had happened."""
     expected = alone(backend, audio[2], 0)
     half = FRAMES // 2
@@ -143,7 +140,7 @@ def test_save_and_restore(backend: TorchBackend, audio: list[np.ndarray]) -> Non
 
 
 @pytest.mark.parametrize("frames", [3, 30])
-def test_copy(backend: TorchBackend, audio: list[np.ndarray], frames: int) -> None:
+def test_copy(backend: Any, audio: list[np.ndarray], frames: int) -> None:
     """A copied slot goes on by itself, and so does the one it was copied from: with rings part filled, and full."""
     other = np.concatenate([audio[2][:frames], audio[7][: FRAMES - frames]])
     poison(backend)
@@ -159,7 +156,7 @@ def test_copy(backend: TorchBackend, audio: list[np.ndarray], frames: int) -> No
     assert said[11] == alone(backend, other, 0)[frames:]
 
 
-def test_no_rows(backend: TorchBackend) -> None:
+def test_no_rows(backend: Any) -> None:
     """A step of nobody is allowed and says nothing."""
     output = backend.step(np.zeros((0, FRAME_SAMPLES), np.float32), np.zeros(0, np.int64), np.zeros(0, bool))
     assert output.text_token.shape == (0,)

@@ -19,6 +19,11 @@ class Outputs(NamedTuple):
     logits: NDArray[np.float32]
 
 
+def to_numpy(array: Any) -> NDArray[Any]:
+    """A copy of any framework's array, on the host."""
+    return array.numpy(force=True).copy() if hasattr(array, "numpy") else np.array(array)
+
+
 def noise(frames: int, seed: int) -> NDArray[np.float32]:
     """float32 (frames * 1920,): coloured noise that swells and fades, so that frames differ."""
     rng = np.random.default_rng(seed)
@@ -36,7 +41,7 @@ def drive(backend: Any, pcm: NDArray[np.float32], slot: int = 1) -> Outputs:
 
     def record(*args: Any) -> Any:
         output = step(*args)
-        logits.append(output.logits[0].numpy(force=True).copy())
+        logits.append(to_numpy(output.logits[0]))
         return output
 
     backend.lm.step = record
@@ -44,7 +49,7 @@ def drive(backend: Any, pcm: NDArray[np.float32], slot: int = 1) -> Outputs:
     try:
         for n, frame in enumerate(pcm[: frames * FRAME_SAMPLES].reshape(frames, -1)):
             outputs.append(backend.step(frame[None], np.array([slot]), np.array([n == 0])))
-            codes.append(backend.state.codes[slot].numpy(force=True).copy())
+            codes.append(to_numpy(backend.state.codes[slot]))
     finally:
         del backend.lm.step
     return Outputs(

@@ -28,12 +28,12 @@ class Ring:
         self.entries: list[mx.array | None] = [None] * slots
         self.context = context
         self.dtype = dtype
-        self._heads = heads
-        self._head_dim = head_dim
+        self.heads = heads
+        self.head_dim = head_dim
 
     def slot_bytes(self) -> int:
         """Bytes of one full slot."""
-        return 2 * self._heads * self.context * self._head_dim * self.dtype.size
+        return 2 * self.heads * self.context * self.head_dim * self.dtype.size
 
     def write(self, slot: int, position: int, kv: mx.array) -> mx.array:
         """Write kv (2, H, T, D) from `position` on. Returns the slot's ring, of which `held(position + T)` entries count."""
@@ -63,7 +63,7 @@ class Ring:
         if ring is not None and room >= count:
             return ring
         size = min(max(_FIRST_ENTRIES, 2 * room, count), self.context)
-        grown = mx.zeros((2, self._heads, size, self._head_dim), self.dtype)
+        grown = mx.zeros((2, self.heads, size, self.head_dim), self.dtype)
         if ring is not None:
             grown[:, :, :room] = ring
         self.entries[slot] = grown

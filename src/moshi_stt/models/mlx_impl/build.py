@@ -20,7 +20,7 @@ from moshi_stt.models.mlx_impl.device import (
     room_note,
     setting_notes,
 )
-from moshi_stt.models.mlx_impl.linear import rows_independent
+from moshi_stt.models.mlx_impl.linear import is_row_independent
 from moshi_stt.models.mlx_impl.lm import LanguageModel, LMState
 from moshi_stt.models.mlx_impl.loader import Precision, load_lm_params, load_mimi_params, weight_bytes
 from moshi_stt.models.mlx_impl.mimi import MimiEncoder, MimiState
@@ -113,14 +113,18 @@ def choose_scheme(plan: Plan, setting: str) -> Scheme | None:
     return found
 
 
+def rows_independent(lm: LanguageModel, mimi: MimiEncoder) -> bool:
+    """Whether a row's result is the same to the last bit beside any other rows, as tried out on one product of each shape."""
+    layer = lm.layers[0]
+    of_lm = [layer.in_proj, layer.linear_in, layer.linear_out, lm.text_linear]
+    of_mimi = [mimi.layers[0].linear1, mimi.quantizer.project, *(conv.product for conv in mimi.convs)]
+    return all(is_row_independent(linear, lm.dtype) for linear in of_lm) and all(
+        is_row_independent(linear, mx.float32) for linear in of_mimi
+    )
+
+
 def _fixed_rows(device: mx.Device, lm: LanguageModel, mimi: MimiEncoder, slots: int) -> int:
     """Rows of every step under `fixed_shapes`; 0, any number, where rows are independent anyway."""
     if is_gpu(device):
         return min(FIXED_ROWS, slots)
-    layer = lm.layers[0]
-    of_lm = [layer.in_proj, layer.linear_in, layer.linear_out, lm.text_linear]
-    of_mimi = [mimi.layers[0].linear1, mimi.quantizer.project, *(conv.product for conv in mimi.convs)]
-    independent = all(rows_independent(linear, lm.dtype) for linear in of_lm) and all(
-        rows_independent(linear, mx.float32) for linear in of_mimi
-    )
-    return 0 if independent else 1
+    return 0 if rows_independent(lm, mimi) else 1

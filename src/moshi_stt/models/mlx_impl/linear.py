@@ -78,7 +78,7 @@ def make_linear(weight: Weight, bias: mx.array | None = None) -> DenseLinear | Q
     return DenseLinear(weight, bias)
 
 
-def rows_independent(linear: DenseLinear | QuantizedLinear, dtype: mx.Dtype) -> bool:
+def is_row_independent(linear: DenseLinear | QuantizedLinear, dtype: mx.Dtype) -> bool:
     """Whether a row's result is the same to the last bit beside any other rows, tried with a few numbers of rows."""
     numbers = np.sin(np.linspace(-1, 1, 17 * linear.columns, dtype=np.float32)).reshape(17, -1)
     x = mx.array(numbers).astype(dtype)
