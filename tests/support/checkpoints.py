@@ -78,10 +78,10 @@ def module(**fields: object) -> KyutaiModule:
     return KyutaiModule(**(base | fields))  # type: ignore[arg-type]
 
 
-def small_tensors(spec: ModelSpec, seed: int = 0) -> tuple[Tensors, Tensors]:
+def small_tensors(spec: ModelSpec, seed: int = 0, hidden: int = HIDDEN) -> tuple[Tensors, Tensors]:
     """Random language model and Mimi tensors in the published naming."""
     rng = np.random.default_rng(seed)
-    lm = {param.name: _random(param, rng) for param in lm_table(spec.lm, HIDDEN)}
+    lm = {param.name: _random(param, rng) for param in lm_table(spec.lm, hidden)}
     lm["text_linear.weight"] *= 3  # a clear winner among the tokens at most steps
     return lm, {param.name: _random(param, rng) for param in mimi_table(spec.mimi)}
 

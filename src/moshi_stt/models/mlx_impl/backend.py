@@ -147,23 +147,13 @@ class MLXBackend:
     # ---- one step ----------------------------------------------------------------------------------------------------
 
     def _step_block(self, pcm: NDArray[np.float32], slots: NDArray[np.int64], fresh: NDArray[np.bool_]) -> NDArray[np.float32]:
-        """Build the step's graph, evaluate it once, and back in one copy: float32 (B, 2 + heads)."""
-        spec, state, own = self.spec, self.state, slots.tolist()
-        rows, spare = len(own), max(self.fixed_rows - len(own), 0)
+        """Pad, step, and back in one copy: float32 (B, 2 + heads)."""
+        state, rows = self.state, len(slots)
+        spare = max(self.fixed_rows - rows, 0)
         frames = np.concatenate([np.where(fresh, 0, state.frames[slots]), np.zeros(spare, np.int64)])
-        first = frames == 0
-        every = np.concatenate([slots, np.full(spare, self.slots)])
-        text = np.where(first, spec.lm.start_token, state.text[every])
-        codes = np.where(first[:, None], spec.lm.pad_code, state.codes[every])
-
-        logits, pause = self.lm.step(state.lm, text, codes, frames, own)
-        token, logprob = choose(logits, frames.tolist(), spec.temperature, self.seed)
-        with mx.stream(self._mimi_stream or self.device):
-            new_codes = self.mimi.step(state.mimi, self._cleaned(pcm, spare), frames, own, self.slots)
-
-        # Tokens and codes are small enough for float32 to hold them exactly.
-        columns = [token[:, None], logprob[:, None], pause, new_codes]
-        packed = mx.concatenate([column.astype(mx.float32) for column in columns], axis=1)
+        pcm = np.clip(np.nan_to_num(pcm, nan=0.0, posinf=0.0, neginf=0.0), -LOUDEST, LOUDEST)
+        pcm = np.concatenate([pcm, np.zeros((spare, FRAME_SAMPLES), np.float32)])
+        packed = self.step_rows(mx.array(pcm), frames, slots.tolist())
         mx.eval(packed, state.mimi.conv)
         output = np.array(packed)[:rows]
         state.frames[slots] = frames[:rows] + 1
@@ -171,7 +161,21 @@ class MLXBackend:
         state.codes[slots] = output[:, 2 + self.heads :]
         return output[:, : 2 + self.heads]
 
-    def _cleaned(self, pcm: NDArray[np.float32], spare: int) -> mx.array:
-        """On the device, without what is absurd, with `spare` silent rows behind."""
-        pcm = np.clip(np.nan_to_num(pcm, nan=0.0, posinf=0.0, neginf=0.0), -LOUDEST, LOUDEST)
-        return mx.array(np.concatenate([pcm, np.zeros((spare, FRAME_SAMPLES), np.float32)]))
+    def step_rows(self, pcm: mx.array, frames: NDArray[np.int64], slots: list[int]) -> mx.array:
+        """The graph of a whole step, which nothing has computed yet; the rings already refer to it.
+
+        pcm float32 (B, 1920); frames (B,): steps done before, 0 starts anew; slots: of the rows that are no padding.
+        Returns float32 (B, 2 + heads + K): the token, its log-probability, the pauses, the codes.
+        """
+        spec, state = self.spec, self.state
+        first = frames == 0
+        every = np.array(slots + [self.slots] * (len(frames) - len(slots)))
+        text = np.where(first, spec.lm.start_token, state.text[every])
+        codes = np.where(first[:, None], spec.lm.pad_code, state.codes[every])
+        logits, pause = self.lm.step(state.lm, text, codes, frames, slots)
+        token, logprob = choose(logits, frames.tolist(), spec.temperature, self.seed)
+        with mx.stream(self._mimi_stream or self.device):
+            new_codes = self.mimi.step(state.mimi, pcm, frames, slots, self.slots)
+        # Tokens and codes are small enough for float32 to hold them exactly.
+        columns = [token[:, None], logprob[:, None], pause, new_codes]
+        return mx.concatenate([column.astype(mx.float32) for column in columns], axis=1)
