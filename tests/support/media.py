@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 FORMATS = {
     "wav": ("wav", "pcm_s16le", "s16"),
     "wav-float": ("wav", "pcm_f32le", "flt"),
+    "wav-double": ("wav", "pcm_f64le", "dbl"),
     "wav-24bit": ("wav", "pcm_s24le", "s32"),
     "wav-8bit": ("wav", "pcm_u8", "u8"),
     "wav-ulaw": ("wav", "pcm_mulaw", "s16"),

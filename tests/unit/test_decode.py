@@ -13,7 +13,7 @@ from tests.support.media import FORMATS, Pipe, encode, noise, shift_of
 from moshi_stt.audio.decode import decode_file, probe, read_file
 from moshi_stt.errors import AudioError
 
-LOSSLESS = {"wav", "wav-float", "wav-24bit", "aiff", "flac"}
+LOSSLESS = {"wav", "wav-float", "wav-double", "wav-24bit", "aiff", "flac"}
 
 
 def cases() -> list[tuple[str, int, int]]:
@@ -80,6 +80,14 @@ def test_many_channels_are_averaged(format: str, channels: int) -> None:
     assert shift_of(got, expected) == 0
     loudness = np.sqrt(np.mean(got**2)) / np.sqrt(np.mean(expected**2))
     assert abs(loudness - 1) < (0.02 if format in LOSSLESS else 0.3)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -1e35])
+def test_a_sample_that_is_none_is_taken_for_silence(value: float) -> None:
+    pcm = noise(1.0, 48_000)
+    pcm[24_000] = value
+    got = read_file(io.BytesIO(encode(pcm, 48_000, "wav-float")))
+    np.testing.assert_allclose(got, soxr.resample(np.where(np.abs(pcm) < 9, pcm, 0), 48_000, 24_000), atol=1e-4)
 
 
 def test_decoding_is_lazy_and_memory_bounded() -> None:

@@ -62,6 +62,7 @@ def test_only_float32_of_one_channel_is_fed() -> None:
         (np.array([0, 128, 192], np.uint8), [-1, 0, 0.5]),
         (np.array([0.5, -2.0], np.float64), [0.5, -2]),
         (np.array([0.5], np.float16), [0.5]),
+        (np.array([[1e300, -1e300], [np.inf, 0]], np.float64), [np.nan, np.inf]),
         (np.array([[1.0, 0.0], [0.5, 0.25]], np.float32), [0.5, 0.375]),
         (np.array([[16_384], [0]], np.int16), [0.5, 0]),
         (np.array([0.5, 0.25, 0.125], np.float32)[::2], [0.5, 0.125]),

@@ -37,6 +37,8 @@ _UNKNOWN_BYTES: Final = 0x7FFF0000
 
 _SAFE_PLANES: Final = 7
 """PyAV 18 looks for a null pointer behind the last plane, and reads past the end where there are eight or more."""
+_LOUDEST: Final = float(1 << 31)
+"""No sample format has larger values: beyond it a sample is taken for 0."""
 _HEAD_BYTES: Final = 16
 _SPOOL_BYTES: Final = 8 << 20
 _PIECE_SAMPLES: Final = SAMPLE_RATE
@@ -253,14 +255,17 @@ class _Decoder:
 
     def _convert(self, frame: "av.AudioFrame") -> NDArray[np.float32]:
         channels = frame.layout.nb_channels
-        if frame.format.is_planar and channels > _SAFE_PLANES:
+        if (frame.format.is_planar and channels > _SAFE_PLANES) or frame.format.bytes > 4:
             frame = self._interleaved(frame)
         samples = frame.to_ndarray()  # planar: (C, S); packed: (1, S * C)
         samples = samples.T if frame.format.is_planar else samples.reshape(-1, channels)
-        return self._resample(to_mono_float(samples), frame.sample_rate)
+        mono = to_mono_float(samples)
+        if not np.abs(mono).max(initial=0) < _LOUDEST:  # NaN too; in the resampler one would spread to its neighbours
+            mono = np.where(np.abs(mono) < _LOUDEST, mono, np.float32(0))
+        return self._resample(mono, frame.sample_rate)
 
     def _interleaved(self, frame: "av.AudioFrame") -> "av.AudioFrame":
-        """The same samples in one plane. Raises AudioError where FFmpeg cannot do it."""
+        """The same samples as float32 in one plane. Raises AudioError where FFmpeg cannot do it."""
         kind = (frame.format.name, frame.layout.name, frame.sample_rate)
         if self._packer is None or self._packer[0] != kind:
             self._packer = (kind, av.AudioResampler("flt", frame.layout, frame.sample_rate))

@@ -51,6 +51,7 @@ class StreamingResampler:
             raise ValueError(f"feed takes float32 of one dimension, got {pcm.dtype} of shape {pcm.shape}")
 
 
+@np.errstate(over="ignore", invalid="ignore")  # what is no sample stays none: its reader decides
 def to_mono_float(samples: NDArray[np.generic]) -> NDArray[np.float32]:
     """Any PCM array to float32 (S,) in [-1, 1]: integers by their full scale, channels of (S, C) by their average."""
     if samples.ndim == 2:
