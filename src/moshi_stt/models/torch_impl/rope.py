@@ -1,6 +1,6 @@
 """Rotary positions that stay exact for streams of months. Knows nothing of models or rings.
 
-The angle p * theta of a large position p has no precision left in float32 (0.6 rad of error at p = 10 000 000), and
+The angle p * theta of a large position p has no precision left in float32 (tenths of a radian at p = 10 000 000), and
 some devices have no float64. So p is split, p = high * 2**14 + low, and the cosines and sines of both parts, computed on the
 host in float64 and rounded once, are joined by the addition theorem: two products and a sum in float32.
 """
