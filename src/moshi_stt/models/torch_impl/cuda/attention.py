@@ -20,6 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from moshi_stt.models.torch_impl.attention import FP8, Ring
+from moshi_stt.models.torch_impl.cuda.attention_dot import ring_attention_16, ring_attention_fp8
 from moshi_stt.models.torch_impl.cuda.launch import device_of
 
 
@@ -31,24 +32,6 @@ def _rotated(x, cos, sin, D: tl.constexpr):
     swapped = tl.load(x + (d ^ 1)).to(tl.float32)
     sign = tl.where(d % 2 == 0, -1.0, 1.0)
     return straight * tl.load(cos + d // 2) + sign * swapped * tl.load(sin + d // 2)
-
-
-@triton.jit
-def _written(x, ring, scales, index, write, D: tl.constexpr, IS_FP8: tl.constexpr):
-    """Write float32 (D,) into entry `index` of a ring where `write` holds, and return it as a reader of the ring sees it."""
-    d = tl.arange(0, D)
-    if IS_FP8:
-        top = tl.max(tl.abs(x), 0)
-        scale = tl.where(top > 0, top / 448.0, 1.0)
-        stored = (x / scale).to(tl.float8e4nv)
-        tl.store(scales + index, scale, mask=write)
-        tl.store(ring + index * D + d, stored, mask=write)
-        seen = stored.to(tl.float32) * scale
-    else:
-        stored = x.to(ring.dtype.element_ty)
-        tl.store(ring + index * D + d, stored, mask=write)
-        seen = stored.to(tl.float32)
-    return seen
 
 
 @triton.jit
@@ -78,9 +61,9 @@ def _finish(m, l, acc, out, part, where, split, D: tl.constexpr, SPLITS: tl.cons
 def _ring_attention(
     qkv, cos, sin, k_ring, v_ring, k_scales, v_scales, slots, positions, out, part, scale,
     H: tl.constexpr, D: tl.constexpr, CONTEXT: tl.constexpr, T: tl.constexpr,
-    SPLITS: tl.constexpr, BLOCK: tl.constexpr, IS_FP8: tl.constexpr, STAGES: tl.constexpr,
+    SPLITS: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """One program for each head, row and split of the ring."""
+    """One program for each head, row and split of the ring. For float32 rings, whose arithmetic stays float32."""
     head = tl.program_id(0)
     row = tl.program_id(1).to(tl.int64)
     split = tl.program_id(2)
@@ -90,11 +73,8 @@ def _ring_attention(
     ring = (slot * H + head) * CONTEXT
     k_ring += ring * D
     v_ring += ring * D
-    if IS_FP8:
-        k_scales += ring
-        v_scales += ring
 
-    # The new positions: rotated, rounded as the projection's dtype and the ring's dtype round, written by the first split.
+    # The new positions: rotated, rounded as the projection's dtype rounds, written by the first split.
     first = split == 0
     half: tl.constexpr = D // 2
     x = qkv + (row * T * 3 * H + head) * D
@@ -104,8 +84,9 @@ def _ring_attention(
     w0 = (position % CONTEXT).to(tl.int32)
     q0 = _rotated(x, cos + angle, sin + angle, D).to(dtype).to(tl.float32) * scale
     k0 = _rotated(x + H * D, cos + angle, sin + angle, D).to(dtype).to(tl.float32)
-    k0 = _written(k0, k_ring, k_scales, w0, first, D, IS_FP8)
-    v0 = _written(tl.load(x + 2 * H * D + d).to(tl.float32), v_ring, v_scales, w0, first, D, IS_FP8)
+    v0 = tl.load(x + 2 * H * D + d).to(tl.float32)
+    tl.store(k_ring + w0 * D + d, k0, mask=first & (d >= 0))
+    tl.store(v_ring + w0 * D + d, v0, mask=first & (d >= 0))
     m0 = tl.where(first, tl.sum(q0 * k0, 0), -1e30)
     l0 = tl.where(first, 1.0, 0.0)
     acc0 = tl.where(first, v0, 0.0)
@@ -116,8 +97,9 @@ def _ring_attention(
         w1 = ((position + 1) % CONTEXT).to(tl.int32)
         q1 = _rotated(x, cos + angle, sin + angle, D).to(dtype).to(tl.float32) * scale
         k1 = _rotated(x + H * D, cos + angle, sin + angle, D).to(dtype).to(tl.float32)
-        k1 = _written(k1, k_ring, k_scales, w1, first, D, IS_FP8)
-        v1 = _written(tl.load(x + 2 * H * D + d).to(tl.float32), v_ring, v_scales, w1, first, D, IS_FP8)
+        v1 = tl.load(x + 2 * H * D + d).to(tl.float32)
+        tl.store(k_ring + w1 * D + d, k1, mask=first & (d >= 0))
+        tl.store(v_ring + w1 * D + d, v1, mask=first & (d >= 0))
         s10 = tl.sum(q1 * k0, 0)
         s11 = tl.sum(q1 * k1, 0)
         top = tl.maximum(s10, s11)
@@ -136,137 +118,14 @@ def _ring_attention(
         k = tl.load(k_ring + entry, mask=seen[:, None], other=0.0).to(tl.float32)
         v = tl.load(v_ring + entry, mask=seen[:, None], other=0.0).to(tl.float32)
         s0 = tl.sum(k * q0[None, :], 1)
-        if IS_FP8:
-            ks = tl.load(k_scales + n, mask=seen, other=0.0)
-            v = v * tl.load(v_scales + n, mask=seen, other=0.0)[:, None]
-            s0 = s0 * ks
         m0, l0, acc0 = _fold(m0, l0, acc0, s0, seen, v)
         if T == 2:
             s1 = tl.sum(k * q1[None, :], 1)
-            if IS_FP8:
-                s1 = s1 * ks
             m1, l1, acc1 = _fold(m1, l1, acc1, s1, seen, v)
 
     _finish(m0, l0, acc0, out, part, row * T * H + head, split, D, SPLITS)
     if T == 2:
         _finish(m1, l1, acc1, out, part, (row * T + 1) * H + head, split, D, SPLITS)
-
-
-@triton.jit
-def _rotated_rows(x, cos, sin, rows, stride, T: tl.constexpr, D: tl.constexpr):
-    """As `_rotated`, for the first T of `rows`: float32 (N, D), zeros behind."""
-    d = tl.arange(0, D)
-    there = (rows < T)[:, None]
-    straight = tl.load(x + rows[:, None] * stride + d[None, :], mask=there, other=0.0).to(tl.float32)
-    swapped = tl.load(x + rows[:, None] * stride + (d ^ 1)[None, :], mask=there, other=0.0).to(tl.float32)
-    pair = rows[:, None] * (D // 2) + (d // 2)[None, :]
-    c = tl.load(cos + pair, mask=there, other=0.0)
-    s = tl.load(sin + pair, mask=there, other=0.0)
-    return straight * c + tl.where(d % 2 == 0, -1.0, 1.0)[None, :] * swapped * s
-
-
-@triton.jit
-def _written_rows(x, ring, scales, index, write, DOT: tl.constexpr, D: tl.constexpr, IS_FP8: tl.constexpr):
-    """As `_written`, for rows (N, D) at entries `index` (N,): the stored numbers as DOT, and their scales (N,)."""
-    d = tl.arange(0, D)
-    at = ring + index[:, None] * D + d[None, :]
-    if IS_FP8:
-        top = tl.max(tl.abs(x), 1)
-        scale = tl.where(top > 0, top / 448.0, 1.0)
-        stored = (x / scale[:, None]).to(tl.float8e4nv)
-        tl.store(scales + index, scale, mask=write)
-    else:
-        scale = tl.zeros_like(tl.max(x, 1)) + 1.0
-        stored = x.to(ring.dtype.element_ty)
-    tl.store(at, stored, mask=write[:, None])
-    return stored.to(DOT), scale
-
-
-@triton.jit
-def _fold_rows(m, l, acc, scores, seen, v, v_scale, DOT: tl.constexpr, UP: tl.constexpr):  # noqa: E741
-    """One block into the running softmax of 16 queries: scores (16, N) in powers of two, v (N, D) with scales (N,)."""
-    scores = tl.where(seen, scores, -1e30)
-    new_m = tl.maximum(m, tl.max(scores, 1))
-    shrink = tl.exp2(m - new_m)
-    p = tl.where(seen, tl.exp2(scores - new_m[:, None]), 0.0)
-    weighted = (p * (v_scale * UP)[None, :]).to(DOT)
-    return new_m, l * shrink + tl.sum(p, 1), tl.dot(weighted, v, acc * shrink[:, None])
-
-
-@triton.jit
-def _ring_attention_dot(
-    qkv, cos, sin, k_ring, v_ring, k_scales, v_scales, slots, positions, out, part, scale,
-    H: tl.constexpr, D: tl.constexpr, CONTEXT: tl.constexpr, T: tl.constexpr,
-    SPLITS: tl.constexpr, BLOCK: tl.constexpr, IS_FP8: tl.constexpr, STAGES: tl.constexpr, DOT: tl.constexpr,
-):  # fmt: skip
-    """As `_ring_attention`, on the matrix units: T queries in a tile of 16. For rings narrower than float32, whose numbers the
-    products take exactly as DOT (fp8 as float16); weights are rounded to it, those of fp8 scaled up to stay clear of float16's
-    small end.
-    """
-    head = tl.program_id(0)
-    row = tl.program_id(1).to(tl.int64)
-    split = tl.program_id(2)
-    slot = tl.load(slots + row).to(tl.int64)
-    position = tl.load(positions + row).to(tl.int64)
-    d = tl.arange(0, D)
-    r = tl.arange(0, 16)
-    ring = (slot * H + head) * CONTEXT
-    k_ring += ring * D
-    v_ring += ring * D
-    if IS_FP8:
-        k_scales += ring
-        v_scales += ring
-    UP: tl.constexpr = 2048.0 if IS_FP8 else 1.0
-    x = qkv + (row * T * 3 * H + head) * D
-    cos += row * T * (D // 2)
-    sin += row * T * (D // 2)
-    scale = scale * 1.4426950408889634
-    dtype = qkv.dtype.element_ty
-
-    first = split == 0
-    index = ((position + r) % CONTEXT).to(tl.int32)
-    q = _rotated_rows(x, cos, sin, r, 3 * H * D, T, D).to(dtype).to(DOT)
-    m = tl.zeros([16], tl.float32) - 1e30
-    l = tl.zeros([16], tl.float32)  # noqa: E741
-    acc = tl.zeros([16, D], tl.float32)
-    if first:
-        k = _rotated_rows(x + H * D, cos, sin, r, 3 * H * D, T, D).to(dtype).to(tl.float32)
-        v = tl.load(x + 2 * H * D + r[:, None] * (3 * H * D) + d[None, :], mask=(r < T)[:, None], other=0.0).to(tl.float32)
-        k, ks = _written_rows(k, k_ring, k_scales, index, r < T, DOT, D, IS_FP8)
-        v, vs = _written_rows(v, v_ring, v_scales, index, r < T, DOT, D, IS_FP8)
-        scores = tl.dot(q, tl.trans(k)) * (ks * scale)[None, :]
-        seen = (r[None, :] <= r[:, None]) & (r < T)[None, :]
-        m, l, acc = _fold_rows(m, l, acc, scores, seen, v, vs, DOT, UP)  # noqa: E741
-
-    share: tl.constexpr = ((CONTEXT + BLOCK - 1) // BLOCK + SPLITS - 1) // SPLITS * BLOCK
-    w0 = (position % CONTEXT).to(tl.int32)
-    w1 = ((position + T - 1) % CONTEXT).to(tl.int32)
-    low = split * share
-    high = tl.minimum(tl.minimum(position, CONTEXT).to(tl.int32), low + share)
-    for start in tl.range(low, high, BLOCK, num_stages=STAGES):
-        n = start + tl.arange(0, BLOCK)
-        old = (n < high) & (n != w0) & (n != w1)
-        entry = n[:, None] * D + d[None, :]
-        k = tl.load(k_ring + entry, mask=old[:, None], other=0.0).to(DOT)
-        v = tl.load(v_ring + entry, mask=old[:, None], other=0.0).to(DOT)
-        if IS_FP8:
-            ks = tl.load(k_scales + n, mask=old, other=0.0) * scale
-            vs = tl.load(v_scales + n, mask=old, other=0.0)
-        else:
-            ks = tl.zeros([BLOCK], tl.float32) + scale
-            vs = tl.zeros([BLOCK], tl.float32) + 1.0
-        scores = tl.dot(q, tl.trans(k)) * ks[None, :]
-        m, l, acc = _fold_rows(m, l, acc, scores, old[None, :], v, vs, DOT, UP)  # noqa: E741
-
-    acc = acc * (1.0 / UP)
-    where = row * T * H + r * H + head
-    if SPLITS == 1:
-        tl.store(out + where[:, None] * D + d[None, :], (acc / l[:, None]).to(out.dtype.element_ty), mask=(r < T)[:, None])
-    else:
-        base = part + (where * SPLITS + split) * (D + 2)
-        tl.store(base[:, None] + d[None, :], acc, mask=(r < T)[:, None])
-        tl.store(base + D, m, mask=r < T)
-        tl.store(base + D + 1, l, mask=r < T)
 
 
 @triton.jit
@@ -325,14 +184,14 @@ def ring_attention(
     with device_of(qkv):
         arguments = (qkv, cos, sin, ring.k, ring.v, k_scale, v_scale, slots, positions, out, part, dim**-0.5)
         constants = {"H": heads, "D": dim, "CONTEXT": context, "T": t, "SPLITS": splits, "BLOCK": tiling.block}
-        constants |= {"IS_FP8": ring.k.dtype is FP8, "STAGES": tiling.stages}
+        launch = {"STAGES": tiling.stages, "num_warps": tiling.warps}
         if ring.k.dtype is torch.float32:
-            _ring_attention[(heads, rows, splits)](*arguments, **constants, num_warps=tiling.warps)
-        else:
-            dot = tl.float16 if ring.k.dtype in (FP8, torch.float16) else tl.bfloat16
-            if not qkv.is_cuda and dot is tl.bfloat16:  # the interpreter cannot multiply bfloat16
-                dot = tl.float32
-            _ring_attention_dot[(heads, rows, splits)](*arguments, **constants, DOT=dot, num_warps=tiling.warps)
+            _ring_attention[(heads, rows, splits)](*arguments, **constants, **launch)
+        elif ring.k.dtype is FP8:
+            ring_attention_fp8[(heads, rows, splits)](*arguments, **constants, **launch, ASSEMBLY=qkv.is_cuda)
+        else:  # Triton's interpreter cannot multiply bfloat16
+            dot = tl.float16 if ring.k.dtype is torch.float16 else tl.bfloat16 if qkv.is_cuda else tl.float32
+            ring_attention_16[(heads, rows, splits)](*arguments, **constants, **launch, DOT=dot)
         if splits > 1:
             _combine[(rows * t * heads,)](part, out, D=dim, SPLITS=splits, num_warps=1 if dim <= 64 else 2)
     return out
