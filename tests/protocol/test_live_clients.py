@@ -21,7 +21,7 @@ from moshi_stt.errors import ServerError
 from moshi_stt.events import Marker, Ready, Step, Word
 
 ROOT = Path(__file__).parents[2]
-SECONDS = 60.0
+SECONDS = 120.0
 
 
 async def run(*args: str) -> tuple[int | None, str, str]:
