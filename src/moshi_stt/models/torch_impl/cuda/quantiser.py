@@ -60,9 +60,7 @@ def _keep_codes(best, codes, slots, rows, K: tl.constexpr, BLOCK: tl.constexpr):
     tl.store(codes + slot * K + k, code.to(codes.dtype.element_ty), mask=k < K)
 
 
-def quantise(
-    projected: Tensor, books: Tensor, half_norms: Tensor, codes: Tensor, slots: Tensor, *, precision: str, few_rows: int = 32
-) -> None:
+def quantise(projected: Tensor, books: Tensor, half_norms: Tensor, codes: Tensor, slots: Tensor, *, precision: str) -> None:
     """Write each row's codes into its slot's row of `codes` (slots, K).
 
     projected  (B, 2*D) float32: the latent through the semantic projection, then through the acoustic one
@@ -73,8 +71,12 @@ def quantise(
     levels, size, dim = books.shape
     best = torch.full((levels, rows), _NOTHING_YET, dtype=torch.int64, device=projected.device)
     buffers = torch.empty(2, rows, dim, dtype=torch.float32, device=projected.device)
-    few = rows <= few_rows
-    br, bn, bk, warps = (16, 32, 64, 4) if few or precision == "ieee" else (64, 64, 32, 4)
+    if precision == "ieee":
+        br, bn, bk, warps, stages = 16, 32, 64, 4, 3
+    elif rows <= 16:
+        br, bn, bk, warps, stages = 16, 32, dim, 4, 1
+    else:
+        br, bn, bk, warps, stages = (16, 64, 64, 4, 3) if rows <= 256 else (64, 128, 32, 4, 3)
     grid = (triton.cdiv(rows, br), size // bn)
     with device_of(projected):
         for level in range(levels):
@@ -83,6 +85,7 @@ def quantise(
             _level[grid](
                 source, source.stride(0), buffers[(level + 1) % 2], best[max(level - 1, 0)],
                 books, half_norms, best[level], rows, level,
-                SIZE=size, D=dim, BR=br, BN=bn, BK=bk, SUBTRACT=subtract, PRECISION=precision, num_warps=warps, num_stages=3,
+                SIZE=size, D=dim, BR=br, BN=bn, BK=bk, SUBTRACT=subtract, PRECISION=precision,
+                num_warps=warps, num_stages=stages,
             )  # fmt: skip
         _keep_codes[(rows,)](best, codes, slots, rows, K=levels, BLOCK=triton.next_power_of_2(levels), num_warps=1)
