@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import pytest
 from numpy.typing import NDArray
 
 from moshi_stt.config import EngineConfig, KyutaiModule
@@ -119,6 +118,8 @@ def shared_checkpoint(name: str, shared: Path) -> Path:
 
     `MOSHI_STT_CHECKPOINTS` names a folder that holds ready ones. `tiny` is otherwise made once, in a cache (415 MB).
     """
+    import pytest
+
     ready = os.environ.get("MOSHI_STT_CHECKPOINTS")
     if ready and (Path(ready) / name / "config.json").is_file():
         return Path(ready) / name

@@ -25,12 +25,11 @@ def loader(framework: str) -> Callable[..., Any]:
         from moshi_stt.models.torch_impl.build import load_backend as load
     else:
         from moshi_stt.models.mlx_impl.build import load_backend as load  # type: ignore[assignment]
-    device = "cpu" if framework == "torch" else "mlx"
 
     def load_with(
         lm_file: Any, mimi_file: Any, spec: Any, slots: int, *, settings: dict[str, object] | None = None, **more: Any
     ) -> Any:
-        return load(module(**{"engine_device": device} | (settings or {})), lm_file, mimi_file, spec, slots, **more)
+        return load(module(**settings or {}), lm_file, mimi_file, spec, slots, **more)
 
     return load_with
 
