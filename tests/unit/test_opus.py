@@ -2,6 +2,7 @@
 
 import io
 import random
+import sys
 from contextlib import suppress
 
 import numpy as np
@@ -257,3 +258,10 @@ def test_the_encoders_stream_is_one_that_other_programs_read() -> None:
     data = encoder.feed(noise(1.0)) + encoder.finish()
     with av.open(io.BytesIO(data)) as container:
         assert sum(frame.samples for frame in container.decode(audio=0)) >= 48_000
+
+
+def test_a_machine_without_libopus_is_told_what_to_send(monkeypatch: pytest.MonkeyPatch) -> None:
+    """sphn has no wheel for Linux on ARM; the rest of the server works there."""
+    monkeypatch.setitem(sys.modules, "sphn", None)
+    with pytest.raises(AudioError, match=r"sphn is not installed\. Send PCM in `Audio` messages instead"):
+        OpusEncoder()

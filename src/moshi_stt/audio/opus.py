@@ -5,9 +5,9 @@ packet's length is known from its first bytes before anything is decoded (RFC 67
 """
 
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
-import sphn
 from numpy.typing import NDArray
 
 from moshi_stt.audio.ogg import MAX_PACKET_BYTES, OggReader, Packet, encode_page
@@ -23,6 +23,18 @@ _PER_GRANULE = _GRANULE_RATE // SAMPLE_RATE
 _MAX_PACKET_SAMPLES = SAMPLE_RATE * 120 // 1000  # RFC 6716: 120 ms
 _SILK_MS, _CELT_MS = (10.0, 20.0, 40.0, 60.0), (2.5, 5.0, 10.0, 20.0)
 _EMPTY: NDArray[np.float32] = np.zeros(0, np.float32)
+
+
+def libopus() -> Any:
+    """The package that binds libopus. Raises AudioError on machines for which it has no wheel (Linux on ARM, Intel Macs)."""
+    try:
+        import sphn
+    except ImportError:
+        raise AudioError(
+            "Ogg-Opus cannot be read on this machine: the package sphn is not installed. Send PCM in `Audio` messages "
+            "instead, or build it here: pip install 'sphn<0.3' (needs Rust and cmake)"
+        ) from None
+    return sphn
 
 
 def packet_samples(packet: bytes) -> int:
@@ -156,7 +168,7 @@ class _LogicalStream:
         self._page_start: int | None = None  # granule before this page's first sample
         self._page_samples = 0  # decoded from this page so far
         self._sequence = 2
-        self._reader = sphn.OpusStreamReader(SAMPLE_RATE)
+        self._reader = libopus().OpusStreamReader(SAMPLE_RATE)
         header = b"OpusHead\x01" + bytes([channels]) + bytes(2) + data[12:16] + bytes(3)
         self._append(encode_page(header, 1, 0, 0, first=True))
         self._append(encode_page(b"OpusTags" + bytes(8), 1, 1, 0))
@@ -228,7 +240,7 @@ class OpusEncoder:
     _LOOKAHEAD = 156  # at 24 kHz: by how much libopus itself delays
 
     def __init__(self) -> None:
-        self._writer = sphn.OpusStreamWriter(SAMPLE_RATE)
+        self._writer = libopus().OpusStreamWriter(SAMPLE_RATE)
         self._held: NDArray[np.float32] = np.zeros(self._PRE_SKIP - self._LOOKAHEAD, np.float32)
 
     def feed(self, pcm: NDArray[np.float32]) -> bytes:
