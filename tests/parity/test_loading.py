@@ -106,17 +106,6 @@ def test_truncated_files(small: Checkpoint, tmp_path: Path) -> None:
             tokens(checkpoint)
 
 
-def test_quantised_mlx_file(small: Checkpoint, tmp_path: Path) -> None:
-    """PyTorch says what to do with it."""
-    lm, mimi = small_tensors(small.spec)
-    renamed = {param.mlx_name: lm[param.name].reshape(param.mlx_shape) for param in lm_table(small.spec.lm, 40)}
-    renamed["text_linear.weight"] = np.zeros((40, 12), np.uint32)  # type: ignore[assignment]
-    for part in ("scales", "biases"):
-        renamed[f"text_linear.{part}"] = np.zeros((40, 3), np.float32)
-    with pytest.raises(CheckpointError, match="quantised MLX weights"):
-        tokens(save(tmp_path, small.spec, renamed, mimi))
-
-
 def test_report(small: Checkpoint) -> None:
     backend = load_backend(module(engine_threads=2), small.lm_file, small.mimi_file, small.spec, 3)
     report = backend.report

@@ -98,10 +98,11 @@ def _embedded(module: EmbeddedModule, limits: StreamLimits, observer: EngineObse
 
 def _kyutai(module: KyutaiModule, limits: StreamLimits, observer: EngineObserver | None) -> Engine:
     framework = framework_of(module)
-    if module.engine.quantize != "none" and framework == "torch":
+    device = module.engine.device
+    if module.engine.quantize != "none" and (device.startswith("cuda") or device == "mps"):
         raise ConfigError(
-            f'[modules.{module.name}.moshi_stt] quantize = "{module.engine.quantize}": PyTorch runs the weights as they are; '
-            'use "none", and dtype_override = "bf16" to halve them'
+            f'[modules.{module.name}.moshi_stt] quantize = "{module.engine.quantize}" with device = "{device}": PyTorch runs '
+            'weights of fewer bits on the CPU alone; use "none", or device = "cpu"'
         )
     missing = missing_packages(FRAMEWORK_PACKAGES[framework])
     if missing:

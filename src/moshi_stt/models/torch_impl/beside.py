@@ -38,6 +38,11 @@ class Beside:
             a = future.result()
         return a, b
 
+    @property
+    def threads_of_first(self) -> int:
+        """How many threads the first function's kernels have, whichever thread it runs on."""
+        return self.first_threads or self.second_threads
+
     def __str__(self) -> str:
         if self._pool is None:
             return f"{self.second_threads} threads" if self.second_threads > 1 else "1 thread"

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from moshi_stt.config import KyutaiModule
-from moshi_stt.errors import ConfigError
+from moshi_stt.errors import CheckpointError, ConfigError
+from moshi_stt.models.affine import SCHEMES, Scheme
 from moshi_stt.models.report import LoadReport, memory_note
 from moshi_stt.models.spec import ModelSpec
 from moshi_stt.models.torch_impl.attention import RingAttention, ring_attention, ring_attention_rows
@@ -25,11 +26,11 @@ from moshi_stt.models.torch_impl.device import (
     device_name,
     without_kernels,
 )
-from moshi_stt.models.torch_impl.linear import PackedLinear
+from moshi_stt.models.torch_impl.linear import QuantizedWeights
 from moshi_stt.models.torch_impl.lm import LanguageModel, LMState
-from moshi_stt.models.torch_impl.loader import allocate_lm, fill, load_mimi_params
+from moshi_stt.models.torch_impl.loader import allocate_lm, fill, load_mimi_params, load_quantized_lm
 from moshi_stt.models.torch_impl.mimi import MimiEncoder, MimiState
-from moshi_stt.models.weights import plan_lm, plan_mimi
+from moshi_stt.models.weights import Plan, plan_lm, plan_mimi
 
 if TYPE_CHECKING:
     from moshi_stt.models.torch_impl.cuda.backend import CudaBackend
@@ -61,12 +62,12 @@ def load_backend(
     mimi_plan = plan_mimi(mimi_file, spec.mimi)
     why_plain = without_kernels(spec.lm, dtype, target)
     kv_dtype = choose_kv_dtype(module.engine.kv_dtype, dtype, why_plain)
+    scheme = choose_scheme(lm_plan, module, target)
+    beside = choose_threads(module.engine.threads) if target.type == "cpu" else None
     with torch.inference_mode():
-        params, destinations = allocate_lm(spec.lm, hidden, dtype, target)
-        fill(lm_plan, destinations)
-        destinations.clear()  # so that `LanguageModel` can free what it repacks
+        params, quantized = load_lm(lm_plan, spec, hidden, dtype, target, scheme, beside)
         mimi_params = load_mimi_params(mimi_plan, target)
-        weight_bytes = _bytes(params) + _bytes(mimi_params)
+        weight_bytes = _bytes(params) + _bytes(mimi_params) + _quantized_bytes(quantized)
     try:
         state = make_state(spec, slots, kv_dtype, target)
     except RuntimeError as error:  # torch.OutOfMemoryError is one
@@ -74,12 +75,12 @@ def load_backend(
             f"no memory for the state of {slots} streams on {device_name(target)} beside {weight_bytes / 1e9:.1f} GB of "
             f"weights ({str(error).splitlines()[0]}): lower batch_size"
         ) from error
-    beside = choose_threads(module.engine.threads) if target.type == "cpu" else None
+    notes += quantized_notes(quantized, lm_plan, scheme)
     if target.type == "cuda":
         notes += (f"runs on PyTorch's kernels, several times slower than its own: {why_plain}" if why_plain else FUSED_NOTE,)
     report = LoadReport(
         device=device_name(target) if beside is None else f"cpu ({beside})",
-        dtype=DTYPE_NAMES[dtype],
+        dtype=f"{scheme}, {DTYPE_NAMES[dtype]}" if scheme else DTYPE_NAMES[dtype],
         lm_parameters=lm_plan.parameters,
         weight_bytes=weight_bytes,
         slot_bytes=state.slot_bytes(),
@@ -89,11 +90,74 @@ def load_backend(
     options = Options(module.engine.mimi_dtype, module.engine.fixed_shapes, seed, zero_start)
     backend: TorchBackend | CudaBackend
     if why_plain:
-        backend = plain_backend(spec, params, mimi_params, state, options, beside=beside)
+        backend = plain_backend(spec, params, mimi_params, state, options, beside=beside, quantized=quantized, dtype=dtype)
     else:
         backend = fused_backend(spec, params, mimi_params, state, options)
     backend.report = replace(report, load_seconds=time.perf_counter() - start)  # repacking and compiling included
     return backend
+
+
+def choose_scheme(plan: Plan, module: KyutaiModule, device: torch.device) -> Scheme | None:
+    """What the layers' weights are, or are to be packed to.
+
+    Raises ConfigError off the CPU, and where the file is packed already and something else is wanted; CheckpointError for a
+    packing that is none of this program's.
+    """
+    setting = module.engine.quantize
+    bits = [source.packing.bits for source in plan.sources if source.packing]
+    if not bits and setting == "none":
+        return None
+    what = f"{plan.header.path} holds weights of {min(bits)} bits" if bits else f'quantize = "{setting}" is set'
+    if device.type != "cpu":
+        raise ConfigError(
+            f"{what}, which PyTorch runs on the CPU alone, not on {device}: "
+            + ("use the unquantised file" if bits else 'use "none"')
+            + ' (dtype_override = "bf16" halves float32), or device = "cpu"'
+        )
+    if not bits:
+        return "int8" if setting == "int8" else "int4"
+    unknown = set(bits) - set(SCHEMES)
+    if unknown:
+        raise CheckpointError(
+            f"{plan.header.path} holds weights of {min(unknown)} bits, and this program reads 4 and 8: "
+            "quantise the original with `moshi-stt quantize`"
+        )
+    found = SCHEMES[min(bits)]
+    if setting not in ("none", found):
+        raise ConfigError(
+            f'{what} already, but quantize = "{setting}" is set: use quantize = "none", or the file that is not quantised'
+        )
+    return found
+
+
+def load_lm(
+    plan: Plan,
+    spec: ModelSpec,
+    hidden: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    scheme: Scheme | None,
+    beside: Beside | None,
+) -> tuple[dict[str, Tensor], QuantizedWeights | None]:
+    """The language model's weights, as `LanguageModel` takes them."""
+    if scheme is not None:
+        return load_quantized_lm(
+            plan, spec.lm, None if plan.packed else scheme, dtype, beside.threads_of_first if beside else 1
+        )
+    params, destinations = allocate_lm(spec.lm, hidden, dtype, device)
+    fill(plan, destinations)
+    return params, None
+
+
+def quantized_notes(quantized: QuantizedWeights | None, plan: Plan, scheme: Scheme | None) -> tuple[str, ...]:
+    """What was quantised, and what was not although it was asked for."""
+    if quantized is None:
+        return ()
+    names = [source.param.name for source in plan.sources if len(source.param.shape) == 2]
+    left = sum(name.startswith(("transformer.", "text_linear.")) for name in names) - len(quantized.products)
+    how = "as the file has them" if plan.packed else "packed while loading, which `moshi-stt quantize` does once for all"
+    notes = (f"{len(quantized.products)} matrices of {scheme}, {how}; products by ONNX Runtime",)
+    return (*notes, f"{left} matrices are left as they are: no multiple of 32 wide") if left else notes
 
 
 class Options(NamedTuple):
@@ -115,11 +179,13 @@ def plain_backend(
     options: Options,
     report: LoadReport | None = None,
     beside: Beside | None = None,
+    quantized: QuantizedWeights | None = None,
+    dtype: torch.dtype | None = None,
 ) -> TorchBackend:
-    """On any device, from filled params (`loader`)."""
+    """On any device, from filled params (`loader`). quantized, dtype: see `LanguageModel`."""
     attention: RingAttention = ring_attention_rows if state.frames.device.type == "cpu" else ring_attention
     with torch.inference_mode():
-        lm = LanguageModel(spec.lm, params, attention, spec.condition)
+        lm = LanguageModel(spec.lm, params, attention, spec.condition, quantized, dtype)
         mimi = MimiEncoder(spec.mimi, mimi_params, attention, zero_start=options.zero_start)
     fixed_rows = _fixed_rows(state.frames.device, lm, mimi) if options.fixed_shapes else 0
     return TorchBackend(spec, lm, mimi, state, beside=beside, fixed_rows=fixed_rows, seed=options.seed, report=report)
@@ -158,12 +224,12 @@ def make_state(spec: ModelSpec, slots: int, kv_dtype: torch.dtype, device: torch
 
 
 def rows_independent(lm: LanguageModel, mimi: MimiEncoder) -> bool:
-    """Whether a row's result is the same to the last bit beside any other rows: on a CPU with repacked weights, as tried out
-    on one product of each shape."""
+    """Whether a row's result is the same to the last bit beside any other rows: on a CPU with repacked or quantised weights,
+    as tried out on one product of each shape."""
     layer = lm.layers[0]
     products = [layer.in_proj, layer.linear_in, layer.linear_out, lm.text_linear, mimi.quantizer.distances[0]]
     products += [mimi.layers[0].linear1, *(conv.product for conv in mimi.convs)]
-    return all(isinstance(product, PackedLinear) and product.rows_independent() for product in products)
+    return all(hasattr(product, "rows_independent") and product.rows_independent() for product in products)
 
 
 def _fixed_rows(device: torch.device, lm: LanguageModel, mimi: MimiEncoder) -> int:
@@ -171,6 +237,11 @@ def _fixed_rows(device: torch.device, lm: LanguageModel, mimi: MimiEncoder) -> i
     if device.type == "cpu":
         return 0 if rows_independent(lm, mimi) else 1
     return 16
+
+
+def _quantized_bytes(quantized: QuantizedWeights | None) -> int:
+    parts = [] if quantized is None else [*quantized.products.values(), quantized.table]
+    return sum(getattr(part, "nbytes", 0) for part in parts)
 
 
 def _bytes(tensors: Mapping[str, torch.Tensor]) -> int:

@@ -6,7 +6,7 @@ whatever the number of rows, so that a row's result does not depend, to the last
 from two rows on; one row alone takes another kernel, and is therefore computed as two, which costs nothing.
 """
 
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +21,21 @@ class Linear(Protocol):
     """x (..., in) -> (..., out)."""
 
     def __call__(self, x: Tensor) -> Tensor: ...
+
+
+class Table(Protocol):
+    """A matrix whose rows are looked up: int64 (...) -> (..., columns)."""
+
+    device: torch.device
+
+    def __getitem__(self, index: Tensor) -> Tensor: ...
+
+
+class QuantizedWeights(NamedTuple):
+    """What a language model has in fewer bits: products by canonical name, and its table of embeddings. See `quantized`."""
+
+    products: dict[str, Linear]
+    table: Table | None
 
 
 class DenseLinear:
@@ -56,9 +71,14 @@ class PackedLinear:
 
     def rows_independent(self) -> bool:
         """Whether the property above holds with this processor's kernels, tried with a few numbers of rows."""
-        x = torch.linspace(-1, 1, 17 * self.columns).sin().to(self.dtype).view(17, self.columns)
-        alone = torch.cat([self(row[None]) for row in x])
-        return all(torch.equal(self(x[:rows]), alone[:rows]) for rows in (2, 3, 4, 7, 16, 17))
+        return sums_in_one_order(self, self.columns, self.dtype)
+
+
+def sums_in_one_order(product: Linear, columns: int, dtype: torch.dtype) -> bool:
+    """Whether a row's result is the same to the last bit beside any other rows, tried with a few numbers of rows."""
+    x = torch.linspace(-1, 1, 17 * columns).sin().to(dtype).view(17, columns)
+    alone = torch.cat([product(row[None]) for row in x])
+    return all(torch.equal(product(x[:rows]), alone[:rows]) for rows in (2, 3, 4, 7, 16, 17))
 
 
 def make_linear(weight: Tensor, bias: Tensor | None = None, *, usual_rows: int = 1) -> Linear:

@@ -5,6 +5,7 @@ rings  layers x (slots, H, context, D), K and V   uninitialised where not yet wr
 """
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from moshi_stt.models.spec import Condition, LMSpec
 from moshi_stt.models.torch_impl.attention import Ring, RingAttention, make_ring, rotate_and_attend
-from moshi_stt.models.torch_impl.linear import make_linear
+from moshi_stt.models.torch_impl.linear import Linear, QuantizedWeights, Table, make_linear
 from moshi_stt.models.torch_impl.rope import RotaryTable
 
 
@@ -46,15 +47,15 @@ def rms_norm(x: Tensor, alpha: Tensor, eps: float) -> Tensor:
 class LMLayer:
     """One layer: pre-norm attention, pre-norm gated feed-forward, no biases."""
 
-    def __init__(self, spec: LMSpec, params: dict[str, Tensor], index: int) -> None:
+    def __init__(self, spec: LMSpec, params: dict[str, Tensor], take: Callable[[str], Linear], index: int) -> None:
         at = f"transformer.layers.{index}."
         self.spec = spec
         self.norm1 = params[at + "norm1.alpha"].flatten()
-        self.in_proj = make_linear(params.pop(at + "self_attn.in_proj_weight"))
-        self.out_proj = make_linear(params.pop(at + "self_attn.out_proj.weight"))
+        self.in_proj = take(at + "self_attn.in_proj_weight")
+        self.out_proj = take(at + "self_attn.out_proj.weight")
         self.norm2 = params[at + "norm2.alpha"].flatten()
-        self.linear_in = make_linear(params.pop(at + "gating.linear_in.weight"))
-        self.linear_out = make_linear(params.pop(at + "gating.linear_out.weight"))
+        self.linear_in = take(at + "gating.linear_in.weight")
+        self.linear_out = take(at + "gating.linear_out.weight")
 
     def __call__(
         self, x: Tensor, angles: tuple[Tensor, Tensor], ring: Ring, positions: Tensor, slots: Tensor, attention: RingAttention
@@ -72,25 +73,38 @@ class LanguageModel:
     """Steps one position of any rows of an `LMState`."""
 
     def __init__(
-        self, spec: LMSpec, params: dict[str, Tensor], attention: RingAttention, condition: Condition | None = None
+        self,
+        spec: LMSpec,
+        params: dict[str, Tensor],
+        attention: RingAttention,
+        condition: Condition | None = None,
+        quantized: QuantizedWeights | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
-        """params: from `loader.allocate_lm`, filled. The matrices are taken out of it, so that a repacked one can be freed."""
+        """params: from `loader.allocate_lm`, filled. The matrices are taken out of it, so that a repacked one can be freed.
+
+        quantized: what is not among `params`. dtype: of activations; None takes the embeddings'.
+        """
+        products = {} if quantized is None else quantized.products
+
+        def take(name: str) -> Linear:
+            return products[name] if name in products else make_linear(params.pop(name))
+
+        table = None if quantized is None else quantized.table
         self.spec = spec
         self.attention = attention
-        self.embeddings = params["embeddings"]  # (text_card + 1 + K * (audio_card + 1), dim)
-        self.layers = [LMLayer(spec, params, i) for i in range(spec.layers)]
+        # (text_card + 1 + K * (audio_card + 1), dim)
+        self.embeddings: Table | Tensor = params["embeddings"] if table is None else table
+        self.layers = [LMLayer(spec, params, take, i) for i in range(spec.layers)]
         self.out_norm = params["out_norm.alpha"].flatten()
-        self.text_linear = make_linear(params.pop("text_linear.weight"))
+        self.dtype = params["embeddings"].dtype if dtype is None else dtype
+        self.text_linear = take("text_linear.weight")
         self.extra_heads = make_linear(params.pop("extra_heads")) if spec.extra_heads else None  # -> (B, heads * head_dim)
         self.condition = None if condition is None else condition_vector(condition, params)
-        device = self.embeddings.device
+        device = self.out_norm.device
         self.rotary = RotaryTable(spec.head_dim, spec.max_period, device)
         first_rows = spec.text_card + 1 + torch.arange(spec.codebooks) * (spec.audio_card + 1)
         self._first_rows = first_rows.to(device)  # (K,): where each codebook's rows begin in `embeddings`
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.embeddings.dtype
 
     def step(self, state: LMState, text: Tensor, codes: Tensor, positions: Tensor, slots: Tensor) -> LMOutput:
         """text int64 (B,), codes int64 (B, K), positions int64 (B,) from 0 in each stream, slots int64 (B,)."""
