@@ -6,6 +6,7 @@ of order one, as in trained models. Deterministic for a device and a PyTorch ver
 
 import json
 import math
+import random
 from pathlib import Path
 
 import torch
@@ -79,7 +80,7 @@ def _draw(name: str, tensor: Tensor, generator: torch.Generator, books: int = 1)
 
 
 def write_checkpoint(shape: str, folder: Path, device: torch.device) -> None:
-    """model.safetensors (bf16), mimi.safetensors and config.json of a shape, as the published repositories name things."""
+    """model.safetensors (bf16), mimi.safetensors and tokenizer.model of a shape, with the published files' names of tensors."""
     from safetensors.torch import save_file
 
     spec, hidden = SHAPES[shape]
@@ -94,16 +95,84 @@ def write_checkpoint(shape: str, folder: Path, device: torch.device) -> None:
         save_file(tensors, folder / "model.safetensors")
         mimi = random_mimi(MimiSpec(codebooks=spec.codebooks), device)
         save_file({name: t.cpu() for name, t in mimi.items()}, folder / "mimi.safetensors")
-    config = {
-        "card": spec.audio_card,
-        "n_q": spec.codebooks,
-        "dim": spec.dim,
-        "text_card": spec.text_card,
+    write_tokenizer(folder / "tokenizer.model", spec.text_card)
+
+
+def write_tokenizer(path: Path, pieces: int) -> None:
+    """A SentencePiece model of so many pieces of made-up words, with the ids that Kyutai's have."""
+    import sentencepiece
+
+    draw = random.Random(0)
+    syllables = [a + b for a in "bcdfghjklmnprstvwz" for b in ("a", "e", "i", "o", "u", "ai", "ou")]
+    words = ["".join(draw.choices(syllables, k=draw.randint(1, 5))) for _ in range(40_000)]
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=(" ".join(words[i : i + 8]) for i in range(0, len(words), 8)),
+        model_prefix=str(path.with_suffix("")),
+        vocab_size=pieces,
+        model_type="bpe",
+        unk_id=0,
+        bos_id=1,
+        eos_id=2,
+        pad_id=3,
+        minloglevel=2,
+    )
+    path.with_suffix(".vocab").unlink()
+
+
+def write_toml(shape: str, folder: Path, *, slots: int | str, engine: dict[str, str]) -> Path:
+    """A configuration for `worker` over `write_checkpoint`'s folder. engine: the keys of `[modules.asr.moshi_stt]`."""
+    spec, _ = SHAPES[shape]
+    model = {
+        "audio_vocab_size": spec.audio_card + 1,
+        "text_in_vocab_size": spec.text_card + 1,
+        "text_out_vocab_size": spec.text_card,
+        "audio_codebooks": spec.codebooks,
+    }
+    transformer = {
+        "d_model": spec.dim,
         "num_heads": spec.heads,
         "num_layers": spec.layers,
+        "dim_feedforward": 4 * spec.dim,
+        "causal": True,
+        "norm_first": True,
+        "bias_ff": False,
+        "bias_attn": False,
         "context": spec.context,
         "max_period": spec.max_period,
-        "extra_heads_num_heads": spec.extra_heads,
-        "extra_heads_dim": spec.extra_head_dim,
+        "use_conv_block": False,
+        "use_conv_bias": True,
+        "gating": "silu",
+        "norm": "RmsNorm",
+        "positional_embedding": "Rope",
+        "conv_layout": False,
+        "conv_kernel_size": 3,
+        "kv_repeat": 1,
+        "max_seq_len": 40_960,
     }
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    tables: dict[str, dict[str, object]] = {
+        "modules.asr": {
+            "path": "/api/asr-streaming",
+            "type": "BatchedAsr",
+            "lm_model_file": str(folder / "model.safetensors"),
+            "text_tokenizer_file": str(folder / "tokenizer.model"),
+            "audio_tokenizer_file": str(folder / "mimi.safetensors"),
+            "asr_delay_in_tokens": DELAY_FRAMES[shape],
+            "batch_size": slots,
+        },
+        "modules.asr.moshi_stt": dict(engine),
+        "modules.asr.model": dict(model),
+        "modules.asr.model.transformer": dict(transformer),
+    }
+    if spec.extra_heads:
+        tables["modules.asr.model.extra_heads"] = {"num_heads": spec.extra_heads, "dim": spec.extra_head_dim}
+    lines = [
+        f'static_dir = "{folder}"',
+        f'log_dir = "{folder}"',
+        'instance_name = "bench"',
+        'authorized_ids = ["public_token"]',
+    ]
+    for name, table in tables.items():
+        lines += ["", f"[{name}]", *(f"{key} = {json.dumps(value)}" for key, value in table.items())]
+    path = folder / "worker.toml"
+    path.write_text("\n".join(lines) + "\n")
+    return path

@@ -1,0 +1,306 @@
+#!/usr/bin/env python3
+"""Live paced WebSocket streams against the real server, `moshi-stt worker`, in a process of its own.
+
+    bench_server.py [--shape 1b|tiny] [--streams 1024] [--seconds 60] [--kv auto|bf16|fp8] [--device auto] [--clients 8]
+                    [--bin] [--checkpoint FOLDER] [--out FILE]
+
+Every stream sends 80 ms of noise as an `Audio` message every 80 ms, each at its own moment, and a `Marker` every 5 s; `clients`
+processes hold the sockets. Lag is from the sending of a frame to the arrival of its `Step` at the client (of its `Marker`, less
+the model's delay, where a model has no `Step`s). Nothing is lost when every frame has its step and every marker came back.
+Lags count from 3 s after the last stream has joined.
+
+FOLDER keeps the random checkpoint that the server reads; without one it is made and removed. Prints a table and, as its
+last line, one JSON document. Random weights say nothing about accuracy.
+"""
+
+import argparse
+import asyncio
+import heapq
+import json
+import os
+import random
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+FRAME_SECONDS = 0.08
+FRAME_SAMPLES = 1_920
+MARKER_SECONDS = 5.0
+RAMP_SECONDS = 8.0
+SETTLE_SECONDS = 3.0
+START_SECONDS = 300.0
+
+
+# ---- a client process: `bench_server.py --client PORT STREAMS SECONDS SEED BIN` ----------------------------------------------
+
+
+class Speaker:
+    """One socket."""
+
+    def __init__(self, ws: Any, due: float) -> None:
+        self.ws = ws
+        self.due = due
+        self.sent: list[float] = []
+        self.steps = 0
+        self.words = 0
+        self.markers_sent: dict[int, float] = {}
+        self.markers = 0
+        self.next_marker = due + MARKER_SECONDS
+        self.error = ""
+        self.answered = asyncio.Event()
+        """Set when the last marker came back, or the stream failed."""
+
+
+async def client(port: int, streams: int, seconds: float, seed: int, as_bin: bool) -> dict[str, Any]:
+    """Speak on `streams` sockets for `seconds`, all joined within RAMP_SECONDS."""
+    import aiohttp
+
+    from moshi_stt.protocol import encode_audio, encode_marker
+
+    rng = np.random.default_rng(seed)
+    messages = [encode_audio((rng.standard_normal(FRAME_SAMPLES) * 0.2).astype(np.float32), as_bin) for _ in range(16)]
+    draw = random.Random(seed)
+    begun = time.monotonic()
+    counted_from = begun + RAMP_SECONDS + SETTLE_SECONDS
+    lags: list[float] = []
+    speakers: list[Speaker] = []
+    queue: list[tuple[float, int]] = []
+    url = f"ws://127.0.0.1:{port}/api/asr-streaming"
+    connector = aiohttp.TCPConnector(limit=0)
+    async with aiohttp.ClientSession(connector=connector, headers={"kyutai-api-key": "public_token"}) as session:
+        listeners = []
+
+        async def join() -> None:
+            ws = await session.ws_connect(url, max_msg_size=0, autoping=True)
+            due = time.monotonic() + draw.random() * FRAME_SECONDS
+            speakers.append(Speaker(ws, due))
+            heapq.heappush(queue, (due, len(speakers) - 1))
+            listeners.append(asyncio.create_task(listen(speakers[-1], lags, counted_from)))
+
+        async def ramp() -> None:
+            for i in range(streams):
+                await asyncio.sleep(max(0.0, begun + RAMP_SECONDS * i / streams - time.monotonic()))
+                await join()
+
+        ramping = asyncio.create_task(ramp())
+        worst_late = 0.0
+        until = counted_from + seconds
+        while (now := time.monotonic()) < until:
+            while queue and queue[0][0] <= now:
+                due, number = heapq.heappop(queue)
+                speaker = speakers[number]
+                worst_late = max(worst_late, now - due if now > counted_from else 0.0)
+                if not speaker.ws.closed and not speaker.error:
+                    await speaker.ws.send_bytes(messages[(number + len(speaker.sent)) % len(messages)])
+                    speaker.sent.append(time.monotonic())
+                    if now > speaker.next_marker:
+                        await mark(speaker, encode_marker)
+                heapq.heappush(queue, (due + FRAME_SECONDS, number))
+            await asyncio.sleep(max(0.001, min(0.01, (queue[0][0] if queue else until) - time.monotonic())))
+        await ramping
+        for speaker in speakers:
+            if speaker.ws.closed:
+                speaker.answered.set()
+            else:
+                speaker.answered.clear()
+                await mark(speaker, encode_marker)
+        await asyncio.wait([asyncio.create_task(speaker.answered.wait()) for speaker in speakers], timeout=20)
+        for speaker in speakers:
+            await speaker.ws.close()
+        for task in listeners:
+            task.cancel()
+    return {
+        "lags": [round(1e3 * lag, 2) for lag in lags],
+        "streams": len(speakers),
+        "frames": sum(len(s.sent) for s in speakers),
+        "steps": sum(s.steps for s in speakers),
+        "short": sum(max(0, len(s.sent) - s.steps) for s in speakers),
+        "markers_sent": sum(len(s.markers_sent) for s in speakers),
+        "markers": sum(s.markers for s in speakers),
+        "words": sum(s.words for s in speakers),
+        "errors": [s.error for s in speakers if s.error][:3],
+        "failed": sum(bool(s.error) for s in speakers),
+        "worst_send_delay_ms": round(1e3 * worst_late, 1),
+    }
+
+
+async def mark(speaker: Speaker, encode: Any) -> None:
+    number = len(speaker.markers_sent)
+    speaker.markers_sent[number] = time.monotonic()
+    speaker.next_marker = time.monotonic() + MARKER_SECONDS
+    await speaker.ws.send_bytes(encode(number))
+
+
+async def listen(speaker: Speaker, lags: list[float], counted_from: float) -> None:
+    """Count what comes on one socket."""
+    import msgpack
+
+    async for message in speaker.ws:
+        now = time.monotonic()
+        event = msgpack.unpackb(message.data)
+        kind = event["type"]
+        if kind == "Step":
+            if speaker.steps < len(speaker.sent):
+                sent = speaker.sent[speaker.steps]
+                if sent > counted_from:
+                    lags.append(now - sent)
+            speaker.steps += 1
+        elif kind == "Marker":
+            speaker.markers += 1
+            if speaker.markers == len(speaker.markers_sent):
+                speaker.answered.set()
+        elif kind == "Word":
+            speaker.words += 1
+        elif kind == "Error":
+            speaker.error = event["message"]
+            speaker.answered.set()
+
+
+# ---- the server and its measurement --------------------------------------------------------------------------------------
+
+
+def start_server(config: Path, log: Path) -> tuple[subprocess.Popen[bytes], int]:
+    """A worker that is ready, and its port. Raises RuntimeError with the end of its log when it does not get ready."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-c", "import sys; from moshi_stt.cli import main; sys.exit(main())"]
+    command += ["worker", "--config", str(config), "--addr", "127.0.0.1", "--port", str(port)]
+    with log.open("wb") as file:
+        server = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT)
+    deadline = time.monotonic() + START_SECONDS
+    while time.monotonic() < deadline and server.poll() is None:
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/ready", timeout=2) as answer:
+                if answer.status == 200:
+                    return server, port
+        except (urllib.error.URLError, OSError):
+            pass
+        time.sleep(0.25)
+    server.kill()
+    raise RuntimeError("the server did not get ready:\n" + "\n".join(log.read_text().splitlines()[-30:]))
+
+
+def run_clients(args: argparse.Namespace, port: int) -> list[dict[str, Any]]:
+    """All client processes at once; what each says at its end."""
+    share = [args.streams // args.clients + (i < args.streams % args.clients) for i in range(args.clients)]
+    processes = [
+        subprocess.Popen(
+            [sys.executable, __file__, "--client", f"{port},{count},{args.seconds},{seed},{int(args.bin)}"],
+            stdout=subprocess.PIPE,
+        )
+        for seed, count in enumerate(share)
+        if count
+    ]
+    return [json.loads(process.communicate()[0]) for process in processes]
+
+
+def usage(server: subprocess.Popen[bytes]) -> tuple[float, float]:
+    """CPU seconds and resident GB of the server so far; zeros where the system has no /proc."""
+    try:
+        fields = Path(f"/proc/{server.pid}/stat").read_text().rpartition(") ")[2].split()
+        status = Path(f"/proc/{server.pid}/status").read_text()
+    except OSError:
+        return 0.0, 0.0
+    ticks = os.sysconf("SC_CLK_TCK")
+    resident = next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmRSS"))
+    return (int(fields[11]) + int(fields[12])) / ticks, resident / 1e6
+
+
+def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    import torch
+    from bench_step import machine
+    from random_weights import write_checkpoint, write_toml
+
+    from moshi_stt.models.torch_impl.device import choose_device
+
+    device, _ = choose_device(args.device)
+    if not (folder / "tokenizer.model").exists():
+        write_checkpoint(args.shape, folder, device)
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    engine = {"device": args.device, "kv_dtype": args.kv, "mimi_dtype": args.mimi}
+    config = write_toml(args.shape, folder, slots=args.slots or args.streams, engine=engine)
+    begun = time.monotonic()
+    log = folder / "worker.out"
+    server, port = start_server(config, log)
+    try:
+        ready = time.monotonic() - begun
+        before, began = usage(server)[0], time.monotonic()
+        found = run_clients(args, port)
+        cpu, resident = usage(server)
+        busy = (cpu - before) / (time.monotonic() - began)
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as answer:
+            metrics = answer.read().decode()
+    finally:
+        server.terminate()
+        server.wait(30)
+    lags = np.array([lag for part in found for lag in part["lags"]] or [0.0])
+    total = {key: sum(part[key] for part in found) for key in found[0] if key not in ("lags", "errors", "worst_send_delay_ms")}
+    return {
+        "benchmark": "server",
+        **machine(device),
+        "shape": args.shape,
+        "kv": args.kv,
+        "seconds": args.seconds,
+        "clients": args.clients,
+        "bin": args.bin,
+        **total,
+        "errors": [error for part in found for error in part["errors"]][:3],
+        "worst_send_delay_ms": max(part["worst_send_delay_ms"] for part in found),
+        "lag_ms": {f"p{q}": round(float(np.percentile(lags, q)), 2) for q in (50, 95, 99)} | {"max": float(lags.max())},
+        "late": int((lags > 1e3 * FRAME_SECONDS).sum()),
+        "counted": len(lags),
+        "ready_seconds": round(ready, 1),
+        "server_cores": round(busy, 2),
+        "server_gb": round(resident, 2),
+        "metrics": [line for line in metrics.splitlines() if "step" in line and "bucket" not in line and line[0] != "#"],
+        "log": [line for line in log.read_text().splitlines() if "step of" in line or "streams" in line][:8],
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--shape", default="1b")
+    parser.add_argument("--streams", type=int, default=1024)
+    parser.add_argument("--slots", type=int, help="slots of the server; as many as streams unless given")
+    parser.add_argument("--seconds", type=float, default=60.0)
+    parser.add_argument("--kv", default="auto")
+    parser.add_argument("--mimi", default="tf32")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--clients", type=int, default=8)
+    parser.add_argument("--bin", action="store_true", help="send samples as raw float32, which moshi-server does not take")
+    parser.add_argument("--checkpoint", type=Path)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--client", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.client:
+        port, streams, seconds, seed, as_bin = args.client.split(",")
+        print(json.dumps(asyncio.run(client(int(port), int(streams), float(seconds), int(seed), as_bin == "1"))))
+        return
+    if args.checkpoint:
+        result = measure(args, args.checkpoint)
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            result = measure(args, Path(folder))
+    print(f"{result['streams']} live sockets of {args.shape}, {args.kv} K/V, {args.seconds:g} s on {result['device']}")
+    print(f"frames {result['frames']}, steps {result['steps']}, short by {result['short']}, failed streams {result['failed']}")
+    print(f"markers sent {result['markers_sent']}, back {result['markers']}; words {result['words']}")
+    print("lag ms   " + "  ".join(f"{key} {value:.1f}" for key, value in result["lag_ms"].items()) + f"; late {result['late']}")
+    print(f"server: {result['server_cores']} cores, {result['server_gb']} GB resident, ready in {result['ready_seconds']} s")
+    document = json.dumps(result)
+    if args.out:
+        args.out.write_text(document + "\n")
+    print(document)
+
+
+if __name__ == "__main__":
+    main()
