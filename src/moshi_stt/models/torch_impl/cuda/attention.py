@@ -21,7 +21,7 @@ from torch import Tensor
 
 from moshi_stt.models.torch_impl.attention import FP8, Ring
 from moshi_stt.models.torch_impl.cuda.attention_dot import ring_attention_16, ring_attention_fp8
-from moshi_stt.models.torch_impl.cuda.launch import device_of
+from moshi_stt.models.torch_impl.cuda.launch import INTERPRETED, device_of
 
 
 @triton.jit
@@ -194,9 +194,9 @@ def ring_attention(
         if ring.k.dtype is torch.float32:
             _ring_attention[(heads, rows, splits)](*arguments, **constants, **launch)
         elif ring.k.dtype is FP8:
-            ring_attention_fp8[(heads, rows, splits)](*arguments, **constants, **launch, ASSEMBLY=qkv.is_cuda)
+            ring_attention_fp8[(heads, rows, splits)](*arguments, **constants, **launch, ASSEMBLY=not INTERPRETED)
         else:  # Triton's interpreter cannot multiply bfloat16
-            dot = tl.float16 if ring.k.dtype is torch.float16 else tl.bfloat16 if qkv.is_cuda else tl.float32
+            dot = tl.float16 if ring.k.dtype is torch.float16 else tl.float32 if INTERPRETED else tl.bfloat16
             ring_attention_16[(heads, rows, splits)](*arguments, **constants, **launch, DOT=dot)
         if splits > 1:
             _combine[(rows * t * heads,)](part, out, D=dim, SPLITS=splits, num_warps=1 if dim <= 64 else 2)
