@@ -6,6 +6,7 @@ import io
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -196,6 +197,28 @@ print(drive(backend, noise(8, 1), slot=0).tokens.tolist())
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=120)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split("\n")[0] == str(drive(load(small), noise(8, 1)).tokens.tolist())
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no compiler")
+def test_fused_functions_equal_plain_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a GPU computes in one kernel, compiled here for the CPU."""
+    from moshi_stt.models.mlx_impl import lm, mimi, rope
+
+    rng = np.random.default_rng(0)
+    for function, count in ((rope._turn, 4), (lm.gated, 2), (mimi.elu, 1), (mimi.gelu, 1)):
+        for shape in ((3, 5), (1, 7, 2)):
+            arrays = [mx.array(rng.standard_normal(shape).astype(np.float32) * 4) for _ in range(count)]
+            plain = function(*arrays)
+            with monkeypatch.context() as patch:
+                patch.setattr("mlx.core.gpu", mx.cpu)  # what `fused` asks for
+                fused = function(*arrays)
+            mx.eval(plain, fused)
+            for ours, theirs in zip(as_tuple(fused), as_tuple(plain), strict=True):
+                np.testing.assert_allclose(to_numpy(ours), to_numpy(theirs), rtol=1e-5, atol=1e-6)
+
+
+def as_tuple(value: Any) -> tuple[Any, ...]:
+    return value if isinstance(value, tuple) else (value,)
 
 
 def test_rotary_angles_far_out() -> None:

@@ -5,6 +5,7 @@ Every choice that was not asked for and that its user should know of comes back 
 
 import os
 import platform
+import sys
 
 import mlx.core as mx
 
@@ -27,7 +28,8 @@ def choose_device(wanted: str) -> tuple[mx.Device, tuple[str, ...]]:
         raise ConfigError(f'device = "{wanted}" is none that MLX runs on: mlx, or cpu')
     if mx.is_available(mx.gpu):
         return mx.Device(mx.gpu), ()
-    return mx.Device(mx.cpu), ("this MLX finds no GPU: running on the CPU",)
+    slow = ", where PyTorch is many times faster" if sys.platform == "linux" else ""
+    return mx.Device(mx.cpu), (f"this MLX finds no GPU: running on the CPU{slow}",)
 
 
 def is_gpu(device: mx.Device) -> bool:

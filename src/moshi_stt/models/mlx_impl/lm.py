@@ -6,7 +6,6 @@ rings  layers x slots x (2, H, up to context, D)   keys and values
 
 import math
 from collections.abc import Sequence
-from functools import partial
 from typing import NamedTuple
 
 import mlx.core as mx
@@ -14,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moshi_stt.models.mlx_impl.attention import Ring, rotate_and_attend
+from moshi_stt.models.mlx_impl.fuse import fused
 from moshi_stt.models.mlx_impl.linear import PackedWeight, Weight, make_linear
 from moshi_stt.models.mlx_impl.rope import Angles, RotaryTable
 from moshi_stt.models.spec import Condition, LMSpec
@@ -38,7 +38,7 @@ def rms_norm(x: mx.array, alpha: mx.array, eps: float) -> mx.array:
     return mx.fast.rms_norm(x.astype(mx.float32), alpha, eps).astype(x.dtype)
 
 
-@partial(mx.compile, shapeless=True)
+@fused
 def gated(gate: mx.array, up: mx.array) -> mx.array:
     """silu(gate) * up."""
     return gate * mx.sigmoid(gate) * up

@@ -6,7 +6,6 @@ rings  8 x slots x (2, 8, up to 250, 64)     the transformer's last 10 s
 """
 
 from collections.abc import Sequence
-from functools import partial
 
 import mlx.core as mx
 import numpy as np
@@ -14,6 +13,7 @@ from numpy.typing import NDArray
 
 from moshi_stt.models.mlx_impl.attention import Ring, later_hidden, rotate_and_attend
 from moshi_stt.models.mlx_impl.conv import Conv, make_conv, stream_conv
+from moshi_stt.models.mlx_impl.fuse import fused
 from moshi_stt.models.mlx_impl.linear import make_linear
 from moshi_stt.models.mlx_impl.quantizer import SplitQuantizer
 from moshi_stt.models.mlx_impl.rope import Angles, RotaryTable
@@ -29,13 +29,13 @@ class MimiState:
         self.rings = [Ring(slots, spec.heads, spec.context, spec.head_dim, mx.float32) for _ in range(spec.layers)]
 
 
-@partial(mx.compile, shapeless=True)
+@fused
 def elu(x: mx.array) -> mx.array:
     """ELU with alpha 1."""
     return mx.where(x > 0, x, mx.expm1(mx.minimum(x, 0)))
 
 
-@partial(mx.compile, shapeless=True)
+@fused
 def gelu(x: mx.array) -> mx.array:
     """GELU in its exact form."""
     return x * (1 + mx.erf(x * 0.5**0.5)) * 0.5

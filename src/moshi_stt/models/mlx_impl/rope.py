@@ -4,11 +4,11 @@ Metal has no float64, and p * theta of a large position p has no precision left 
 known on the host, so cosines and sines are computed there, in float64, and rounded once.
 """
 
-from functools import partial
-
 import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
+
+from moshi_stt.models.mlx_impl.fuse import fused
 
 Angles = tuple[mx.array, mx.array]
 """Cosine and sine, float32 (..., D/2)."""
@@ -26,7 +26,7 @@ class RotaryTable:
         return mx.array(np.cos(angles).astype(np.float32)), mx.array(np.sin(angles).astype(np.float32))
 
 
-@partial(mx.compile, shapeless=True)
+@fused
 def _turn(even: mx.array, odd: mx.array, cos: mx.array, sin: mx.array) -> tuple[mx.array, mx.array]:
     return even * cos - odd * sin, even * sin + odd * cos
 
