@@ -4,9 +4,11 @@
     bench_agreement.py precision CHECKPOINT [--reference-python PYTHON] [--speech FOLDER] [--frames 400]
     bench_agreement.py neighbours CHECKPOINT [--speech FOLDER] [--frames 100000] [--streams 16] [--device cuda]
 
-precision: text tokens of float32, bf16 and f16, ours and those of PyPI `moshi` (0.2.13, in the interpreter PYTHON), against
-ours in float32: free running, where one different token changes all that follow, and led, where every model is fed
-float32's tokens. Mimi is float32 throughout: its codes are compared with the reference's.
+precision: text tokens, words and pause values of float32, bf16, f16, 8 and 4 bits, ours and those of PyPI `moshi` (0.2.13, in
+the interpreter PYTHON), against ours in float32: free running, where one different token changes all that follow, and led,
+where every model is fed float32's tokens. `words`: of float32's words, those that come in the same order, free and led.
+`paused`: pause values on the same side of one half, led; `pause`: their largest and mean difference. Mimi is float32
+throughout: its codes are compared with the reference's. `weights` is what lies in memory, of both models.
 
 neighbours: codes and tokens of streams stepped together against the same streams stepped alone, over `frames` frames in all,
 and what a step costs: as this program does it on the device, under `fixed_shapes`, and, on a CPU, with plain products
@@ -17,6 +19,7 @@ and, as its last line, one JSON document. With random weights the figures are of
 """
 
 import argparse
+import difflib
 import json
 import os
 import platform
@@ -24,7 +27,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -37,10 +40,13 @@ from numpy.typing import NDArray
 from moshi_stt.audio.decode import read_file
 from moshi_stt.config import EngineConfig, KyutaiModule
 from moshi_stt.constants import FRAME_SAMPLES
+from moshi_stt.events import Word
 from moshi_stt.models.spec import MimiSpec, ModelSpec, lm_spec_from_json
 from moshi_stt.models.torch_impl import linear
 from moshi_stt.models.torch_impl.backend import TorchBackend
 from moshi_stt.models.torch_impl.build import load_backend
+from moshi_stt.text.tokenizer import TextTokenizer
+from moshi_stt.text.words import WordAssembler
 
 Pcm = NDArray[np.float32]
 
@@ -48,7 +54,13 @@ ORACLE = Path(__file__).parents[1] / "tests" / "parity" / "oracle_moshi.py"
 
 
 def load(
-    checkpoint: Path, slots: int, dtype: str | None = None, *, device: str = "cpu", fixed_shapes: bool = False
+    checkpoint: Path,
+    slots: int,
+    dtype: str | None = None,
+    *,
+    quantize: str = "none",
+    device: str = "cpu",
+    fixed_shapes: bool = False,
 ) -> TorchBackend:
     lm = lm_spec_from_json(msgspec.json.decode((checkpoint / "config.json").read_bytes()))
     module = KyutaiModule(
@@ -62,7 +74,7 @@ def load(
         asr_delay_in_tokens=6,
         model=None,
         dtype_override=dtype,  # type: ignore[arg-type]
-        engine=EngineConfig(device=device, fixed_shapes=fixed_shapes),  # type: ignore[arg-type],
+        engine=EngineConfig(device=device, fixed_shapes=fixed_shapes, quantize=quantize),  # type: ignore[arg-type]
     )
     files = checkpoint / "model.safetensors", checkpoint / "mimi.safetensors"
     return load_backend(module, *files, ModelSpec(lm, MimiSpec(codebooks=lm.codebooks), 6), slots)
@@ -118,39 +130,68 @@ def reference(python: str, checkpoint: Path, pcm: Pcm, dtype: str, lead: NDArray
             return Said(out["tokens"], out["pause"], out["codes"])
 
 
+def words(tokens: NDArray[np.int64], decode: Callable[[Sequence[int]], str], delay_frames: int) -> list[str]:
+    """What a stream's tokens say."""
+    assembler = WordAssembler(decode, delay_frames)
+    events = [event for token in tokens for event in assembler.push(int(token))] + list(assembler.flush())
+    return [event.text for event in events if isinstance(event, Word)]
+
+
+def shared_words(expected: list[str], found: list[str]) -> float:
+    """The share of the expected words that are found, in the same order."""
+    matcher = difflib.SequenceMatcher(None, expected, found, autojunk=False)
+    return sum(block.size for block in matcher.get_matching_blocks()) / max(len(expected), 1)
+
+
 def precision(args: argparse.Namespace) -> dict[str, Any]:
     pcm = sound(args.speech, args.frames, 1)[0]
     python, checkpoint = args.reference_python, args.checkpoint
+    decode = TextTokenizer(checkpoint / "tokenizer.model").decode
     backend = load(checkpoint, 1, "f32")
+    delay = backend.spec.delay_frames
     ours = run(backend, pcm)
     backend.close()
+    said = words(ours.tokens, decode, delay)
     results = []
-    print(f"against moshi-stt f32, {len(pcm)} frames: tokens equal")
-    print(f"{'':24}{'free':>9}{'led':>9}{'first':>7}{'pause':>9}{'codes':>9}")
+    print(f"against moshi-stt f32, {len(pcm)} frames, {len(said)} words: tokens and words equal, free and led")
+    print(
+        f"{'':24}{'tokens':>9}{'led':>9}{'first':>7}{'words':>9}{'led':>9}{'paused':>9}{'pause':>17}{'codes':>9}{'weights':>10}"
+    )
 
-    def compare(name: str, free: Said, led: Said) -> None:
+    def compare(name: str, free: Said, led: Said, weight_bytes: int | None = None) -> None:
         differing = np.flatnonzero(free.tokens != ours.tokens)
+        off = np.abs(led.pause - ours.pause)
         result: dict[str, Any] = {
             "name": name,
             "free": float((free.tokens == ours.tokens).mean()),
             "led": float((led.tokens == ours.tokens).mean()),
             "first_difference": int(differing[0]) if len(differing) else None,
-            "pause_error": float(np.nanmax(np.abs(led.pause - ours.pause), initial=0)),
+            "words_free": shared_words(said, words(free.tokens, decode, delay)),
+            "words_led": shared_words(said, words(led.tokens, decode, delay)),
+            "paused_led": float(((led.pause > 0.5) == (ours.pause > 0.5)).mean()) if off.size else None,
+            "pause_error": float(np.nanmax(off, initial=0)),
+            "pause_mean_error": float(np.nanmean(off)) if off.size else 0.0,
             "codes": float((free.codes == ours.codes).mean()),
+            "weight_bytes": weight_bytes,
         }
         results.append(result)
         first = str(differing[0]) if len(differing) else "-"
-        shares = f"{result['free']:9.2%}{result['led']:9.2%}{first:>7}"
-        print(f"{name:24}{shares}{result['pause_error']:9.1e}{result['codes']:9.2%}", flush=True)
+        shares = f"{result['free']:9.2%}{result['led']:9.2%}{first:>7}{result['words_free']:9.2%}{result['words_led']:9.2%}"
+        paused = f"{result['paused_led']:9.2%}" if off.size else f"{'-':>9}"
+        pause = f"{result['pause_error']:8.1e} {result['pause_mean_error']:8.1e}"
+        weights = "" if weight_bytes is None else f"{weight_bytes / 1e6:7.0f} MB"
+        print(f"{name:24}{shares}{paused}{pause}{result['codes']:9.2%}{weights}", flush=True)
 
-    for dtype in ("bf16", "f16"):
-        backend = load(checkpoint, 1, dtype)
-        compare(f"moshi-stt {dtype}", run(backend, pcm), run(backend, pcm, ours.tokens))
+    for name in ("bf16", "f16", "int8", "int4"):
+        is_packed = name.startswith("int")
+        backend = load(checkpoint, 1, "f32" if is_packed else name, quantize=name if is_packed else "none")
+        assert backend.report is not None
+        compare(f"moshi-stt {name}", run(backend, pcm), run(backend, pcm, ours.tokens), backend.report.weight_bytes)
         backend.close()
     for dtype in ("float32", "bfloat16") if python else ():
         free, led = (reference(python, checkpoint, pcm, dtype, lead) for lead in (None, ours.tokens))
         compare(f"moshi 0.2.13 {dtype}", free, led)
-    return {"frames": len(pcm), "results": results}
+    return {"frames": len(pcm), "words": len(said), "results": results}
 
 
 # ---- neighbours ----------------------------------------------------------------------------------------------------------

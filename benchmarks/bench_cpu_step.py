@@ -2,6 +2,7 @@
 """One step of one stream on this machine's CPU: ours, PyPI `moshi` and `moshi-server --cpu`, same weights, in one run.
 
     bench_cpu_step.py CHECKPOINT [--reference-python PYTHON] [--server moshi-server] [--frames 60] [--rounds 3] [--rows 1,2,4,8]
+                      [--dtypes f32,bf16,int8,int4] [--slots 64] [--full-context] [--threads 2]
 
 CHECKPOINT is a folder with model.safetensors, mimi.safetensors, tokenizer.model, config.json and moshi-server.toml, as
 shared/goldens/make_checkpoint.py writes them. PYTHON is an interpreter with moshi 0.2.13 (left out: no such column); the
@@ -9,12 +10,17 @@ server is left out where it is not on the PATH.
 
 Every contender is a process of its own that stays loaded; they take turns of `frames` frames, `rounds` times, so that
 what else the machine does meets all of them. A frame is 80 ms of sound. The server's time is that of a round trip on the
-loopback. Prints a table and, as its last line, one JSON document. Random weights say nothing about accuracy.
+loopback. `floor` is the time that one core takes to read the language model's products once; memory is that of the weights,
+of the process at rest, and of the process with its streams under way. Ours of 8 and of 4 bits take turns with each other, the
+server and PyPI `moshi` in bf16. Prints a table and, as its last line, one JSON document. Random weights say nothing about
+accuracy.
 """
 
 import argparse
 import asyncio
+import itertools
 import json
+import math
 import os
 import platform
 import re
@@ -24,8 +30,9 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -33,15 +40,35 @@ FRAME_SAMPLES = 1_920
 LOAD_SECONDS = 900
 TURN_SECONDS = 900
 
+PACKED_BYTES = {"int8": 1 + 4 / 64, "int4": 0.5 + 4 / 32}
+"""Bytes of a weight that a step reads, its share of a scale included."""
 
-# ---- inside a contender's process: `bench_cpu_step.py --child KIND CHECKPOINT DTYPE ROWS THREADS` --------------------------
+Step = Callable[[np.ndarray, bool], tuple[float, float, float]]
+"""Sound (rows, 1920), and whether streams begin: seconds of the whole step, of the language model, of Mimi."""
 
 
-def child(kind: str, checkpoint: Path, dtype: str, rows: int, threads: int) -> None:
+# ---- inside a contender's process: `bench_cpu_step.py --child JOB` ---------------------------------------------------------
+
+
+class Job(NamedTuple):
+    """What a contender's process is told, as a JSON list."""
+
+    kind: str
+    checkpoint: str
+    dtype: str
+    """f32, bf16, int8 or int4."""
+    rows: int
+    threads: int
+    slots: int
+    full_context: bool
+
+
+def child(job: Job) -> None:
     """Say `ready`, then for each number of frames read from stdin step so many and print their times as JSON."""
     loaded = time.perf_counter()
-    step = {"ours": ours, "moshi": reference}[kind](checkpoint, dtype, rows, threads)
-    report: dict[str, Any] = {"load_s": time.perf_counter() - loaded, "rss_gb": resident_gb()}
+    rows = job.rows
+    step, report = {"ours": ours, "moshi": reference}[job.kind](job)
+    report |= {"load_s": time.perf_counter() - loaded, "rss_gb": resident_gb()}
     print(json.dumps(report), flush=True)
     rng, count = np.random.default_rng(0), 0
     for line in sys.stdin:
@@ -50,17 +77,20 @@ def child(kind: str, checkpoint: Path, dtype: str, rows: int, threads: int) -> N
             pcm = rng.uniform(-0.3, 0.3, (rows, FRAME_SAMPLES)).astype(np.float32)
             times.append(step(pcm, count == 0))
             count += 1
-        print(json.dumps(times), flush=True)
+        print(json.dumps({"times": times, "rss_gb": resident_gb()}), flush=True)
 
 
-def ours(checkpoint: Path, dtype: str, rows: int, threads: int) -> Any:
+def ours(job: Job) -> tuple[Step, dict[str, Any]]:
     """Times (whole step, language model, Mimi) in seconds of one step of `TorchBackend`; the last two run side by side."""
     import msgspec
 
     from moshi_stt.config import EngineConfig, KyutaiModule
     from moshi_stt.models.spec import MimiSpec, ModelSpec, lm_spec_from_json
     from moshi_stt.models.torch_impl.build import load_backend
+    from moshi_stt.models.weights import plan_lm
 
+    checkpoint, rows = Path(job.checkpoint), job.rows
+    is_packed = job.dtype in PACKED_BYTES
     lm = lm_spec_from_json(msgspec.json.decode((checkpoint / "config.json").read_bytes()))
     module = KyutaiModule(
         name="asr",
@@ -72,22 +102,37 @@ def ours(checkpoint: Path, dtype: str, rows: int, threads: int) -> Any:
         audio_tokenizer_file="",
         asr_delay_in_tokens=6,
         model=None,
-        dtype_override=dtype,  # type: ignore[arg-type]
-        engine=EngineConfig(device="cpu", threads=threads),
+        dtype_override=None if is_packed else job.dtype,  # type: ignore[arg-type]
+        engine=EngineConfig(device="cpu", threads=job.threads, quantize=job.dtype if is_packed else "none"),  # type: ignore[arg-type]
     )
     files = checkpoint / "model.safetensors", checkpoint / "mimi.safetensors"
-    backend = load_backend(module, *files, ModelSpec(lm, MimiSpec(codebooks=lm.codebooks), 6), rows)
+    backend = load_backend(module, *files, ModelSpec(lm, MimiSpec(codebooks=lm.codebooks), 6), max(rows, job.slots))
+    assert backend.report is not None
+    plan, _ = plan_lm(files[0], lm)
+    products = sum(
+        math.prod(source.param.shape)
+        for source in plan.sources
+        if len(source.param.shape) == 2 and source.param.name.startswith(("transformer.", "text_linear."))
+    )
+    report = {
+        "weights_gb": backend.report.weight_bytes / 1e9,
+        "streamed_gb": products * (PACKED_BYTES | {"f32": 4, "bf16": 2})[job.dtype] / 1e9,
+    }
     parts: dict[str, float] = {}
     timed(backend, "step_lm", parts, "lm")
     timed(backend.mimi, "step", parts, "mimi")
     slots = np.arange(rows)
 
     def step(pcm: np.ndarray, fresh: bool) -> tuple[float, float, float]:
+        if fresh and job.full_context:
+            for tensor in backend.state.named.values():
+                tensor.zero_()  # so that what the rings hold is read from memory
+            backend.age()
         start = time.perf_counter()
-        backend.step(pcm, slots, np.full(rows, fresh))
+        backend.step(pcm, slots, np.full(rows, fresh and not job.full_context))
         return time.perf_counter() - start, parts["lm"], parts["mimi"]
 
-    return step
+    return step, report
 
 
 def timed(owner: Any, name: str, into: dict[str, float], key: str) -> None:
@@ -103,13 +148,15 @@ def timed(owner: Any, name: str, into: dict[str, float], key: str) -> None:
     setattr(owner, name, outer)
 
 
-def reference(checkpoint: Path, dtype: str, rows: int, threads: int) -> Any:
+def reference(job: Job) -> tuple[Step, dict[str, Any]]:
     """Times of one step of PyPI `moshi` as its scripts run it: Mimi, then `LMGen`."""
     import torch
     from moshi.models import LMGen, loaders
 
-    if threads:
-        torch.set_num_threads(threads)
+    checkpoint, rows = Path(job.checkpoint), job.rows
+    dtype = {"f32": torch.float32, "bf16": torch.bfloat16}[job.dtype]
+    if job.threads:
+        torch.set_num_threads(job.threads)
     info = loaders.CheckpointInfo.from_hf_repo(
         "local",
         moshi_weights=checkpoint / "model.safetensors",
@@ -118,7 +165,7 @@ def reference(checkpoint: Path, dtype: str, rows: int, threads: int) -> Any:
         config_path=checkpoint / "config.json",
     )
     mimi = info.get_mimi(device="cpu")
-    lm = LMGen(info.get_moshi(device="cpu", dtype={"f32": torch.float32, "bf16": torch.bfloat16}[dtype]), use_sampling=False)
+    lm = LMGen(info.get_moshi(device="cpu", dtype=dtype), use_sampling=False)
     mimi.streaming_forever(rows)
     lm.streaming_forever(rows)
 
@@ -134,7 +181,7 @@ def reference(checkpoint: Path, dtype: str, rows: int, threads: int) -> Any:
         end = time.perf_counter()
         return end - start, end - middle, middle - start
 
-    return step
+    return step, {}
 
 
 def resident_gb(process: str = "self") -> float:
@@ -164,11 +211,11 @@ class Contender(Protocol):
 class Child:
     """A Python process of this same file."""
 
-    def __init__(self, name: str, python: str, kind: str, checkpoint: Path, dtype: str, rows: int, threads: int) -> None:
+    def __init__(self, name: str, python: str, job: Job) -> None:
         self.name = name
-        self.rows = rows
+        self.rows = job.rows
         self.report: dict[str, Any] = {}
-        self._command = [python, __file__, "--child", kind, str(checkpoint), dtype, str(rows), str(threads)]
+        self._command = [python, __file__, "--child", json.dumps(job)]
 
     async def open(self) -> "Child":
         pipe = asyncio.subprocess.PIPE
@@ -179,7 +226,9 @@ class Child:
     async def turn(self, frames: int) -> list[list[float]]:
         assert self._process.stdin is not None
         self._process.stdin.write(f"{frames}\n".encode())
-        times: list[list[float]] = await self._read(TURN_SECONDS)
+        turn = await self._read(TURN_SECONDS)
+        self.report["streaming_gb"] = turn["rss_gb"]
+        times: list[list[float]] = turn["times"]
         return times
 
     async def _read(self, seconds: float) -> Any:
@@ -261,6 +310,7 @@ class RustServer:
                     break
             times.append([time.perf_counter() - start])
         await connection.close()
+        self.report["streaming_gb"] = resident_gb(str(self._process.pid))
         return times
 
     async def close(self) -> None:
@@ -313,19 +363,46 @@ def _seconds(block: np.ndarray) -> float:
     return time.perf_counter() - start
 
 
-def table(results: list[dict[str, Any]]) -> str:
-    lines = [f"{'':24}{'rows':>5}{'step ms':>9}{'p10':>7}{'p90':>7}{'LM':>7}{'Mimi':>7}{'GB':>6}{'load s':>8}"]
+def table(results: list[dict[str, Any]], bandwidth: float) -> str:
+    """A line for each contender. floor: the time that reading the language model's products once takes."""
+    columns = (("weights_gb", "weights"), ("rss_gb", "rest"), ("streaming_gb", "stream"))
+    head = "".join(f"{title:>9}" for _, title in columns)
+    lines = [f"{'':24}{'rows':>5}{'step ms':>9}{'p10':>7}{'p90':>7}{'LM':>7}{'Mimi':>7}{'floor':>7}{head}{'load s':>8}"]
     for r in results:
         parts = "".join(f"{r[key]:7.1f}" if key in r else f"{'':>7}" for key in ("lm_ms", "mimi_ms"))
+        parts += f"{1e3 * r['streamed_gb'] / bandwidth:7.1f}" if "streamed_gb" in r else f"{'':>7}"
+        memory = "".join(f"{r[key]:6.2f} GB" if key in r else f"{'':>9}" for key, _ in columns)
         step = f"{r['step_ms']:9.1f}{r['p10_ms']:7.1f}{r['p90_ms']:7.1f}"
-        lines.append(f"{r['name']:24}{r['rows']:5}{step}{parts}{r['rss_gb']:6.1f}{r['load_s']:8.1f}")
+        lines.append(f"{r['name']:24}{r['rows']:5}{step}{parts}{memory}{r['load_s']:8.1f}")
     return "\n".join(lines)
+
+
+def groups(args: argparse.Namespace) -> list[list[Any]]:
+    """Who takes turns with whom: one precision after the other, for the memory's sake, and all quantised ones together."""
+    dtypes = args.dtypes.split(",")
+    packed = [dtype for dtype in dtypes if dtype in PACKED_BYTES]
+    together = [[dtype] for dtype in dtypes if dtype not in PACKED_BYTES] + ([packed] if packed else [])
+    program = shutil.which(args.server)
+    found: list[list[Any]] = []
+    for group in together:
+        contenders: list[Any] = []
+        for dtype, rows in itertools.product(group, map(int, args.rows.split(","))):
+            name = f"moshi-stt {dtype}" + (f" x {rows}" if rows > 1 else "")
+            job = Job("ours", str(args.checkpoint), dtype, rows, args.threads, args.slots, args.full_context)
+            contenders.append(Child(name, sys.executable, job))
+        theirs = group[0] if group[0] not in PACKED_BYTES else "bf16"
+        if args.reference_python:
+            job = Job("moshi", str(args.checkpoint), theirs, 1, args.threads, 1, False)
+            contenders.append(Child(f"moshi 0.2.13 {theirs}", args.reference_python, job))
+        if program and group[0] != "bf16":
+            contenders.append(RustServer(program, args.checkpoint))
+        found.append(contenders)
+    return found
 
 
 def main() -> None:
     if sys.argv[1:2] == ["--child"]:
-        kind, checkpoint, dtype, rows, threads = sys.argv[2:]
-        child(kind, Path(checkpoint), dtype, int(rows), int(threads))
+        child(Job(*json.loads(sys.argv[2])))
         return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", type=Path)
@@ -334,26 +411,16 @@ def main() -> None:
     parser.add_argument("--frames", type=int, default=60, help="of a turn")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--rows", default="1", help="of ours; more than one need several processes and their memory")
-    parser.add_argument("--dtypes", default="f32,bf16")
+    parser.add_argument("--slots", type=int, default=1, help="that ours is loaded with; those without a stream are empty")
+    parser.add_argument("--dtypes", default="f32,bf16,int8,int4", help="of ours")
+    parser.add_argument("--full-context", action="store_true", help="ours begins with a context that is full")
     parser.add_argument("--threads", type=int, default=0, help="of ours and of moshi; 0 is each one's own default")
     args = parser.parse_args()
     results: list[dict[str, Any]] = []
-    for dtype in args.dtypes.split(","):  # one precision after the other, for the memory's sake
-        contenders: list[Any] = [
-            Child(f"moshi-stt {dtype}", sys.executable, "ours", args.checkpoint, dtype, int(rows), args.threads)
-            for rows in args.rows.split(",")
-        ]
-        for contender in contenders[1:]:
-            contender.name += f" x {contender.rows}"
-        if args.reference_python:
-            python = args.reference_python
-            contenders.append(Child(f"moshi 0.2.13 {dtype}", python, "moshi", args.checkpoint, dtype, 1, args.threads))
-        program = shutil.which(args.server)
-        if program and dtype == "f32":
-            contenders.append(RustServer(program, args.checkpoint))
+    for contenders in groups(args):
         results += asyncio.run(compete(contenders, args.frames, args.rounds))
     bandwidth = read_bandwidth()
-    print(table(results))
+    print(table(results, bandwidth))
     print(f"one core reads {bandwidth:.1f} GB/s of memory")
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
     document = {
@@ -363,6 +430,9 @@ def main() -> None:
         "weights": "random",
         "checkpoint": args.checkpoint.name,
         "commit": commit.stdout.strip(),
+        "threads": args.threads,
+        "slots": args.slots,
+        "full_context": args.full_context,
         "read_gb_per_s": bandwidth,
         "results": results,
     }
