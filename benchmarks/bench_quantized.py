@@ -1,0 +1,257 @@
+#!/usr/bin/env python3
+"""What weights of fewer bits cost: in agreement with float32, and in word errors on speech.
+
+    bench_quantized.py agreement CHECKPOINT [--device mlx|cpu] [--schemes bf16,int8,int4] [--speech FOLDER] [--frames 300]
+    bench_quantized.py wer CONFIG FOLDER [--device mlx|cpu] [--schemes f32,bf16,int8,int4] [--language en] [--seconds 600]
+
+agreement: tokens, words and pause values of each scheme against float32 on the same device: `free`, where one different token
+changes all that follow, and `led`, where every scheme is fed float32's tokens. A word is the same when its pieces and its frame
+are. CHECKPOINT as shared/goldens/make_checkpoint.py writes it; random weights tell of arithmetic, not of accuracy.
+
+wer: the one to run with published weights. CONFIG is a TOML file or the name of a shipped one (stt-1b-en_fr), whose weights are
+found or fetched. FOLDER holds recordings and a MANIFEST.tsv with the columns file, language and transcript. Each recording goes
+through the whole engine, one after the other. FOLDER may also hold pairs NAME.wav (flac, mp3, …) and NAME.txt instead.
+
+int8 and int4 are quantised while loading. Prints a table and, as its last line, one JSON document.
+"""
+
+import argparse
+import asyncio
+import csv
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import msgspec
+import numpy as np
+from bench_wer import errors, normalise, read_pcm
+from numpy.typing import NDArray
+
+from moshi_stt.audio.decode import read_file
+from moshi_stt.cli.engines import build_engine, framework_of
+from moshi_stt.config import EngineConfig, KyutaiModule, LimitsConfig
+from moshi_stt.config_load import load_config
+from moshi_stt.constants import FRAME_SAMPLES, SAMPLE_RATE
+from moshi_stt.events import Word
+from moshi_stt.models.spec import MimiSpec, ModelSpec, lm_spec_from_json
+
+SOUNDS = {".wav", ".flac", ".mp3", ".ogg", ".opus", ".m4a", ".raw"}
+PAUSE_THRESHOLD = 0.5
+
+
+def with_scheme(module: KyutaiModule, scheme: str, device: str) -> KyutaiModule:
+    """A module run on a device as f32, bf16, int8 or int4."""
+    quantize = scheme if scheme in ("int8", "int4") else "none"
+    dtype = scheme if quantize == "none" else module.dtype_override
+    engine = msgspec.structs.replace(module.engine, device=device, quantize=quantize)
+    return msgspec.structs.replace(module, dtype_override=dtype, engine=engine)
+
+
+# ---- agreement -----------------------------------------------------------------------------------------------------------
+
+
+class Said(NamedTuple):
+    """Of one stream: tokens (T,), pause (T, H)."""
+
+    tokens: NDArray[np.int64]
+    pause: NDArray[np.float32]
+
+
+def load(checkpoint: Path, scheme: str, device: str) -> Any:
+    lm = lm_spec_from_json(msgspec.json.decode((checkpoint / "config.json").read_bytes()))
+    module = KyutaiModule(
+        name="asr",
+        path="/",
+        type="BatchedAsr",
+        batch_size=1,
+        lm_model_file="",
+        text_tokenizer_file="",
+        audio_tokenizer_file="",
+        asr_delay_in_tokens=6,
+        model=None,
+        engine=EngineConfig(),
+    )
+    module = with_scheme(module, scheme, device)
+    if framework_of(module) == "mlx":
+        from moshi_stt.models.mlx_impl.build import load_backend
+    else:
+        from moshi_stt.models.torch_impl.build import load_backend  # type: ignore[assignment]
+    files = checkpoint / "model.safetensors", checkpoint / "mimi.safetensors"
+    return load_backend(module, *files, ModelSpec(lm, MimiSpec(codebooks=lm.codebooks), 6), 1)
+
+
+def listen(backend: Any, pcm: NDArray[np.float32], lead: NDArray[np.int64] | None = None) -> Said:
+    """One stream, pcm (T, 1920). lead (T,): tokens that it is fed instead of its own."""
+    tokens, pauses = [], []
+    for n, frame in enumerate(pcm):
+        output = backend.step(frame[None], np.array([0]), np.array([n == 0]))
+        tokens.append(int(output.text_token[0]))
+        pauses.append(output.pause[0])
+        if lead is not None:
+            backend.state.text[0] = int(lead[n])
+    return Said(np.array(tokens), np.stack(pauses))
+
+
+def words(tokens: NDArray[np.int64]) -> set[tuple[int, tuple[int, ...]]]:
+    """Each word's frame and pieces: what lies between paddings (3) and boundaries (0)."""
+    found, pieces = set(), list[int]()
+    for n, token in enumerate([*tokens.tolist(), 3]):
+        if token not in (0, 3):
+            pieces.append(token)
+        elif pieces:
+            found.add((n - len(pieces), tuple(pieces)))
+            pieces = []
+    return found
+
+
+def agreement(args: argparse.Namespace) -> dict[str, Any]:
+    if args.speech is None:
+        rng = np.random.default_rng(0)
+        pcm = rng.standard_normal((args.frames, FRAME_SAMPLES), np.float32) * rng.uniform(0, 0.3, (args.frames, 1))
+    else:
+        whole = np.concatenate([read_file(path) for path in sorted(args.speech.iterdir()) if path.suffix in SOUNDS - {".raw"}])
+        pcm = np.resize(whole, args.frames * FRAME_SAMPLES).reshape(args.frames, FRAME_SAMPLES)
+    pcm = pcm.astype(np.float32)
+    backend = load(args.source, "f32", args.device)
+    device = backend.report.device
+    exact = listen(backend, pcm)
+    results = [{"scheme": "f32", "weight_mb": round(backend.report.weight_bytes / 1e6)}]
+    backend.close()
+    print(f"{device}, {len(pcm)} frames, against float32: share that is equal")
+    print(f"{'scheme':8}{'free':>9}{'led':>9}{'words':>9}{'led words':>11}{'pauses':>9}{'pause off by':>14}{'MB':>8}")
+    for scheme in args.schemes.split(","):
+        backend = load(args.source, scheme, args.device)
+        free, led = listen(backend, pcm), listen(backend, pcm, exact.tokens)
+        size = round(backend.report.weight_bytes / 1e6)
+        backend.close()
+        wanted = words(exact.tokens)
+        result = {
+            "scheme": scheme,
+            "free": float((free.tokens == exact.tokens).mean()),
+            "led": float((led.tokens == exact.tokens).mean()),
+            "words": len(wanted & words(free.tokens)) / max(1, len(wanted)),
+            "led_words": len(wanted & words(led.tokens)) / max(1, len(wanted)),
+            "pauses": float(((led.pause > PAUSE_THRESHOLD) == (exact.pause > PAUSE_THRESHOLD)).mean()),
+            "pause_off": float(np.abs(led.pause - exact.pause).mean()),
+            "weight_mb": size,
+        }
+        results.append(result)
+        shares = f"{result['free']:9.2%}{result['led']:9.2%}{result['words']:9.2%}{result['led_words']:11.2%}"
+        print(f"{scheme:8}{shares}{result['pauses']:9.2%}{result['pause_off']:14.4f}{size:8}", flush=True)
+    return {"device": device, "frames": len(pcm), "words": len(words(exact.tokens)), "weights": "random", "results": results}
+
+
+# ---- word errors ---------------------------------------------------------------------------------------------------------
+
+
+def recordings(folder: Path, language: str, seconds: float) -> list[tuple[str, NDArray[np.float32], list[str]]]:
+    """Name, pcm (S,) and reference words of each recording, up to so many seconds in all."""
+    manifest = folder / "MANIFEST.tsv"
+    if manifest.is_file():
+        with manifest.open(encoding="utf-8") as file:
+            rows = [row for row in csv.DictReader(file, delimiter="\t") if row["language"] == language and row["transcript"]]
+        pairs = [(folder / row["file"], row["transcript"]) for row in rows]
+    else:
+        sounds = sorted(path for path in folder.iterdir() if path.suffix in SOUNDS and path.with_suffix(".txt").is_file())
+        pairs = [(path, path.with_suffix(".txt").read_text(encoding="utf-8")) for path in sounds]
+    found, left = [], seconds
+    for path, transcript in pairs:
+        pcm = read_pcm(path)
+        if left <= 0:
+            break
+        left -= len(pcm) / SAMPLE_RATE
+        found.append((path.name, pcm, normalise(transcript)))
+    if not found:
+        raise SystemExit(f"{folder} has neither a MANIFEST.tsv with {language} nor recordings with a .txt beside them")
+    return found
+
+
+async def transcribe_all(module: KyutaiModule, sounds: Sequence[NDArray[np.float32]]) -> tuple[list[str], float, Any]:
+    """Every text, the seconds it took without loading, and what the engine says of itself."""
+    engine = build_engine(module, LimitsConfig())
+    await engine.start()
+    begun, texts = time.monotonic(), []
+    try:
+        for pcm in sounds:
+            stream = engine.open(live=False)
+            feeding = asyncio.create_task(feed(stream, pcm))
+            texts.append(" ".join([event.text async for event in stream if isinstance(event, Word)]))
+            await feeding
+            stream.close()
+    finally:
+        await engine.stop()
+    return texts, time.monotonic() - begun, engine.info
+
+
+async def feed(stream: Any, pcm: NDArray[np.float32]) -> None:
+    for start in range(0, len(pcm), SAMPLE_RATE):
+        await stream.feed(pcm[start : start + SAMPLE_RATE])
+    await stream.finish()
+
+
+def wer(args: argparse.Namespace) -> dict[str, Any]:
+    modules = [module for module in load_config(str(args.source)).config.modules if isinstance(module, KyutaiModule)]
+    if len(modules) != 1:
+        raise SystemExit(f"{args.source} has {len(modules)} modules of Kyutai's models: give one with a single one")
+    module = msgspec.structs.replace(modules[0], batch_size=1)
+    speech = recordings(args.folder, args.language, args.seconds)
+    total, seconds = sum(len(words) for _, _, words in speech), sum(len(pcm) for _, pcm, _ in speech) / SAMPLE_RATE
+    print(f"{len(speech)} recordings, {seconds:.0f} s, {total} words")
+    print(f"{'scheme':8}{'word error':>12}{'x real time':>13}  device")
+    results = []
+    for scheme in args.schemes.split(","):
+        texts, took, info = asyncio.run(transcribe_all(with_scheme(module, scheme, args.device), [pcm for _, pcm, _ in speech]))
+        wrong = [errors(reference, normalise(text)) for (_, _, reference), text in zip(speech, texts, strict=True)]
+        result = {
+            "scheme": scheme,
+            "wer": 100 * sum(wrong) / max(1, total),
+            "x_real_time": seconds / took,
+            "peak_mb": round(peak),
+        }
+        results.append(result | {"device": info.device, "dtype": info.dtype})
+        print(
+            f"{scheme:8}{result['wer']:11.2f}%{result['x_real_time']:13.2f}  {info.device}, {info.dtype}",
+            flush=True,
+        )
+        if args.verbose:
+            for (name, _, _), text, count in zip(speech, texts, wrong, strict=True):
+                print(f"    {name}, {count} wrong: {text}")
+    return {"config": str(args.source), "recordings": len(speech), "words": total, "results": results}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, schemes in (("agreement", "bf16,int8,int4"), ("wer", "f32,bf16,int8,int4")):
+        command = commands.add_parser(name)
+        command.add_argument("source", type=Path, metavar="CHECKPOINT" if name == "agreement" else "CONFIG")
+        command.add_argument("--device", choices=["auto", "mlx", "cpu", "cuda"], default="auto")
+        command.add_argument("--schemes", default=schemes)
+        if name == "agreement":
+            command.add_argument("--speech", type=Path, help="a folder of recordings; without one it is noise")
+            command.add_argument("--frames", type=int, default=300)
+        else:
+            command.add_argument("folder", type=Path)
+            command.add_argument("--language", default="en")
+            command.add_argument("--seconds", type=float, default=600, help="of sound at most")
+            command.add_argument("--verbose", action="store_true", help="print what was heard")
+    args = parser.parse_args()
+    result = {"agreement": agreement, "wer": wer}[args.command](args)
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
+    document = {
+        "benchmark": f"quantized_{args.command}",
+        "machine": f"{platform.machine()} {platform.system()}, {os.cpu_count()} cores",
+        "commit": commit.stdout.strip(),
+        **result,
+    }
+    print(json.dumps(document))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
