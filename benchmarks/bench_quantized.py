@@ -212,7 +212,6 @@ def wer(args: argparse.Namespace) -> dict[str, Any]:
             "scheme": scheme,
             "wer": 100 * sum(wrong) / max(1, total),
             "x_real_time": seconds / took,
-            "peak_mb": round(peak),
         }
         results.append(result | {"device": info.device, "dtype": info.dtype})
         print(
