@@ -151,13 +151,16 @@ def spoken(text: str, logprob: float = -0.01) -> list[Spoken]:
     return [Spoken(word, (1,), logprob) for word in text.split()]
 
 
+RULES = SegmentSettings(hypothesis_seconds=0.48, agreements=4, followers=6)
+"""What these tests count with, whatever the defaults are tuned to."""
+
 STEADY = np.full(SAMPLE_RATE * 4, 0.5, np.float32)
 """Four seconds of somebody speaking without a pause."""
 
 
 def test_a_word_that_changes_is_not_said_until_it_is_settled() -> None:
     recogniser = Changing(spoken("I less"), spoken("Unless to be"), spoken("Unless to be rather"))
-    events = run(Segmenter(recogniser), STEADY[: round(SAMPLE_RATE * 1.7)], flush=False)
+    events = run(Segmenter(recogniser, RULES), STEADY[: round(SAMPLE_RATE * 1.7)], flush=False)
     assert recogniser.calls == 3
     assert texts(events) == ["Unless", "to"] or texts(events) == ["Unless", "to", "be"]
 
@@ -165,14 +168,14 @@ def test_a_word_that_changes_is_not_said_until_it_is_settled() -> None:
 def test_an_unsure_word_waits_for_more_hypotheses() -> None:
     sure, unsure = Changing(spoken("a b c", -0.01)), Changing(spoken("a b c", -0.9))
     audio = STEADY[: SAMPLE_RATE * 3 // 2]
-    assert texts(run(Segmenter(sure), audio, flush=False)) == ["a", "b"]
-    assert texts(run(Segmenter(unsure), audio, flush=False)) == []
-    assert texts(run(Segmenter(unsure), STEADY, flush=False)) == ["a", "b"]
+    assert texts(run(Segmenter(sure, RULES), audio, flush=False)) == ["a", "b"]
+    assert texts(run(Segmenter(unsure, RULES), audio, flush=False)) == []
+    assert texts(run(Segmenter(unsure, RULES), STEADY, flush=False)) == ["a", "b"]
 
 
 def test_an_unsure_word_with_many_behind_it_does_not_wait() -> None:
     unsure = Changing(spoken("a b c d e f g h i j", -0.9))
-    assert texts(run(Segmenter(unsure), STEADY[: SAMPLE_RATE * 3 // 2], flush=False)) == ["a", "b", "c", "d"]
+    assert texts(run(Segmenter(unsure, RULES), STEADY[: SAMPLE_RATE * 3 // 2], flush=False)) == ["a", "b", "c", "d"]
 
 
 def test_noise_that_the_model_only_guesses_at_says_nothing() -> None:
@@ -182,7 +185,19 @@ def test_noise_that_the_model_only_guesses_at_says_nothing() -> None:
 def test_a_decoder_that_lost_its_way_says_nothing_and_hides_no_earlier_guess() -> None:
     assert run(Segmenter(Changing(None)), STEADY) == []
     guess = spoken("a b c", -0.9)
-    assert texts(run(Segmenter(Changing(guess, None)), STEADY[: SAMPLE_RATE * 3 // 4])) == ["a", "b", "c"]
+    assert texts(run(Segmenter(Changing(guess, None), RULES), STEADY[: SAMPLE_RATE * 3 // 4])) == ["a", "b", "c"]
+
+
+def test_speech_that_the_model_passes_over_is_recognised_afresh() -> None:
+    """Held to words that it takes for a whole sentence, the model hears no more; the rest of the speech is not lost."""
+
+    class Deaf(LevelRecogniser):
+        def recognise(self, samples, said=(), draft=(), said_seconds=0.0):  # type: ignore[no-untyped-def]
+            heard = super().recognise(samples, said, draft, said_seconds)
+            return Hypothesis([]) if len(said) >= 3 else heard
+
+    audio = np.concatenate([say([10, 20, 30]), pause(0.3), say([40, 50, 60]), pause(0.3), say([70, 80])])
+    assert texts(run(Segmenter(Deaf()), audio)) == [f"w{number}." for number in range(10, 90, 10)]
 
 
 def test_words_without_a_letter_are_not_sent_and_not_repeated() -> None:

@@ -36,12 +36,14 @@ class SegmentSettings:
     """Audio taken before the first frame of speech."""
     fewest_frames: int = 3
     """Frames of speech that a segment must have to be recognised at all."""
-    hypothesis_seconds: float = 0.48
+    hypothesis_seconds: float = 0.32
     """From one hypothesis to the next while somebody speaks."""
     hypothesis_growth: float = 0.03
     """What each second of the segment adds to that: long segments cost more."""
     pause_seconds: float = 0.25
-    """After so much silence the last word is over: a hypothesis is made at once."""
+    """After so much silence the last word is over: a hypothesis is made at once,"""
+    pause_again_seconds: float = 0.16
+    """and another so much later if that did not settle every word."""
     end_seconds: float = 1.2
     """After so much silence the segment is over."""
     long_seconds: float = 8.0
@@ -51,12 +53,14 @@ class SegmentSettings:
     cut_seconds: float = 4.0
     sure_logprob: float = -0.3
     """A word of this log-probability or more is settled when a second hypothesis agrees on it; one below, when either"""
-    agreements: int = 4
+    agreements: int = 5
     """so many hypotheses in a row agree on it, or"""
-    followers: int = 6
+    followers: int = 8
     """a second agrees and so many words follow it: it is far from the audio's end, where most changes are."""
     pause_agreements: int = 2
     """In a pause, when so many agree, sure or not."""
+    stray_frames: int = 12
+    """Frames of speech that must not go without a word: the segment then begins anew behind the last one."""
     lowest_logprob: float = -1.0
     """A hypothesis whose tokens have a mean log-probability below this is noise, not speech."""
     spare_logprob: float = -0.8
@@ -70,7 +74,8 @@ class _Segment:
     start: int
     next_hypothesis: int
     last_speech: int
-    speech_frames: int = 0
+    voiced: list[bool] = field(default_factory=list)
+    """For each frame that was heard since `start`, whether it was speech."""
     silent_frames: int = 0
     said: list[Spoken] = field(default_factory=list)
     """Words sent."""
@@ -82,6 +87,10 @@ class _Segment:
     """The last word sent and where it starts: the next alignment begins with it."""
     quiet: bool = False
     """Whether nothing was said since the latest hypothesis, so that another would say the same."""
+
+    def voiced_since(self, position: int) -> int:
+        """Frames of speech behind a position."""
+        return sum(self.voiced[max(0, position - self.start) // VAD_FRAME :])
 
 
 class Segmenter:
@@ -166,6 +175,7 @@ class Segmenter:
             if self._segment is None and probability >= self.settings.speech_from:
                 start = max(self._earliest_start, self._framed - VAD_FRAME - self._lead, 0)
                 self._segment = _Segment(start, self._after(start, self._framed), self._framed)
+                self._segment.voiced = [False] * ((self._framed - VAD_FRAME - start) // VAD_FRAME)
             if self._segment is not None:
                 yield from self._follow(self._segment, probability)
 
@@ -173,8 +183,9 @@ class Segmenter:
         """Count the frame to the segment, and make the hypothesis that is due behind it."""
         settings = self.settings
         now = self._framed
-        if probability >= settings.speech_until:
-            segment.speech_frames += 1
+        voiced = probability >= settings.speech_until
+        segment.voiced.append(voiced)
+        if voiced:
             segment.silent_frames = 0
             segment.last_speech = now
             segment.quiet = False
@@ -188,9 +199,7 @@ class Segmenter:
             yield self._finish(now)
         elif seconds >= settings.longest_seconds:
             yield self._cut()
-        elif segment.speech_frames >= settings.fewest_frames and (
-            pause or (now >= segment.next_hypothesis and not segment.quiet)
-        ):
+        elif not segment.quiet and (pause or now >= segment.next_hypothesis) and sum(segment.voiced) >= settings.fewest_frames:
             yield self._hypothesise(segment, pause=segment.silent_frames >= round(settings.pause_seconds / FRAME_SECONDS))
 
     def _after(self, start: int, now: int) -> int:
@@ -212,17 +221,36 @@ class Segmenter:
         likely = sum(word.logprob for word in words) >= self.settings.lowest_logprob * tokens + self.settings.spare_logprob
         return words if likely else []
 
+    def _recognise_to_pause(self, segment: _Segment, stop: int) -> list[Spoken] | None:
+        """`_recognise` up to where speech has stopped, so that no word may be missing.
+
+        Behind what it took for the end of a sentence the model may hear nothing more. If there was more speech, the segment
+        begins anew behind what was said, and is recognised once more.
+        """
+        words = self._recognise(segment, stop)
+        said_stop = self._position(self._last_stop)
+        if not words and segment.said and segment.voiced_since(said_stop) >= self.settings.stray_frames:
+            frames = (said_stop - segment.start) // VAD_FRAME
+            segment.start += frames * VAD_FRAME
+            del segment.voiced[:frames]
+            segment.said, segment.guess, segment.agreements, segment.anchor = [], [], [], None
+            words = self._recognise(segment, stop)
+        return words
+
     def _hypothesise(self, segment: _Segment, *, pause: bool) -> list[AnyEvent]:
         """Recognise what there is of the segment and say the words that are settled."""
         now = self._framed
-        words = self._recognise(segment, now) or []
+        words = (self._recognise_to_pause if pause else self._recognise)(segment, now) or []
         agreed = _agreeing(segment.guess, words)
         agreements = [count + 1 for count in segment.agreements[:agreed]] + [1] * (len(words) - agreed)
         settled = self._settled(words, agreements, pause=pause)
         events = self._say(segment, words, settled, now)
         segment.guess, segment.agreements = words[settled:], agreements[settled:]
         segment.quiet = pause and not segment.guess
-        segment.next_hypothesis = self._after(segment.start, now)
+        if pause:
+            segment.next_hypothesis = now + int(self.settings.pause_again_seconds * RECOGNISER_RATE)
+        else:
+            segment.next_hypothesis = self._after(segment.start, now)
         return events
 
     def _settled(self, words: Sequence[Spoken], agreements: Sequence[int], *, pause: bool) -> int:
@@ -243,12 +271,12 @@ class Segmenter:
         assert segment is not None
         self._segment = None
         self._earliest_start = max(segment.last_speech, stop - self._lead)
-        if segment.quiet or segment.speech_frames < self.settings.fewest_frames:
+        if segment.quiet or sum(segment.voiced) < self.settings.fewest_frames:
             return []
         return self._say_rest(segment, stop)
 
     def _say_rest(self, segment: _Segment, stop: int) -> list[AnyEvent]:
-        words = self._recognise(segment, stop)
+        words = self._recognise_to_pause(segment, stop)
         if words is None:
             words = segment.guess
         return self._say(segment, words, len(words), stop)
@@ -262,7 +290,7 @@ class Segmenter:
         stop = self._quietest(floor, now)
         events = self._say_rest(segment, stop)
         rest = _Segment(stop, self._after(stop, now), segment.last_speech)
-        rest.speech_frames = max(0, segment.last_speech - stop) // VAD_FRAME
+        rest.voiced = segment.voiced[(stop - segment.start) // VAD_FRAME :]
         rest.silent_frames = segment.silent_frames
         self._segment, self._earliest_start = rest, stop
         return events

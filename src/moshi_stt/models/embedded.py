@@ -95,9 +95,9 @@ class EmbeddedTokenizer:
             position += length
             self.pieces.append(piece.replace("▁".encode(), b" "))
 
-    def word_starts(self) -> NDArray[np.bool_]:
-        """(V,): the tokens that begin a word, and the end token."""
-        return np.array([piece[:1] == b" " or token == END for token, piece in enumerate(self.pieces)])
+    def may_follow(self) -> NDArray[np.bool_]:
+        """(V,): the tokens that may follow a finished word: those that begin one, and the end."""
+        return np.array([piece[:1] == b" " or token == END for token, piece in enumerate(self.pieces)], np.bool_)
 
     def words(self, tokens: Sequence[int], logprobs: Sequence[float]) -> list[Spoken]:
         """Group tokens to words: one that begins with a blank begins a word."""
@@ -124,9 +124,9 @@ def _text(pieces: Sequence[bytes]) -> str:
 class Moonshine:
     """Encoder and decoder of Moonshine tiny-en (27M parameters). Thread-safe: holds no state between calls."""
 
-    def __init__(self, encoder: Path, decoder: Path, word_starts: NDArray[np.bool_]) -> None:
-        """word_starts: (V,), the tokens that may follow a finished word."""
-        self._word_starts = word_starts
+    def __init__(self, encoder: Path, decoder: Path, may_follow: NDArray[np.bool_]) -> None:
+        """may_follow: (V,), the tokens that may follow a finished word."""
+        self._may_follow = may_follow
         self._encoder = one_thread_session(encoder)
         self._decoder = one_thread_session(decoder)
         self._outputs = [output.name for output in self._decoder.get_outputs()]
@@ -164,8 +164,8 @@ class Moonshine:
         logits, *caches = self._decoder.run(self._outputs, feed)
         scores = logits[0, len(said) :]  # (T, V)
         if said:
-            # What was said stays said: the next token must begin a word, not lengthen the last.
-            scores[0] = np.where(self._word_starts, scores[0], -np.inf)
+            # What was said stays said: the next token must not lengthen the last word.
+            scores[0] = np.where(self._may_follow, scores[0], -np.inf)
         chosen = [_best(row) for row in scores]
         right = next((index for index, token in enumerate(draft) if chosen[index][0] != token), len(draft))
         tokens, logprobs = [token for token, _ in chosen[:right]], [logprob for _, logprob in chosen[:right]]
@@ -281,7 +281,7 @@ def load_embedded(threads: int = 0) -> EmbeddedRecogniser:
     )
     tokenizer = EmbeddedTokenizer(tokens.read_bytes())
     return EmbeddedRecogniser(
-        Moonshine(encoder, decoder, tokenizer.word_starts()),
+        Moonshine(encoder, decoder, tokenizer.may_follow()),
         tokenizer,
         SileroVad(vad),
         Aligner(threads or os.cpu_count() or 1),
