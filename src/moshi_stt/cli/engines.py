@@ -206,7 +206,8 @@ def free_bytes(backend: "KyutaiBackend") -> int:
     if backend.device.type == "cuda":
         import torch
 
-        return torch.cuda.mem_get_info(str(backend.device))[0]
+        free: int = torch.cuda.mem_get_info(str(backend.device))[0]
+        return free
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
 
 

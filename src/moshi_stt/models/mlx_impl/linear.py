@@ -1,6 +1,6 @@
 """Matrix products with a weight that never changes, dense or packed. Knows nothing of models."""
 
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, TypeAlias
 
 import mlx.core as mx
 import numpy as np
@@ -31,7 +31,7 @@ class PackedWeight(NamedTuple):
         return self.weight.nbytes + self.scales.nbytes + self.biases.nbytes
 
 
-Weight = mx.array | PackedWeight
+Weight: TypeAlias = mx.array | PackedWeight
 """A matrix (out, in)."""
 
 
