@@ -47,6 +47,20 @@ async def test_a_step_that_raises_ends_every_stream() -> None:
     assert started.fake.closed
 
 
+async def test_a_failure_is_told_to_who_waits_for_a_slot() -> None:
+    """A file in the queue hears of it at once, and not when its patience ends."""
+    async with engine(streams=1) as started:
+        stream = started.open()
+        waiting = asyncio.create_task(started.open_when_free(1_000))
+        await asyncio.sleep(0)
+        started.fake.raise_next = True
+        await stream.feed(noise(3))
+        async with asyncio.timeout(10):
+            with pytest.raises(EngineFailed, match="device-side assert"):
+                await waiting
+        stream.close()
+
+
 async def test_a_step_that_hangs_is_noticed() -> None:
     async with engine(hang=0.2) as started:
         stream = started.open()

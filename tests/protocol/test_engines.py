@@ -16,7 +16,7 @@ from tests.support.scripted_backend import LevelModel, loader, spell_level
 from tests.support.serving import serving
 
 from moshi_stt.engine.batch import BatchEngine
-from moshi_stt.engine.engine import Engine
+from moshi_stt.engine.engine import Engine, SilentObserver
 from moshi_stt.engine.segment import SegmentEngine
 from moshi_stt.engine.stream import Stream, StreamLimits
 from moshi_stt.errors import EngineError, NoFreeSlot
@@ -217,6 +217,48 @@ async def test_slots_are_counted(engine: Engine) -> None:
         stream.close()
         stream.close()
     assert engine.used_slots == 0
+
+
+class Refusals(SilentObserver):
+    def __init__(self) -> None:
+        self.count = 0
+
+    def refused(self) -> None:
+        self.count += 1
+
+
+async def test_who_waits_for_a_slot_is_refused_only_when_none_came(engine: Engine) -> None:
+    """Each look for a free slot used to count, so that a file that waited and was served showed as several refusals."""
+    engine.observer = refusals = Refusals()
+    streams = [engine.open() for _ in range(STREAMS)]
+    waiting = [asyncio.create_task(engine.open_when_free(DEADLINE)) for _ in range(2)]
+    giving_up = asyncio.create_task(engine.open_when_free(0.01))
+    async with asyncio.timeout(DEADLINE):
+        with pytest.raises(NoFreeSlot):
+            await giving_up
+        assert refusals.count == 1
+        for stream in streams:
+            stream.close()
+        for stream in await asyncio.gather(*waiting):
+            stream.close()
+    assert refusals.count == 1
+
+
+async def test_a_free_slot_is_not_lost_with_who_gave_up(engine: Engine) -> None:
+    """The first in line gives up in the moment in which it is told of the slot: the next one has it."""
+    streams = [engine.open() for _ in range(STREAMS)]
+    first, second = (asyncio.create_task(engine.open_when_free(DEADLINE)) for _ in range(2))
+    await asyncio.sleep(0)
+    streams.pop().close()
+    await asyncio.sleep(0)  # the line is told
+    first.cancel()
+    async with asyncio.timeout(DEADLINE):
+        (await second).close()
+        await asyncio.gather(first, return_exceptions=True)
+    if not first.cancelled():
+        first.result().close()
+    for stream in streams:
+        stream.close()
 
 
 async def test_a_closed_or_finished_stream_says_so(engine: Engine) -> None:

@@ -161,9 +161,13 @@ async def test_waits_for_a_slot_that_comes_free() -> None:
     async with serving(engine) as running, await RawClient.connect(running.port) as client:
         await client.receive_event()
         posting = asyncio.create_task(post(running, wav(0.5)))
-        await until(lambda: engine.refusals > 0, "the upload waiting for a slot")
+        await until(lambda: engine.waiting == 1, "the upload waiting for a slot")
+        metrics = running.server.service.metrics
+        assert 'moshi_stt_waiting_files{module="asr"} 1\n' in metrics.render().decode()
         client.close()
         status, _, text = await posting
+        assert engine.waiting == 0
+        assert "moshi_stt_refused{" not in metrics.render().decode()
     assert status == 200
     assert "w0" in text
 

@@ -74,7 +74,6 @@ class ScriptedEngine(Engine):
         self.limits = limits or StreamLimits()
         self.info = EngineInfo(kind, "scripted", "", ("en",), "cpu", "float32", slots)
         self.streams_opened = 0
-        self.refusals = 0
         self.samples: list[int] = []
         """Samples that each ended stream was fed, in the order of their end."""
         self._lock = threading.Condition()
@@ -134,7 +133,6 @@ class ScriptedEngine(Engine):
         if self._thread is None:
             raise EngineError("the engine is not started")
         if len(self._slots) >= self.info.total_slots:
-            self.refusals += 1
             self.observer.refused()
             raise NoFreeSlot
         stream = Stream(self.limits, live=live, wake=self._wake, release=self._free)

@@ -5,7 +5,6 @@ B row (a stream in this step), T frame, K codebook, H head, D dim, S sample.
 """
 
 import asyncio
-import time
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol, runtime_checkable
@@ -14,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moshi_stt.engine.stream import Stream
-from moshi_stt.errors import EngineFailed, NoFreeSlot
+from moshi_stt.errors import EngineFailed
 
 
 class StepOutput(NamedTuple):
@@ -143,6 +142,8 @@ class Engine(ABC):
     def __init__(self, observer: EngineObserver | None = None) -> None:
         self.observer: EngineObserver = observer or SilentObserver()
         self._slot_freed = asyncio.Condition()
+        self.waiting = 0
+        """How many are in `open_when_free`."""
         self.failure: EngineFailed | None = None
         self._failed = asyncio.Event()
 
@@ -184,20 +185,22 @@ class Engine(ABC):
         return self.info.total_slots
 
     async def open_when_free(self, timeout_seconds: float, *, live: bool = False) -> Stream:
-        """`open`, waiting up to timeout_seconds for a slot. Raises NoFreeSlot when none came free."""
-        deadline = time.monotonic() + timeout_seconds
+        """`open`, waiting up to timeout_seconds for a slot.
+
+        Raises NoFreeSlot when none came free, EngineFailed after a failure, also one that comes meanwhile. Who waits is counted
+        as refused only when it waited in vain.
+        """
         async with self._slot_freed:
-            while True:
-                try:
-                    return self.open(live=live)
-                except NoFreeSlot:
-                    left = deadline - time.monotonic()
-                    if left <= 0:
-                        raise
-                    try:
-                        await asyncio.wait_for(self._slot_freed.wait(), left)
-                    except TimeoutError:
-                        raise NoFreeSlot from None
+            self.waiting += 1
+            try:
+                async with asyncio.timeout(timeout_seconds):
+                    while self.ready and self.used_slots >= self.total_slots:
+                        await self._slot_freed.wait()
+            except TimeoutError:
+                pass  # one last look
+            finally:
+                self.waiting -= 1
+            return self.open(live=live)
 
     async def wait_failed(self) -> EngineFailed:
         """Return the failure when it comes; never returns while the engine is well."""
@@ -206,11 +209,14 @@ class Engine(ABC):
         return self.failure
 
     def _announce_free_slot(self) -> None:
-        """Wake one `open_when_free`. For subclasses, on the event loop's thread."""
+        """Wake who waits in `open_when_free`. For subclasses, on the event loop's thread.
+
+        All of them, in the order of their coming: one alone could be about to give up, and the slot would stay free.
+        """
 
         async def notify() -> None:
             async with self._slot_freed:
-                self._slot_freed.notify()
+                self._slot_freed.notify_all()
 
         task = asyncio.get_running_loop().create_task(notify())
         _background.add(task)
@@ -221,6 +227,7 @@ class Engine(ABC):
         if self.failure is None:
             self.failure = failure
             self._failed.set()
+            self._announce_free_slot()  # there will be none: who waits for one is told so
 
 
 _background: set[asyncio.Task[None]] = set()

@@ -124,6 +124,7 @@ class _Engines(Collector):
                 "Seconds of audio received and not yet stepped.",
                 lambda e: e.queued_samples / SAMPLE_RATE,
             ),
+            ("moshi_stt_waiting_files", "Files that wait for a slot.", lambda e: e.waiting),
             ("moshi_stt_used_slots", "Slots that have a stream.", lambda e: e.used_slots),
             ("moshi_stt_total_slots", "Slots there are.", lambda e: e.total_slots),
             ("moshi_stt_ready", "Whether the model is warm and not failed.", lambda e: float(e.ready)),
