@@ -2,6 +2,7 @@
 
 import asyncio
 import struct
+from collections.abc import Iterable
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from tests.support.serving import KEY, Running, raw_request, server_config, serv
 from moshi_stt import protocol
 from moshi_stt.constants import SAMPLE_RATE
 from moshi_stt.engine.stream import StreamLimits
+from moshi_stt.session import Action, Session
 
 NOT_PACKED = b"\xc1"
 
@@ -250,9 +252,10 @@ async def test_upload_goes_on_behind_our_close() -> None:
         for _ in range(40):
             client.silence(SAMPLE_RATE)
         await client.drain()
-        client.close(1007)
         events, code = await client.rest()
         assert (events[-1]["type"], code) == ("Error", 1007)
+        client.silence(SAMPLE_RATE)
+        client.close(1007)
         await client.end_of_file()
 
 
@@ -280,6 +283,34 @@ async def test_engine_failure_is_told_to_every_stream_and_turns_health_red() -> 
         request += "Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n"
         assert (await raw_request(running.port, request.encode())).status == 503
         assert await asyncio.wait_for(waiting, 20) == 1
+
+
+async def test_fault_of_our_own_ends_that_connection_alone(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A bug behind a message is an Error and 1011 to its client, and a traceback in the log, not a dropped socket."""
+
+    def broken(session: Session, message: bytes) -> Iterable[Action]:
+        if message == NOT_PACKED:
+            raise ZeroDivisionError("our own")
+        return receive(session, message)
+
+    receive = Session.receive
+    monkeypatch.setattr(Session, "receive", broken)
+    engine = ScriptedEngine(counting(5, 1), slots=2)
+    async with (
+        serving(engine) as running,
+        await RawClient.connect(running.port) as client,
+        await RawClient.connect(running.port) as other,
+    ):
+        client.send(NOT_PACKED)
+        events, code = await client.rest()
+        assert (events[-1]["type"], code) == ("Error", 1011)
+        assert "its log says why" in events[-1]["message"]
+        other.silence(1920)
+        other.marker(1)
+        assert (await other.events_until("Marker"))[-1]["id"] == 1
+    assert "ZeroDivisionError: our own" in caplog.text
 
 
 async def test_shutdown_tells_running_streams() -> None:

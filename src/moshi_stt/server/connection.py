@@ -203,6 +203,9 @@ class Connection(asyncio.Protocol):
         except ProtocolError as error:
             self._refuse_input(str(error), error.close_code)
             return
+        except Exception as error:
+            self._fail(error)
+            return
         stream = self._stream
         if type(actions) is tuple and len(actions) == 1 and type(actions[0]) is Feed and stream is not None:  # nearly always
             pcm = actions[0].pcm
