@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -121,6 +122,22 @@ def test_the_token_goes_to_the_hub_and_not_to_its_storage(hub: LocalHub, monkeyp
     hub.token = "hf_secret"
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     assert resolve(WEIGHTS).read_bytes() == LARGE
+
+
+@pytest.mark.parametrize(
+    ("behind", "is_sent"), [("/file", True), ("0/file", False), (".example/file", False), ("@x.example/f", False)]
+)
+def test_an_address_that_only_begins_like_the_hubs_gets_no_token(
+    behind: str, is_sent: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_ENDPOINT", "http://hub.test:80")
+    sent: list[dict[str, str]] = []
+    library = SimpleNamespace(
+        utils=SimpleNamespace(build_hf_headers=lambda library_name: {"authorization": "Bearer hf_secret"}),
+        file_download=SimpleNamespace(http_get=lambda *_, headers, **__: sent.append(headers)),
+    )
+    hub_module._transfer(library, SimpleNamespace(location=f"http://hub.test:80{behind}", size=9), tmp_path / "part")
+    assert ["authorization" in headers for headers in sent] == [is_sent]
 
 
 def test_an_interrupted_transfer_goes_on(hub: LocalHub) -> None:

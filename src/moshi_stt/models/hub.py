@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
+from urllib.parse import urlsplit
 
 from moshi_stt.errors import CheckpointError, DownloadError
 
@@ -226,7 +227,7 @@ def _metadata(hub: Any, file: HubFile) -> Any:
 def _transfer(hub: Any, meta: Any, part: Path) -> None:
     """Append what is missing of meta's file to part."""
     headers = hub.utils.build_hf_headers(library_name="moshi-stt")
-    if not meta.location.startswith(endpoint()):
+    if urlsplit(meta.location)[:2] != urlsplit(endpoint())[:2]:
         headers.pop("authorization", None)  # storage elsewhere has its own key in the address
     part.touch()
     with part.open("r+b") as target:
