@@ -1,5 +1,6 @@
 """The transcribe command: what goes where, the exit status, and that it stops when told to."""
 
+import asyncio
 import io
 import json
 import os
@@ -8,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,12 +19,13 @@ from tests.support.media import encode
 from tests.support.written import Reader, written
 
 from moshi_stt.cli import engines, main
-from moshi_stt.cli.transcribe import prefix_seconds_of
+from moshi_stt.cli.transcribe import Source, _report, prefix_seconds_of
 from moshi_stt.config import EmbeddedModule, LimitsConfig, Module
 from moshi_stt.config_load import load_config
 from moshi_stt.engine.engine import Engine
 from moshi_stt.errors import CheckpointError
 from moshi_stt.sample import sample_path
+from moshi_stt.text.subtitles import TimedWord
 
 TIMES = [(0.5, 0.8), (1.0, 1.3), (1.5, 1.8)]
 
@@ -140,6 +143,22 @@ def test_a_damaged_file_is_written_as_far_as_it_goes_and_counts_as_failed(
     out, err = capsys.readouterr()
     assert out == "w0 w1\n"
     assert "cut short" in err
+
+
+def test_a_reader_that_has_gone_ends_the_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """As in `moshi-stt transcribe … | head -1`: no recording is at fault, and the others need not be transcribed."""
+
+    class Gone(io.StringIO):
+        def write(self, text: str) -> int:
+            raise BrokenPipeError
+
+    done: asyncio.Future[list[TimedWord]] = asyncio.Future(loop=asyncio.new_event_loop())
+    done.set_result([TimedWord("one", 0.5, 0.75)])
+    done.get_loop().close()
+    monkeypatch.setattr(sys, "stdout", Gone())
+    with pytest.raises(BrokenPipeError):
+        _report(Namespace(format="text"), Source("a.wav"), None, done, several=False)  # type: ignore[arg-type]
+    assert capsys.readouterr().err == ""
 
 
 def test_an_unwritable_output_is_an_error(

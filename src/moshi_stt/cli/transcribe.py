@@ -332,6 +332,8 @@ def _report(
     try:
         words = task.result()
         _write(args.format, source, output, words, several=several)
+    except BrokenPipeError:  # nobody reads our output any more: the command as a whole ends
+        raise
     except (MoshiSttError, OSError) as error:
         print(f"Error: {source.name}: {_plain(error, source.name)}", file=sys.stderr)
         return False
