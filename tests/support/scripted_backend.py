@@ -2,6 +2,7 @@
 
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -13,7 +14,7 @@ from moshi_stt.engine.engine import EngineInfo, StepOutput
 from moshi_stt.engine.slots import spare_slots
 
 
-class FakeBackend:
+class FakeBackend(ABC):
     """Slots with a position and a hash of the frames they heard. Checks what the engine promises; steps can fail or hang.
 
     Set at any time: raise_next, the next step raises; hang_next, the next step waits for `resume`; step_seconds, each sleeps.
@@ -66,8 +67,9 @@ class FakeBackend:
         noise = (self.heard[slots, None] >> (8 * np.arange(self.heads))) & 255
         return StepOutput(tokens, (-1 - tokens % 7).astype(np.float32) / 4, (noise / 256).astype(np.float32))
 
+    @abstractmethod
     def tokens(self, slots: NDArray[np.int64]) -> Sequence[int] | NDArray[np.int64]:
-        raise NotImplementedError
+        """The next token of each slot, (B,)."""
 
     def _check_thread(self) -> None:
         """All methods are called from one thread."""
