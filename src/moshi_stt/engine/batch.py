@@ -412,6 +412,3 @@ def _set_result(future: "asyncio.Future[None]") -> None:
 def _set_exception(future: "asyncio.Future[None]", error: BaseException) -> None:
     if not future.done():
         future.set_exception(error)
-
-
-__all__ = ["BatchEngine", "LoadedModel", "measure"]

@@ -126,6 +126,8 @@ async def _in_thread(work: Callable[[], T]) -> T:
         return await asyncio.shield(running)
     except asyncio.CancelledError:
         await asyncio.wait((running,))
+        if not running.cancelled():
+            running.exception()  # nobody is left whom it would concern
         raise
 
 
