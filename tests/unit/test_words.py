@@ -12,7 +12,7 @@ from tests.support.scripted_backend import spell
 
 from moshi_stt.events import EndWord, Word
 from moshi_stt.text.tokenizer import TextTokenizer
-from moshi_stt.text.words import WordAssembler
+from moshi_stt.text.words import MOST_PIECES, WordAssembler
 
 Events = list[Word | EndWord]
 
@@ -83,6 +83,18 @@ def test_a_word_behind_a_word_without_a_boundary() -> None:
         Word("41.42", 3 / 12.5, 0.0),
         EndWord(7 / 12.5),
     ]
+
+
+def test_a_model_that_babbles_fills_no_memory() -> None:
+    """Pieces without a pause for ever: words of bounded length, which join on to each other."""
+    words = WordAssembler(lambda ids: str(len(ids)), 6)
+    events = [event for token in [0] * 6 + [7] * (2 * MOST_PIECES + 1) for event in words.push(token)]
+    assert [event.text for event in events if isinstance(event, Word)] == [str(MOST_PIECES)] * 2
+    _, end, second, _ = events
+    assert isinstance(second, Word)
+    assert end == EndWord(second.start_time)
+    assert second.start_time == MOST_PIECES / 12.5
+    assert words.under_way
 
 
 def test_a_word_at_the_end_is_flushed() -> None:

@@ -24,6 +24,8 @@ BOUNDARY: Final = 0
 PAD: Final = 3
 LAST_WORD_SECONDS: Final = 1.0
 """Length of a stream's last word when no boundary ends it, as in Kyutai's own file script (contract section 7.2)."""
+MOST_PIECES: Final = 4_096
+"""A word of so many pieces (five minutes and a half) is emitted as it is: a model that babbles must not fill the memory."""
 SAME_WORD_STEPS: Final = 3
 """A word of this list and one of a fork are the same when their first pieces are no further apart."""
 
@@ -111,7 +113,7 @@ class WordAssembler:
                 events = self._bound(step - 1, [])  # F12: the boundary that the model left out
         self._ids.append(token)
         self._logprob += logprob
-        return events
+        return events if len(self._ids) < MOST_PIECES else self._close(list(events))
 
     def flush(self) -> Sequence[Word | EndWord]:
         """Emit the word under way as it is; later pieces make a word of their own."""
