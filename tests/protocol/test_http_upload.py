@@ -6,7 +6,7 @@ import io
 import json
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import aiohttp
 import numpy as np
@@ -37,13 +37,30 @@ async def post(running: Running, body: Any, headers: dict[str, str] = HEADERS, q
         return answer.status, answer.headers.get("Content-Type", ""), await answer.text()
 
 
-def temporary_files() -> set[str]:
-    return {path.name for path in Path(tempfile.gettempdir()).glob("moshi-stt-upload-*")}
+opened: list[IO[bytes]] = []
+
+
+def temporary_files() -> list[IO[bytes]]:
+    """Those that are open."""
+    return [file for file in opened if not file.closed]
+
+
+def names_left() -> list[Path]:
+    return list(Path(tempfile.gettempdir()).iterdir())
 
 
 @pytest.fixture(autouse=True)
-def own_temporary_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def watched_temporary_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a folder of their own, and known to `temporary_files`."""
+    make = tempfile.TemporaryFile
+
+    def watched() -> IO[bytes]:
+        opened.append(make())
+        return opened[-1]
+
+    opened.clear()
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(tempfile, "TemporaryFile", watched)
 
 
 async def test_answer_is_an_array_of_words_and_ends() -> None:
@@ -188,6 +205,7 @@ async def test_client_that_goes_away_frees_its_slot_and_its_file() -> None:
                 await until(lambda: engine.used_slots == 1)
             else:
                 await until(temporary_files)
+            assert not names_left()  # a server that is killed now leaves nothing behind
             writer.transport.abort()
             await until(lambda: engine.used_slots == 0 and not temporary_files() and not running.server.service.uploads)
             engine.release()

@@ -9,7 +9,6 @@ import logging
 import tempfile
 from collections.abc import AsyncIterator, Callable, Generator
 from contextlib import asynccontextmanager, closing
-from pathlib import Path
 from typing import IO, TypeVar
 
 import msgspec
@@ -92,8 +91,8 @@ async def _transcribe(request: web.Request, service: Service, served: Served) ->
     refusal = service.refusal()
     if refusal is not None:
         raise _Refused(503, refusal)
-    async with _received(request, limits) as path:
-        pieces = _decoded(path)
+    async with _received(request, limits) as file:
+        pieces = _decoded(file)
         with closing(pieces):
             try:
                 first = await _in_thread(lambda: _gather(pieces))
@@ -132,13 +131,13 @@ async def _in_thread(work: Callable[[], T]) -> T:
 
 
 @asynccontextmanager
-async def _received(request: web.Request, limits: LimitsConfig) -> AsyncIterator[Path]:
-    """The body in a file of its own, deleted at the end."""
+async def _received(request: web.Request, limits: LimitsConfig) -> AsyncIterator[IO[bytes]]:
+    """The body in a file of its own. It has no name, so that nothing is left of it even when the process is killed."""
     limit = limits.max_upload_bytes
     too_large = f"{UNBUFFERED}length limit exceeded: at most {limit} bytes are taken (max_upload_bytes)"
     if request.content_length is not None and request.content_length > limit:
         raise _Refused(413, too_large)
-    with tempfile.NamedTemporaryFile(prefix="moshi-stt-upload-") as file:
+    with tempfile.TemporaryFile() as file:
         try:
             received = 0
             buffer = bytearray()
@@ -157,7 +156,8 @@ async def _received(request: web.Request, limits: LimitsConfig) -> AsyncIterator
             raise
         except OSError as error:
             raise _Refused(507, f"{UNBUFFERED}{error.strerror}") from None
-        yield Path(file.name)
+        file.seek(0)
+        yield file
 
 
 async def _next_piece(request: web.Request, patience_seconds: float) -> bytes:
@@ -177,10 +177,10 @@ async def _write(file: IO[bytes], data: bytearray) -> None:
     await _in_thread(write)
 
 
-def _decoded(path: Path) -> Pieces:
+def _decoded(file: IO[bytes]) -> Pieces:
     from moshi_stt.audio.decode import decode_file  # loads the codecs: not before the first file
 
-    yield from decode_file(path)
+    yield from decode_file(file)
 
 
 def _gather(pieces: Pieces) -> NDArray[np.float32]:
