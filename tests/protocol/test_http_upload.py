@@ -4,6 +4,7 @@ import asyncio
 import errno
 import io
 import json
+import logging
 import tempfile
 from pathlib import Path
 from typing import IO, Any
@@ -210,6 +211,24 @@ async def test_client_that_goes_away_frees_its_slot_and_its_file() -> None:
             await until(lambda: engine.used_slots == 0 and not temporary_files() and not running.server.service.uploads)
             engine.release()
         assert (await post(running, wav(0.2)))[0] == 200
+
+
+@pytest.mark.parametrize(
+    ("header", "body"),
+    [("Content-Encoding: gzip\r\nContent-Length: 9", b"not gzip."), ("Transfer-Encoding: chunked", b"zz\r\n")],
+    ids=["gzip", "chunk"],
+)
+async def test_body_that_is_not_what_its_header_says(header: str, body: bytes, caplog: pytest.LogCaptureFixture) -> None:
+    """The client's fault: a 400 that says so, and no traceback in the log."""
+    async with serving(ScriptedEngine(counting(2))) as running:
+        request = f"POST {DEFAULT_PATH} HTTP/1.1\r\nHost: x\r\nkyutai-api-key: {KEY}\r\n{header}\r\n\r\n"
+        answer = await raw_request(running.port, request.encode() + body)
+        assert answer.status == 400
+        assert answer.body
+        if "gzip" in header:
+            assert answer.body == b"Failed to buffer the request body: Can not decode content-encoding: gzip"
+        assert (await post(running, wav(0.2)))[0] == 200
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING], caplog.text
 
 
 async def test_engine_failure_is_500_in_plain_words() -> None:

@@ -223,7 +223,7 @@ class Server:
 
 def _not_their_fault(record: logging.LogRecord) -> bool:
     """Keep out of the log what is no HTTP: scanners would fill it, and a broken request line may hold a key."""
-    return not (record.exc_info and isinstance(record.exc_info[1], HttpProcessingError))
+    return not (record.exc_info and isinstance(record.exc_info[1], HttpProcessingError | web.RequestPayloadError))
 
 
 def bind(host: str, port: int) -> socket.socket:

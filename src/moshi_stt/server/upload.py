@@ -151,7 +151,8 @@ async def _received(request: web.Request, limits: LimitsConfig) -> AsyncIterator
                     buffer = bytearray()
             await _write(file, buffer)
         except web.RequestPayloadError as error:
-            raise _Refused(400, f"{UNBUFFERED}{error}") from None
+            reason = " ".join(str(getattr(error.__cause__, "message", error)).split())
+            raise _Refused(400, f"{UNBUFFERED}{reason}") from None
         except ConnectionError:
             raise
         except OSError as error:
