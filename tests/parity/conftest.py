@@ -20,6 +20,7 @@ if importlib.util.find_spec("torch") is None or importlib.util.find_spec("safete
 @pytest.fixture(scope="session")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
     """A small random model."""
+    pytest.importorskip("safetensors")
     spec = small_spec()
     return save(tmp_path_factory.mktemp("small"), spec, *small_tensors(spec))
 

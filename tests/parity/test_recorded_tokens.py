@@ -32,8 +32,8 @@ def run(framework: str, checkpoint: Path, pcm: NDArray[np.float32], *, zero_star
 def check(
     framework: str, name: str, checkpoint: Path, shared: Path, speech: NDArray[np.float32], *, zero_start: bool
 ) -> Outputs:
-    recorded = np.load(shared / "goldens/recorded/tokens.npz")
-    audio, text = recorded[f"{name}_audio_in"], recorded[f"{name}_text_in"]
+    with np.load(shared / "goldens/recorded/tokens.npz") as recorded:
+        audio, text = recorded[f"{name}_audio_in"], recorded[f"{name}_text_in"]
     silence = np.zeros(len(text) * 1_920 - len(speech), np.float32)
     ours = run(framework, checkpoint, np.concatenate([speech, silence]), zero_start=zero_start)
     np.testing.assert_array_equal(ours.codes[:-1], audio[1:])

@@ -77,6 +77,11 @@ async def words_of(running: Running, messages: list[bytes]) -> list[TimedWord]:
     return pair_words(events)
 
 
+def spoken(words: list[TimedWord]) -> list[str]:
+    """The words without case and punctuation."""
+    return [word.text.lower().strip(".,?") for word in words]
+
+
 async def test_any_chunks_and_any_encoding_give_the_same_words() -> None:
     pcm = beginning()
     pcm[:2_400] = 0  # whole numbers, for the encoding that packs them as such
@@ -84,7 +89,7 @@ async def test_any_chunks_and_any_encoding_give_the_same_words() -> None:
     engine = build_engine(config.modules[0], config.limits)
     async with serving(engine) as running, asyncio.timeout(SECONDS):
         expected = await words_of(running, [ENCODINGS["float32"](pcm)])
-        assert [word.text.lower().strip(".,?") for word in expected[:4]] == ["ever", "tried", "ever", "failed"]
+        assert spoken(expected)[:4] == ["ever", "tried", "ever", "failed"]
         runs = {
             (name, size): words_of(running, [encode(chunk) for chunk in chunks(pcm, size)])
             for name, encode in ENCODINGS.items()
@@ -108,5 +113,5 @@ async def test_opus_in_any_pieces_gives_the_words_of_the_pcm() -> None:
         ]
         first, *others = await asyncio.gather(*runs)
         assert all(words == first for words in others)
-        assert [word.text for word in first] == [word.text for word in expected]
+        assert spoken(first) == spoken(expected)  # Opus is lossy, and a comma may turn into a full stop
         assert all(abs(a.start - b.start) < 0.1 for a, b in zip(first, expected, strict=True))
