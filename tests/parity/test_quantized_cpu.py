@@ -1,6 +1,7 @@
 """8 and 4 bits in PyTorch on a CPU: the products, quantising at load, and files of `moshi-stt quantize` and of MLX's kind."""
 
 import asyncio
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -339,6 +340,12 @@ def test_bits_that_no_one_reads(wide: Checkpoint, tmp_path: Path) -> None:
     assert name in source.tensors
     with pytest.raises(CheckpointError, match="holds weights of 2 bits, and this program reads 4 and 8"):
         load(wide, lm_file=tmp_path / "two.safetensors")
+
+
+def test_without_onnx_runtime(wide: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "moshi_stt.models.torch_impl.quantized", None)
+    with pytest.raises(ConfigError, match=r"need onnxruntime on a CPU .*pip install onnxruntime"):
+        load(wide, "int8")
 
 
 def test_threads_of_the_products(wide: Checkpoint) -> None:

@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from moshi_stt.errors import CheckpointError
+from moshi_stt.errors import CheckpointError, ConfigError
 from moshi_stt.models.affine import Packed, Scheme, choose_packing, dequantize, quantize
 from moshi_stt.models.spec import LMSpec
 from moshi_stt.models.tensors import TensorFile, open_tensors
@@ -69,9 +69,15 @@ def load_quantized_lm(
     Matrices that the file has packed are taken as they are; others are packed under `scheme`, where there is one and their
     width allows. One is held unpacked at a time. threads: of the packed products. dtype: of what stays unpacked; norms are
     float32 at least.
-    Raises CheckpointError when the file cannot be read, ConfigError where ONNX Runtime is too old.
+    Raises CheckpointError when the file cannot be read, ConfigError where ONNX Runtime is missing or too old.
     """
-    from moshi_stt.models.torch_impl.quantized import packed_linear, packed_table
+    try:
+        from moshi_stt.models.torch_impl.quantized import packed_linear, packed_table
+    except ImportError as error:  # some platforms have no wheel of ONNX Runtime
+        raise ConfigError(
+            f"weights of 8 and 4 bits need onnxruntime on a CPU ({error}): run `pip install onnxruntime`, or use the unquantised "
+            'weights and quantize = "none"'
+        ) from error
 
     wide = torch.promote_types(dtype, torch.float32)
     table_names = ["text_emb.weight", *(f"emb.{i}.weight" for i in range(spec.codebooks))]
