@@ -75,8 +75,8 @@ def load_quantized_lm(
         from moshi_stt.models.torch_impl.quantized import packed_linear, packed_table
     except ImportError as error:  # some platforms have no wheel of ONNX Runtime
         raise ConfigError(
-            f"weights of 8 and 4 bits need onnxruntime on a CPU ({error}): run `pip install onnxruntime`, or use the unquantised "
-            'weights and quantize = "none"'
+            f"weights of 8 and 4 bits need onnxruntime on a CPU ({error}): run `pip install onnxruntime`, or use "
+            'unquantised weights and quantize = "none"'
         ) from error
 
     wide = torch.promote_types(dtype, torch.float32)
