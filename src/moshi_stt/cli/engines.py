@@ -123,7 +123,7 @@ def _kyutai(module: KyutaiModule, limits: StreamLimits, observer: EngineObserver
 def framework_of(module: KyutaiModule) -> Framework:
     """What runs a module: MLX on Apple silicon, PyTorch elsewhere, unless the device says which or only one is installed."""
     device = module.engine.device
-    if device in ("cuda", "mps"):
+    if device.startswith("cuda") or device == "mps":
         return "torch"
     first: Framework = "mlx" if device == "mlx" or on_apple_silicon() else "torch"
     second: Framework = "torch" if first == "mlx" else "mlx"

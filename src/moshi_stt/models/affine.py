@@ -10,7 +10,8 @@ from typing import Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from moshi_stt.models.weights import Packing
+from moshi_stt.errors import CheckpointError, ConfigError
+from moshi_stt.models.weights import Packing, Plan
 
 Scheme = Literal["int8", "int4"]
 SCHEMES: Mapping[int, Scheme] = {8: "int8", 4: "int4"}
@@ -43,6 +44,42 @@ def choose_packing(name: str, shape: tuple[int, ...], scheme: Scheme) -> Packing
         if shape[1] % group_size == 0:
             return Packing(wanted.bits, group_size)
     return None
+
+
+def choose_scheme(plan: Plan, setting: str) -> Scheme | None:
+    """What the layers' weights of a file are, or are to be packed to. setting: none, int8 or int4.
+
+    Raises ConfigError where the file is packed already and something else is wanted, CheckpointError for a packing that is
+    none of this program's.
+    """
+    bits = {source.packing.bits for source in plan.sources if source.packing}
+    if not bits:
+        return "int8" if setting == "int8" else "int4" if setting == "int4" else None
+    unknown = bits - set(SCHEMES)
+    if unknown:
+        raise CheckpointError(
+            f"{plan.header.path} holds weights of {min(unknown)} bits, and this program reads 4 and 8: "
+            "quantise the original with `moshi-stt quantize`"
+        )
+    found = SCHEMES[min(bits)]
+    if setting not in ("none", found):
+        raise ConfigError(
+            f'{plan.header.path} holds weights of {min(bits)} bits already, but quantize = "{setting}" is set: '
+            'use quantize = "none", or the file that is not quantised'
+        )
+    return found
+
+
+def left_unpacked(plan: Plan, scheme: Scheme | None) -> tuple[str, ...]:
+    """A note where matrices that are to be packed while loading have a width that no packing fits."""
+    if scheme is None or plan.packed:
+        return ()
+    shapes = [(source.param.name, source.param.shape) for source in plan.sources]
+    left = sum(
+        name.startswith(("transformer.", "text_linear.")) and len(shape) == 2 and choose_packing(name, shape, scheme) is None
+        for name, shape in shapes
+    )
+    return (f"{left} matrices are left as they are: no multiple of 32 wide",) if left else ()
 
 
 def quantize(weight: NDArray[np.float32], packing: Packing) -> Packed:

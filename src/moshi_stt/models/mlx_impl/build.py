@@ -6,8 +6,7 @@ from pathlib import Path
 import mlx.core as mx
 
 from moshi_stt.config import KyutaiModule
-from moshi_stt.errors import ConfigError
-from moshi_stt.models.affine import SCHEMES, Scheme
+from moshi_stt.models.affine import choose_scheme, left_unpacked
 from moshi_stt.models.mlx_impl.backend import BackendState, MLXBackend
 from moshi_stt.models.mlx_impl.device import (
     DTYPE_NAMES,
@@ -26,7 +25,7 @@ from moshi_stt.models.mlx_impl.loader import Precision, load_lm_params, load_mim
 from moshi_stt.models.mlx_impl.mimi import MimiEncoder, MimiState
 from moshi_stt.models.report import LoadReport
 from moshi_stt.models.spec import ModelSpec
-from moshi_stt.models.weights import Plan, plan_lm, plan_mimi
+from moshi_stt.models.weights import plan_lm, plan_mimi
 
 FIXED_ROWS = 16
 """Rows of every step under `fixed_shapes` where products depend on their number."""
@@ -56,7 +55,7 @@ def load_backend(
     lm_plan, _ = plan_lm(lm_file, spec.lm)
     mimi_plan = plan_mimi(mimi_file, spec.mimi)
     scheme = choose_scheme(lm_plan, engine.quantize)
-    notes += choose_mimi_precision(engine.mimi_dtype) + setting_notes(engine)
+    notes += choose_mimi_precision(engine.mimi_dtype) + setting_notes(engine) + left_unpacked(lm_plan, scheme)
     # The CPU multiplies packed weights in float32 ten times as fast as in bfloat16.
     precision = Precision(dtype, dtype if is_gpu(target) else mx.float32, scheme)
     with mx.stream(target):
@@ -93,24 +92,6 @@ def make_state(spec: ModelSpec, slots: int, kv_dtype: mx.Dtype) -> BackendState:
     """State of `slots` slots and the scratch slot."""
     count = slots + 1
     return BackendState(LMState(spec.lm, count, kv_dtype), MimiState(spec.mimi, count), count, spec.lm.codebooks)
-
-
-def choose_scheme(plan: Plan, setting: str) -> Scheme | None:
-    """What the layers' weights are, or are to be packed to.
-
-    Raises ConfigError where the file is packed already and something else is wanted.
-    """
-    wanted: Scheme | None = "int8" if setting == "int8" else "int4" if setting == "int4" else None
-    bits = [source.packing.bits for source in plan.sources if source.packing]
-    if not bits:
-        return wanted
-    found = SCHEMES.get(min(bits))
-    if found is None or wanted not in (None, found):
-        raise ConfigError(
-            f'{plan.header.path} holds weights of {min(bits)} bits already, but quantize = "{setting}" is set: '
-            'use quantize = "none", or the file that is not quantised'
-        )
-    return found
 
 
 def rows_independent(lm: LanguageModel, mimi: MimiEncoder) -> bool:

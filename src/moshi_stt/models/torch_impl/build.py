@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from moshi_stt.config import KyutaiModule
-from moshi_stt.errors import CheckpointError, ConfigError
-from moshi_stt.models.affine import SCHEMES, Scheme
+from moshi_stt.errors import ConfigError
+from moshi_stt.models import affine
+from moshi_stt.models.affine import Scheme
 from moshi_stt.models.report import LoadReport, memory_note
 from moshi_stt.models.spec import ModelSpec
 from moshi_stt.models.torch_impl.attention import RingAttention, ring_attention, ring_attention_rows
@@ -98,36 +99,20 @@ def load_backend(
 
 
 def choose_scheme(plan: Plan, module: KyutaiModule, device: torch.device) -> Scheme | None:
-    """What the layers' weights are, or are to be packed to.
-
-    Raises ConfigError off the CPU, and where the file is packed already and something else is wanted; CheckpointError for a
-    packing that is none of this program's.
-    """
-    setting = module.engine.quantize
-    bits = [source.packing.bits for source in plan.sources if source.packing]
-    if not bits and setting == "none":
-        return None
-    what = f"{plan.header.path} holds weights of {min(bits)} bits" if bits else f'quantize = "{setting}" is set'
-    if device.type != "cpu":
+    """As `affine.choose_scheme`; raises ConfigError off the CPU too."""
+    scheme = affine.choose_scheme(plan, module.engine.quantize)
+    if scheme is not None and device.type != "cpu":
+        what = (
+            f"{plan.header.path} holds weights of {scheme.removeprefix('int')} bits"
+            if plan.packed
+            else f'quantize = "{scheme}" is set'
+        )
         raise ConfigError(
             f"{what}, which PyTorch runs on the CPU alone, not on {device}: "
-            + ("use the unquantised file" if bits else 'use "none"')
+            + ("use the unquantised file" if plan.packed else 'use "none"')
             + ' (dtype_override = "bf16" halves float32), or device = "cpu"'
         )
-    if not bits:
-        return "int8" if setting == "int8" else "int4"
-    unknown = set(bits) - set(SCHEMES)
-    if unknown:
-        raise CheckpointError(
-            f"{plan.header.path} holds weights of {min(unknown)} bits, and this program reads 4 and 8: "
-            "quantise the original with `moshi-stt quantize`"
-        )
-    found = SCHEMES[min(bits)]
-    if setting not in ("none", found):
-        raise ConfigError(
-            f'{what} already, but quantize = "{setting}" is set: use quantize = "none", or the file that is not quantised'
-        )
-    return found
+    return scheme
 
 
 def load_lm(
