@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from moshi_stt.config import EngineConfig, KyutaiModule
 from moshi_stt.models.spec import LMSpec, MimiSpec, ModelSpec
+from moshi_stt.models.tensors import write_tensors
 from moshi_stt.models.weights import Param, lm_table, mimi_table
 
 Tensors = dict[str, NDArray[np.float32]]
@@ -106,10 +107,9 @@ def _random(param: Param, rng: np.random.Generator) -> NDArray[np.float32]:
 
 def save(folder: Path, spec: ModelSpec, lm: Tensors, mimi: Tensors) -> Checkpoint:
     """Write both files."""
-    from safetensors.numpy import save_file
-
-    save_file(lm, folder / "model.safetensors")
-    save_file(mimi, folder / "mimi.safetensors")
+    for name, tensors in (("model", lm), ("mimi", mimi)):
+        shapes = {key: ("I32" if values.dtype == np.int32 else "F32", values.shape) for key, values in tensors.items()}
+        write_tensors(folder / f"{name}.safetensors", shapes, tensors.items(), {})
     return Checkpoint(folder, spec)
 
 

@@ -22,8 +22,9 @@ STORED: Mapping[str, type[np.generic]] = {
     "F32": np.float32,
     "F64": np.float64,
     "U32": np.uint32,
+    "I32": np.int32,
 }
-"""How NumPy holds each safetensors dtype that language models are made of."""
+"""How NumPy holds the safetensors dtypes that are read or written here."""
 
 Bits = NDArray[np.generic]
 """An array as `STORED` says, to be read together with its safetensors dtype."""
