@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from moshi_stt.constants import FRAME_SAMPLES, FRAME_SECONDS
-from moshi_stt.engine.engine import Ages, Backend, Engine, EngineInfo, EngineObserver, StepOutput
+from moshi_stt.engine.engine import Ages, Backend, Engine, EngineInfo, EngineObserver, StepOutput, TakesInPlace
 from moshi_stt.engine.lane import Lane
 from moshi_stt.engine.slots import Slot, SlotPool
 from moshi_stt.engine.stream import Delivery, Stream, StreamLimits, deliver_all
@@ -345,9 +345,12 @@ class BatchEngine(Engine):
         self._spares = SlotPool(backend.slots - streams, first=streams)
         self._table: list[Lane | None] = [None] * streams
         self._new_words = lambda: WordAssembler(loaded.decode, self._delay)
-        self._pcm = np.zeros((streams, FRAME_SAMPLES), np.float32)  # (B, S)
-        self._slots = np.zeros(streams, np.int64)  # (B,)
-        self._fresh = np.zeros(streams, np.bool_)  # (B,)
+        if isinstance(backend, TakesInPlace) and len(backend.inputs.slots) >= streams:
+            self._pcm, self._slots, self._fresh = backend.inputs
+        else:
+            self._pcm = np.zeros((streams, FRAME_SAMPLES), np.float32)  # (B, S)
+            self._slots = np.zeros(streams, np.int64)  # (B,)
+            self._fresh = np.zeros(streams, np.bool_)  # (B,)
         backend.warm_up()
         self._costs = measure(backend, streams)
         self.info = replace(loaded.info, total_slots=streams, details=loaded.info.details | self._describe())

@@ -75,6 +75,22 @@ class Ages(Protocol):
         ...
 
 
+class StepInputs(NamedTuple):
+    """What `Backend.step` takes. pcm float32 (B, 1920), slots int64 (B,), fresh bool (B,)."""
+
+    pcm: NDArray[np.float32]
+    slots: NDArray[np.int64]
+    fresh: NDArray[np.bool_]
+
+
+@runtime_checkable
+class TakesInPlace(Protocol):
+    """A backend with arrays of its own, whose first rows a step takes without a copy on the host."""
+
+    @property
+    def inputs(self) -> StepInputs: ...
+
+
 @dataclass(frozen=True)
 class EngineInfo:
     """What an engine says of itself: printed at start, shown by `modules_info`, `/ready` and `moshi-stt status`."""

@@ -1,8 +1,8 @@
 """Steps of fixed sizes, captured once and replayed: `GraphRunner`. Knows no model: it captures a function of three tensors.
 
 A step of n rows runs in the smallest bucket that holds them; spare rows point at the scratch slot and are always fresh.
-Inputs lie side by side in one pinned buffer and go over in one copy, the outputs come back in one; both copies are
-part of the graph, so that a step is one launch and one wait.
+Inputs lie in one pinned buffer, which the caller may fill in place, and go over in one copy; the outputs come back in one. Both
+copies are part of the graph, so that a step is one launch and one wait.
 """
 
 from collections.abc import Callable
@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from moshi_stt.constants import FRAME_SAMPLES
+from moshi_stt.engine.engine import StepInputs
 
 StepRows = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(pcm float32 (B, 1920), slots int64 (B,), fresh bool (B,)) -> float32 (B, width): static shapes, no synchronisation."""
@@ -70,25 +71,17 @@ class NoGraphs:
         return torch.empty(count, dtype=torch.uint8)
 
 
-class _Inputs(NamedTuple):
-    """Views of one packed buffer: pcm (n, 1920) float32, slots (n,) int64, fresh (n,) bool."""
-
-    pcm: Tensor
-    slots: Tensor
-    fresh: Tensor
-    packed: Tensor
-
-
 class _Bucket(NamedTuple):
-    inputs: _Inputs
-    """On the host."""
     output: NDArray[np.float32]
     """(n, width), on the host."""
     replay: Callable[[], None]
 
 
 class GraphRunner:
-    """Runs `step_rows` in buckets. For one thread."""
+    """Runs `step_rows` in buckets. For one thread.
+
+    inputs: of the largest bucket. What a caller writes there is stepped without another copy on the host.
+    """
 
     def __init__(
         self, step_rows: StepRows, *, width: int, scratch: int, buckets: tuple[int, ...], device: torch.device, graphs: Capturer
@@ -98,12 +91,13 @@ class GraphRunner:
         self._step_rows = step_rows
         self._width = width
         self._scratch = scratch
-        self._device = device
         self._graphs = graphs
         largest = buckets[-1]
-        self._host_in = graphs.host(largest * _ROW_BYTES)
+        self._host_in = graphs.host(_input_bytes(largest, largest))
         self._host_out = graphs.host(largest * width * 4)
-        self._device_in = torch.empty(largest * _ROW_BYTES, dtype=torch.uint8, device=device)
+        self._device_in = torch.empty(len(self._host_in), dtype=torch.uint8, device=device)
+        pcm, slots, fresh = self._cut(self._host_in, largest)
+        self.inputs = StepInputs(pcm.numpy(), slots.numpy(), fresh.numpy())
         self._captured: dict[int, _Bucket] = {}
 
     def prepare(self) -> None:
@@ -115,18 +109,19 @@ class GraphRunner:
         """Step rows, any number of them: float32 (B, width). More than the largest bucket holds go in several steps."""
         largest = self.buckets[-1]
         if len(slots) <= largest:
-            return self._step(pcm, slots, fresh)
+            return self._step(StepInputs(pcm, slots, fresh))
         parts = [slice(start, start + largest) for start in range(0, len(slots), largest)]
-        return np.concatenate([self._step(pcm[part], slots[part], fresh[part]) for part in parts])
+        return np.concatenate([self._step(StepInputs(pcm[part], slots[part], fresh[part])) for part in parts])
 
-    def _step(self, pcm: NDArray[np.float32], slots: NDArray[np.int64], fresh: NDArray[np.bool_]) -> NDArray[np.float32]:
-        rows = len(slots)
-        inputs, output, replay = self._bucket(next(size for size in self.buckets if size >= rows))
-        inputs.pcm[:rows] = torch.from_numpy(pcm)
-        inputs.slots[:rows] = torch.from_numpy(slots)
-        inputs.slots[rows:] = self._scratch
-        inputs.fresh[:rows] = torch.from_numpy(fresh)
-        inputs.fresh[rows:] = True
+    def _step(self, given: StepInputs) -> NDArray[np.float32]:
+        rows = len(given.slots)
+        size = next(size for size in self.buckets if size >= rows)
+        output, replay = self._bucket(size)
+        for source, target in zip(given, self.inputs, strict=True):
+            if source.ctypes.data != target.ctypes.data:
+                np.copyto(target[:rows], source)
+        self.inputs.slots[rows:size] = self._scratch
+        self.inputs.fresh[rows:size] = True
         replay()
         return output[:rows].copy()
 
@@ -137,27 +132,40 @@ class GraphRunner:
 
     def _capture(self, rows: int) -> _Bucket:
         """Capture a step of so many rows, all of them spare."""
-        host, device = _cut(self._host_in, rows), _cut(self._device_in, rows)
+        used = _input_bytes(rows, self.buckets[-1])
+        host, device = self._host_in[:used], self._device_in[:used]
+        pcm, slots, fresh = self._cut(device, rows)
         host_out = self._host_out[: rows * self._width * 4].view(torch.float32).view(rows, self._width)
-        host.pcm.zero_()
-        host.slots.fill_(self._scratch)
-        host.fresh.fill_(True)
+        kept = [part[:rows].copy() for part in self.inputs]
+        self.inputs.pcm[:rows] = 0
+        self.inputs.slots[:rows] = self._scratch
+        self.inputs.fresh[:rows] = True
 
         def run() -> None:
-            device.packed.copy_(host.packed, non_blocking=True)
-            host_out.copy_(self._step_rows(device.pcm, device.slots, device.fresh), non_blocking=True)
+            device.copy_(host, non_blocking=True)
+            host_out.copy_(self._step_rows(pcm, slots, fresh), non_blocking=True)
 
-        return _Bucket(host, host_out.numpy(), self._graphs.capture(run))
+        replay = self._graphs.capture(run)
+        for part, before in zip(self.inputs, kept, strict=True):
+            part[:rows] = before
+        return _Bucket(host_out.numpy(), replay)
+
+    def _cut(self, buffer: Tensor, rows: int) -> tuple[Tensor, Tensor, Tensor]:
+        """pcm, slots and fresh of the first rows of a packed buffer."""
+        largest = self.buckets[-1]
+        start = _header_bytes(largest)
+        pcm = buffer[start : start + rows * 4 * FRAME_SAMPLES].view(torch.float32).view(rows, FRAME_SAMPLES)
+        return pcm, buffer[: 8 * rows].view(torch.int64), buffer[8 * largest : 8 * largest + rows].view(torch.bool)
 
 
-_ROW_BYTES = 4 * FRAME_SAMPLES + 8 + 1
+def _header_bytes(largest: int) -> int:
+    """Slots and fresh of every row lie in front, whatever the bucket, so that the sound always begins at the same place."""
+    return -(-9 * largest // 256) * 256
 
 
-def _cut(buffer: Tensor, rows: int) -> _Inputs:
-    """The inputs of `rows` rows at the front of a byte buffer."""
-    packed = buffer[: rows * _ROW_BYTES]
-    pcm, slots, fresh = torch.split(packed, [rows * 4 * FRAME_SAMPLES, rows * 8, rows])
-    return _Inputs(pcm.view(torch.float32).view(rows, FRAME_SAMPLES), slots.view(torch.int64), fresh.view(torch.bool), packed)
+def _input_bytes(rows: int, largest: int) -> int:
+    """What a step of `rows` copies: the header and its own sound, one run of bytes."""
+    return _header_bytes(largest) + rows * 4 * FRAME_SAMPLES
 
 
 def bucket_sizes(slots: int) -> tuple[int, ...]:

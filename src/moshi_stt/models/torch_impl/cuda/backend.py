@@ -8,7 +8,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from moshi_stt.engine.engine import StepOutput
+from moshi_stt.engine.engine import StepInputs, StepOutput
 from moshi_stt.models.report import LoadReport
 from moshi_stt.models.spec import ModelSpec
 from moshi_stt.models.torch_impl.backend import BackendState, SlotBackend
@@ -64,6 +64,11 @@ class CudaBackend(SlotBackend):
         with torch.inference_mode():
             packed = self.runner.step(pcm, slots, fresh)
         return StepOutput(packed[:, 0].astype(np.int64), packed[:, 1], packed[:, 2:])
+
+    @property
+    def inputs(self) -> StepInputs:
+        """Arrays that a step takes without a copy: pcm, slots and fresh of as many rows as there are slots."""
+        return self.runner.inputs
 
     def warm_up(self) -> None:
         """Compile the kernels and capture every bucket."""

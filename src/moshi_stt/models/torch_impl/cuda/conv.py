@@ -178,7 +178,7 @@ def conv(
 ) -> None:
     """x (B, context + T * stride, C) -> out[:, kept:] (B, T, N). A kernel of 1 is a plain product over (B, T, C).
 
-    precision: `ieee`, `tf32` or `tf32x3` for float32 data; bfloat16 data is multiplied as it is.
+    precision: see `mimi.Precision`, for float32 data; bfloat16 data is multiplied as it is.
     elu_in: x is raw and its ELU is taken on the way. shortcut (B, T, N), its last two axes dense, is added before the
     activation: ``, `elu` or `gelu`.
     """
@@ -240,7 +240,7 @@ def choose_tile(count: int, n: int, k: int, dtype: torch.dtype, precision: str) 
     work = count * n
     if precision == "ieee":
         tile = Tile(32, 32, 32, 4, 2)
-    elif precision == "tf32x3":
+    elif precision in ("tf32x3", "bf16x3"):
         tile = Tile(16, 32, 128, 4, 4) if work < 1 << 17 else Tile(32, 64, 64, 4, 4) if count <= 512 else Tile(64, 64, 32, 4, 4)
     elif count <= 16 or work <= 1 << 15:
         tile = Tile(16, 16, 256, 4, 3)

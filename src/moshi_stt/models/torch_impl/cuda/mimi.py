@@ -9,6 +9,7 @@ from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
+from triton.backends.nvidia.compiler import CUDAOptions
 
 from moshi_stt.models.spec import ConvSpec, MimiSpec
 from moshi_stt.models.torch_impl.cuda import conv as kernels
@@ -22,7 +23,9 @@ MimiDtype = Literal["f32", "tf32", "bf16"]
 
 
 class Precision(NamedTuple):
-    """How each part multiplies: `ieee` float32, `tf32`, or `tf32x3` (three products, float32 in effect)."""
+    """How each part multiplies: `ieee` float32; `tf32`, good to 2**-11; `tf32x3` and `bf16x3`, three products each, good to
+    float32's own rounding and to 2**-16.
+    """
 
     conv: str
     linear: str
@@ -30,10 +33,12 @@ class Precision(NamedTuple):
     conv_dtype: torch.dtype = torch.float32
 
 
+_THREE = "bf16x3" if "bf16x3" in getattr(CUDAOptions, "allowed_dot_input_precisions", ()) else "tf32x3"
+
 PRECISIONS: dict[MimiDtype, Precision] = {
     "f32": Precision("ieee", "ieee", "ieee"),
-    "tf32": Precision("tf32", "tf32x3", "tf32x3"),
-    "bf16": Precision("tf32", "tf32x3", "tf32x3", torch.bfloat16),
+    "tf32": Precision("tf32", _THREE, "tf32x3"),
+    "bf16": Precision("tf32", _THREE, "tf32x3", torch.bfloat16),
 }
 
 

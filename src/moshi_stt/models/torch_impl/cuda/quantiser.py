@@ -73,7 +73,7 @@ def quantise(projected: Tensor, books: Tensor, half_norms: Tensor, codes: Tensor
     buffers = torch.empty(2, rows, dim, dtype=torch.float32, device=projected.device)
     if precision == "ieee":
         br, bn, bk, warps, stages = 16, 32, 64, 4, 3
-    elif rows <= 16:
+    elif rows <= 64:
         br, bn, bk, warps, stages = 16, 32, dim, 4, 1
     else:
         br, bn, bk, warps, stages = (16, 64, 64, 4, 3) if rows <= 256 else (64, 128, 32, 4, 3)
