@@ -52,31 +52,32 @@ def random_mimi(spec: MimiSpec, device: torch.device, seed: int = 1) -> dict[str
 
 
 def _draw(name: str, tensor: Tensor, generator: torch.Generator, books: int = 1) -> None:
-    """Fill a parameter by what its name says it is."""
+    """Fill a parameter by what its name says it is: the same numbers, all of bfloat16, in any dtype."""
+    low, high = _range(name, tensor.shape, books)
+    drawn = torch.empty(tensor.shape, device=tensor.device).uniform_(low, high, generator=generator)
+    if name == "text_linear.weight":  # the boundary and the pad win often, so that words begin and end
+        drawn[[0, 3]] *= 2.5 if len(tensor) < 1_000 else 4.0
+    tensor.copy_(drawn.bfloat16())
 
-    def uniform(low: float, high: float) -> None:
-        tensor.uniform_(low, high, generator=generator)
 
-    fan_in = math.prod(tensor.shape[1:])
+def _range(name: str, shape: torch.Size, books: int) -> tuple[float, float]:
+    fan_in = math.prod(shape[1:])
     if name.endswith("cluster_usage"):
-        uniform(0.5, 1.5)
-    elif name.endswith("embedding_sum"):
-        uniform(-0.6, 0.6)
-    elif "layer_scale" in name:
-        uniform(0.2, 0.4)
-    elif name.endswith(("alpha", "norm1.weight", "norm2.weight")):
-        uniform(0.9, 1.1)
-    elif name.endswith("bias"):
-        uniform(-0.05, 0.05)
-    elif name.startswith(("text_emb", "emb.")):
+        return 0.5, 1.5
+    if name.endswith("embedding_sum"):
+        return -0.6, 0.6
+    if "layer_scale" in name:
+        return 0.2, 0.4
+    if name.endswith(("alpha", "norm1.weight", "norm2.weight")):
+        return 0.9, 1.1
+    if name.endswith("bias"):
+        return -0.05, 0.05
+    if name.startswith(("text_emb", "emb.")):
         bound = 0.85 if name.startswith("text") else math.sqrt(3 / books)
-        uniform(-bound, bound)
-    else:
-        gain = 3.0 if name.endswith("input_proj.weight") else 1.4 if name.startswith("encoder.model") else 1.0
-        bound = gain * math.sqrt(3 / fan_in)
-        uniform(-bound, bound)
-        if name == "text_linear.weight":  # the boundary and the pad win often, so that words begin and end
-            tensor[[0, 3]] *= 2.5 if len(tensor) < 1_000 else 4.0
+        return -bound, bound
+    gain = 3.0 if name.endswith("input_proj.weight") else 1.4 if name.startswith("encoder.model") else 1.0
+    bound = gain * math.sqrt(3 / fan_in)
+    return -bound, bound
 
 
 def write_checkpoint(shape: str, folder: Path, device: torch.device) -> None:
