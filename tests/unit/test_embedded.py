@@ -241,7 +241,7 @@ def test_shared_out_words_fill_their_place() -> None:
 def test_any_cutting_gives_the_same_words_and_times(
     recogniser: EmbeddedRecogniser, beckett: NDArray[np.float32], size: int
 ) -> None:
-    audio = beckett[: 5 * SAMPLE_RATE]
+    audio = beckett[: round(4.6 * SAMPLE_RATE)]  # in the pause behind `no matter`
     whole = run(recogniser, audio)
     assert plain(whole) == BECKETT.split()[:6]
     check_times(whole, len(audio) / SAMPLE_RATE)

@@ -20,6 +20,9 @@ BLOCK_SAMPLES = 768
 """Samples at 24 kHz that are resampled at once: one detector frame."""
 
 FRAME_SECONDS = VAD_FRAME / RECOGNISER_RATE
+SHORTEST_WORD_SECONDS = 0.03
+"""Three frames of alignment: no word is shorter."""
+
 QUIETEST_FRAMES = 3
 """A long segment is cut in the middle of the quietest stretch of so many frames."""
 
@@ -244,7 +247,9 @@ class Segmenter:
         agreed = _agreeing(segment.guess, words)
         agreements = [count + 1 for count in segment.agreements[:agreed]] + [1] * (len(words) - agreed)
         settled = self._settled(words, agreements, pause=pause)
-        events = self._say(segment, words, settled, now)
+        before = len(segment.said)
+        events = self._say(segment, words, settled, now, heard_whole=False)
+        settled = len(segment.said) - before
         segment.guess, segment.agreements = words[settled:], agreements[settled:]
         segment.quiet = pause and not segment.guess
         if pause:
@@ -307,8 +312,14 @@ class Segmenter:
 
     # ---- out ---------------------------------------------------------------------------------------------------------
 
-    def _say(self, segment: _Segment, words: Sequence[Spoken], count: int, stop: int) -> list[AnyEvent]:
-        """Events of the first `count` of the words that follow what was said, heard up to `stop`."""
+    def _say(
+        self, segment: _Segment, words: Sequence[Spoken], count: int, stop: int, *, heard_whole: bool = True
+    ) -> list[AnyEvent]:
+        """Events of the first `count` of the words that follow what was said, heard up to `stop`.
+
+        heard_whole: False where more audio follows. A word for which alignment finds no sound is then foreseen by the model
+        rather than heard: it, and what follows it, waits for its sound.
+        """
         if count <= 0:
             return []
         anchor = segment.anchor
@@ -318,11 +329,15 @@ class Segmenter:
         offset = self._seconds(begin)
         events: list[AnyEvent] = []
         for word, span in zip(words[:count], spans, strict=False):
-            segment.said.append(word)
-            if not any(letter.isalnum() for letter in word.text):
-                continue
+            spelled = any(letter.isalnum() for letter in word.text)
             start = max(round(offset + span.start, 3), self._last_stop)
-            self._last_stop = max(round(offset + span.stop, 3), start)
+            stop_time = max(round(offset + span.stop, 3), start)
+            if spelled and not heard_whole and stop_time - start < SHORTEST_WORD_SECONDS:
+                break
+            segment.said.append(word)
+            if not spelled:
+                continue
+            self._last_stop = stop_time
             segment.anchor = (word.text, min(max(self._position(start), segment.start), stop))
             events += [Word(word.text, start, word.logprob), EndWord(self._last_stop)]
         return events
