@@ -3,6 +3,7 @@
 import argparse
 import ipaddress
 import logging
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,11 @@ from moshi_stt.constants import DEFAULT_PORT, PUBLIC_KEY
 from moshi_stt.errors import ConfigError
 
 log = logging.getLogger(__name__)
+
+SWITCH_SECONDS = 0.0005
+"""How long a thread may keep Python's interpreter while another wants it. The model thread wants it back several times a step,
+and with Python's 5 ms it would wait as long each time that the event loop is busy.
+"""
 
 
 def add_parser(subparsers: Any) -> argparse.ArgumentParser:
@@ -66,6 +72,7 @@ def run(args: argparse.Namespace) -> int:
 
     from moshi_stt.server.app import serve
 
+    sys.setswitchinterval(SWITCH_SECONDS)
     return serve(packaged_page_if_missing(config), engines, host, args.port)
 
 
