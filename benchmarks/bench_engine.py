@@ -4,9 +4,9 @@
     bench_engine.py [--shape 1b|2.6b|tiny] [--streams 1024] [--seconds 60] [--kv auto|bf16|fp8] [--mimi tf32] [--device auto]
                     [--lifetime 20] [--old] [--out FILE]
 
-Streams send a frame of noise every 80 ms, each at its own moment, live for a random time (mean `lifetime` seconds), finish,
-and are replaced at once. Lag is from the moment a frame was complete to the delivery of what the model said of it, in this
-process's event loop, which also feeds all streams. A frame is late when its lag exceeds 80 ms: the next one was complete
+Streams send a frame of noise every 80 ms, in 32 groups at as many moments, live for a random time (mean `lifetime` seconds),
+finish, and are replaced at once. Lag is from the moment a frame was complete to the delivery of what the model said of it, in
+this process's event loop, which also feeds all streams. A frame is late when its lag exceeds 80 ms: the next one was complete
 before. --old: every stream begins with a full context (of anything), so that attention always reads all of every ring.
 
 Prints a table and, as its last line, one JSON document. Random weights say nothing about accuracy.
@@ -14,9 +14,9 @@ Prints a table and, as its last line, one JSON document. Random weights say noth
 
 import argparse
 import asyncio
-import heapq
 import json
 import random
+import sys
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -27,6 +27,7 @@ import torch
 from bench_step import build, fill, machine
 from random_weights import SHAPES, model_spec
 
+from moshi_stt.cli.worker import SWITCH_SECONDS
 from moshi_stt.constants import FRAME_SAMPLES, FRAME_SECONDS
 from moshi_stt.engine.batch import BatchEngine, LoadedModel
 from moshi_stt.engine.engine import EngineInfo, SilentObserver
@@ -61,79 +62,82 @@ class Counter(SilentObserver):
 
 
 class Speaker:
-    """One stream: what it sent, what came back, when it sends again."""
+    """One stream: what it sent, and what came back."""
 
-    def __init__(self, stream: Stream, due: float, leaves: float) -> None:
+    __slots__ = ("errors", "finishing", "frames_left", "heard", "number", "sent", "stream")
+
+    def __init__(self, stream: Stream, number: int, frames: int) -> None:
         self.stream = stream
-        self.due = due
-        self.leaves = leaves
+        self.number = number
+        self.frames_left = frames
         self.sent = 0
         self.heard = 0
         self.finishing = False
         self.errors = 0
 
-    def listen(self) -> None:
-        self.count(self.stream.take_now())
-
     def count(self, events: Iterable[AnyEvent]) -> None:
         for event in events:
-            self.heard += isinstance(event, Step)
-            self.errors += isinstance(event, Error)
+            if type(event) is Step:
+                self.heard += 1
+            elif type(event) is Error:
+                self.errors += 1
 
 
 class Crowd:
-    """Keeps `count` streams speaking."""
+    """Keeps `count` streams speaking. Those of a group send at the same moments, the groups one after the other."""
 
-    def __init__(self, engine: BatchEngine, count: int, lifetime: float, steps_a_frame: int) -> None:
+    def __init__(self, engine: BatchEngine, count: int, lifetime: float, steps_a_frame: int, groups: int = 32) -> None:
         self.engine = engine
         self.lifetime = lifetime
         self.steps_a_frame = steps_a_frame
         self.random = random.Random(0)
         self.sounds = (np.random.default_rng(0).standard_normal((64, FRAME_SAMPLES)) * 0.2).astype(np.float32)
-        self.queue: list[tuple[float, int]] = []
-        self.speakers: dict[int, Speaker] = {}
-        self.joined = self.sent = self.lost = self.errors = self.worst_feeding = 0
-        now = time.monotonic()
-        for _ in range(count):
-            self.join(now + self.random.random() * FRAME_SECONDS)
+        self.joined = self.sent = self.lost = self.errors = 0
+        self.worst_feeding = 0.0
+        self.groups: list[list[Speaker]] = [[] for _ in range(min(groups, count))]
+        for i in range(count):
+            self.join(self.groups[i % len(self.groups)])
 
-    def join(self, due: float) -> None:
+    def join(self, group: list[Speaker]) -> None:
         try:
             stream = self.engine.open()
         except NoFreeSlot:  # counted by the observer
             return
         self.joined += 1
-        self.speakers[self.joined] = Speaker(stream, due, due + self.random.expovariate(1 / self.lifetime))
-        heapq.heappush(self.queue, (due, self.joined))
+        group.append(Speaker(stream, self.joined, 1 + int(self.random.expovariate(1 / self.lifetime) / FRAME_SECONDS)))
 
     async def speak(self, seconds: float) -> None:
-        """Feed every stream at its moments."""
-        until = time.monotonic() + seconds
-        while (now := time.monotonic()) < until:
-            while self.queue and self.queue[0][0] <= now:
-                due, number = heapq.heappop(self.queue)
-                await self.turn(number, self.speakers[number], due)
-            await asyncio.sleep(max(0.001, min(0.005, (self.queue[0][0] if self.queue else until) - time.monotonic())))
+        """Feed every group at its moments."""
+        count = len(self.groups)
+        begun, turns = time.monotonic(), int(seconds / FRAME_SECONDS * len(self.groups))
+        self.worst_feeding = 0.0
+        for turn in range(turns):
+            due = begun + turn * FRAME_SECONDS / count
+            if (wait := due - time.monotonic()) > 0:
+                await asyncio.sleep(wait)
+            else:
+                self.worst_feeding = max(self.worst_feeding, -wait)
+                await asyncio.sleep(0)
+            await self.turn(self.groups[turn % count], due)
 
-    async def turn(self, number: int, speaker: Speaker, due: float) -> None:
-        """A frame of one stream, or its end."""
-        speaker.listen()
-        if speaker.finishing:
-            if speaker.stream.ended:
-                self.leave(number)
-                self.join(due + FRAME_SECONDS)
-                return
-        elif due > speaker.leaves:
-            speaker.finishing = True
-            await speaker.stream.finish()
-        else:
-            speaker.stream.offer(self.sounds[(number + speaker.sent) % len(self.sounds)], due)
-            speaker.sent += 1
-        heapq.heappush(self.queue, (due + FRAME_SECONDS, number))
+    async def turn(self, group: list[Speaker], due: float) -> None:
+        """A frame of every stream of a group, or its end."""
+        sounds = self.sounds
+        for speaker in list(group):
+            speaker.count(speaker.stream.take_now())
+            if speaker.sent < speaker.frames_left:
+                speaker.stream.offer(sounds[(speaker.number + speaker.sent) & 63], due)
+                speaker.sent += 1
+            elif not speaker.finishing:
+                speaker.finishing = True
+                await speaker.stream.finish()
+            elif speaker.stream.ended:
+                group.remove(speaker)
+                self.leave(speaker)
+                self.join(group)
 
-    def leave(self, number: int) -> None:
-        speaker = self.speakers.pop(number)
-        speaker.listen()
+    def leave(self, speaker: Speaker) -> None:
+        speaker.count(speaker.stream.take_now())
         speaker.stream.close()
         self.sent += speaker.sent
         self.errors += speaker.errors
@@ -141,13 +145,14 @@ class Crowd:
 
     async def end(self) -> None:
         """Let everybody finish, and count what came."""
-        for speaker in self.speakers.values():
+        speakers = [speaker for group in self.groups for speaker in group]
+        for speaker in speakers:
             await speaker.stream.finish()
         async with asyncio.timeout(30):
-            for number, speaker in list(self.speakers.items()):
+            for speaker in speakers:
                 while events := await speaker.stream.take():
                     speaker.count(events)
-                self.leave(number)
+                self.leave(speaker)
 
 
 def begin_old(backend: Any) -> None:
@@ -199,6 +204,7 @@ async def measure(args: argparse.Namespace, device: torch.device) -> dict[str, A
     observer.clear()
     await crowd.speak(args.seconds)
     steps, lags, refused = list(observer.steps), list(observer.lags), observer.refusals
+    worst_feeding = crowd.worst_feeding
     await crowd.end()
     details = engine.info.details
     await engine.stop()
@@ -217,6 +223,7 @@ async def measure(args: argparse.Namespace, device: torch.device) -> dict[str, A
         "step_ms": percentiles([seconds for seconds, _ in steps]),
         "lag_ms": percentiles(lags),
         "late": sum(lag > FRAME_SECONDS for lag in lags),
+        "worst_feeding_ms": round(1e3 * worst_feeding, 1),
         "refused": refused,
         "lost": crowd.lost,
         "errors": crowd.errors,
@@ -237,6 +244,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     device, _ = choose_device(args.device)
+    sys.setswitchinterval(SWITCH_SECONDS)  # as `moshi-stt worker` does
     result = {"benchmark": "engine", **machine(device), **asyncio.run(measure(args, device))}
     print(f"{args.streams} live streams of {args.shape}, {args.kv} K/V, {args.seconds:g} s on {result['device']}")
     print(
