@@ -16,7 +16,6 @@ import argparse
 import asyncio
 import json
 import random
-import sys
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -27,7 +26,7 @@ import torch
 from bench_step import build, fill, machine
 from random_weights import SHAPES, model_spec
 
-from moshi_stt.cli.worker import SWITCH_SECONDS
+from moshi_stt.cli.worker import tune_interpreter
 from moshi_stt.constants import FRAME_SAMPLES, FRAME_SECONDS
 from moshi_stt.engine.batch import BatchEngine, LoadedModel
 from moshi_stt.engine.engine import EngineInfo, SilentObserver
@@ -244,7 +243,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     device, _ = choose_device(args.device)
-    sys.setswitchinterval(SWITCH_SECONDS)  # as `moshi-stt worker` does
+    tune_interpreter()
     result = {"benchmark": "engine", **machine(device), **asyncio.run(measure(args, device))}
     print(f"{args.streams} live streams of {args.shape}, {args.kv} K/V, {args.seconds:g} s on {result['device']}")
     print(
