@@ -21,7 +21,7 @@ def tune_interpreter() -> None:
     """Set Python up for an event loop and a model thread that make many short-lived objects.
 
     The model thread wants the interpreter back several times a step; with Python's 5 ms it would wait as long each time that
-    the event loop is busy. And the garbage collector, which looks for cycles among all objects every few thousand new ones, took
+    the event loop is busy. The garbage collector, which looks for cycles among all objects every few thousand new ones, took
     half of the model thread's time with a thousand streams; hardly anything here has cycles.
     """
     sys.setswitchinterval(0.0005)
