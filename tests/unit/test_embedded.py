@@ -197,6 +197,17 @@ def test_words_outside_the_dictionary_are_placed(recogniser: EmbeddedRecogniser,
         assert span.start == pytest.approx(other.start, abs=0.25)
 
 
+def test_words_that_nobody_said_do_not_move_those_before(recogniser: EmbeddedRecogniser, beckett: NDArray[np.float32]) -> None:
+    """The end of a hypothesis that is still growing is often wrong; the words that are settled keep their times."""
+    samples = to_16k(beckett)[: 2 * RECOGNISER_RATE + 6_000]
+    right = recogniser.align(samples, ["ever", "tried", "ever"])
+    for extra in ("a little bit of it", "and", "ever failed again and again"):
+        spans = recogniser.align(samples, ["ever", "tried", "ever", *extra.split()], 2)
+        assert len(spans) == 2
+        for span, other in zip(spans, right, strict=False):
+            assert span.start == pytest.approx(other.start, abs=0.1)
+
+
 @pytest.mark.parametrize(
     "texts",
     [

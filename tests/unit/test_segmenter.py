@@ -141,7 +141,7 @@ class Changing(LevelRecogniser):
             return Hypothesis([Spoken("loop", (1,), -0.01)] * 20, whole=False)
         return Hypothesis(answer[len(said) :])
 
-    def align(self, samples, texts):  # type: ignore[no-untyped-def]
+    def align(self, samples, texts, needed=None):  # type: ignore[no-untyped-def]
         from moshi_stt.models.alignment import share_out
 
         return share_out(texts, 0.0, len(samples) / 16_000)

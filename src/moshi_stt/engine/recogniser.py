@@ -84,10 +84,11 @@ class Recogniser(Protocol):
         """
         ...
 
-    def align(self, samples: NDArray[np.float32], texts: Sequence[str]) -> list[Span]:
+    def align(self, samples: NDArray[np.float32], texts: Sequence[str], needed: int | None = None) -> list[Span]:
         """When each of these words was said within samples, float32 (S,).
 
-        Spans lie inside the samples and do not overlap; a word that cannot be placed gets an interpolated one.
+        needed: how many of the spans are wanted, None for all. The words behind them only say what else is in the audio, as far
+        as they are right. Spans lie inside the samples and do not overlap; a word that cannot be placed gets an interpolated one.
         """
         ...
 

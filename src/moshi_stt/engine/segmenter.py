@@ -325,7 +325,8 @@ class Segmenter:
         anchor = segment.anchor
         begin = min(anchor[1], stop) if anchor else segment.start
         texts = [*([anchor[0]] if anchor else []), *(word.text for word in words)]
-        spans = self.recogniser.align(self._between(begin, stop), texts)[len(texts) - len(words) :]
+        anchors = len(texts) - len(words)
+        spans = self.recogniser.align(self._between(begin, stop), texts, anchors + count)[anchors:]
         offset = self._seconds(begin)
         events: list[AnyEvent] = []
         for word, span in zip(words[:count], spans, strict=False):

@@ -24,6 +24,9 @@ ADDED_WORDS = 2_000
 TAIL_SAMPLES = RECOGNISER_RATE // 10
 """Silence behind the audio: the search wants to end in it."""
 
+FEWER = (1, 2, 4)
+"""By how many words at the end an alignment that failed is tried again."""
+
 FILLER_MARKS = "<[+("
 PEAK = 32_767
 
@@ -83,21 +86,22 @@ class Aligner:
         for _ in range(decoders):
             self._pool.put(_Decoder())
 
-    def align(self, samples: NDArray[np.float32], texts: Sequence[str]) -> list[Span]:
-        """When each of the words was said: inside the samples, in order, without overlap. Never fails for want of a way."""
+    def align(self, samples: NDArray[np.float32], texts: Sequence[str], needed: int | None = None) -> list[Span]:
+        """See `Recogniser.align`."""
         seconds = len(samples) / RECOGNISER_RATE
+        needed = len(texts) if needed is None else needed
         forms = [spoken_forms(text) for text in texts]
-        if not any(forms) or seconds < SHORTEST_SECONDS:
-            return share_out(texts, 0.0, seconds)
+        if not any(forms[:needed]) or seconds < SHORTEST_SECONDS:
+            return share_out(texts, 0.0, seconds)[:needed]
         decoder = self._pool.get()
         try:
             keys = [[decoder.sayable(form) for form in spoken] for spoken in forms]
-            found = decoder.spans(samples, [key for group in keys for key in group])
+            kept, found = _search(decoder, samples, keys, needed)
             if decoder.added > ADDED_WORDS:
                 decoder = _Decoder()
         finally:
             self._pool.put(decoder)
-        return _word_spans(texts, keys, found, seconds)
+        return _word_spans(texts[:kept], keys[:kept], found, seconds)[:needed]
 
     def close(self) -> None:
         """Free the decoders that are not in use."""
@@ -106,6 +110,23 @@ class Aligner:
                 self._pool.get_nowait()
             except queue.Empty:
                 return
+
+
+def _search(
+    decoder: _Decoder, samples: NDArray[np.float32], keys: Sequence[Sequence[str]], needed: int
+) -> tuple[int, list[tuple[float, float]]]:
+    """Align the words; where there is no way through, without the last ones that are not needed. How many were kept, and spans.
+
+    The end of a hypothesis that is still growing is often a word that nobody said.
+    """
+    found: list[tuple[float, float]] = []
+    for dropped in (0, *FEWER, len(keys)):
+        kept = max(len(keys) - dropped, needed)
+        flat = [key for group in keys[:kept] for key in group]
+        found = decoder.spans(samples, flat)
+        if len(found) == len(flat) or kept == needed:
+            break
+    return kept, found
 
 
 def share_out(texts: Sequence[str], start: float, stop: float) -> list[Span]:

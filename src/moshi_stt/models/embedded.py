@@ -257,8 +257,8 @@ class EmbeddedRecogniser:
         tokens, logprobs, whole = self._moonshine.decode(hidden, _tokens(said), _tokens(draft), limit)
         return Hypothesis(self._tokenizer.words(tokens, logprobs), whole)
 
-    def align(self, samples: NDArray[np.float32], texts: Sequence[str]) -> list[Span]:
-        return self._aligner.align(samples, texts)
+    def align(self, samples: NDArray[np.float32], texts: Sequence[str], needed: int | None = None) -> list[Span]:
+        return self._aligner.align(samples, texts, needed)
 
     def close(self) -> None:
         self._aligner.close()
