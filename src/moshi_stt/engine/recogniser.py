@@ -88,7 +88,7 @@ class Recogniser(Protocol):
         """When each of these words was said within samples, float32 (S,).
 
         needed: how many of the spans are wanted, None for all. The words behind them only say what else is in the audio, as far
-        as they are right. Spans lie inside the samples and do not overlap; a word that cannot be placed gets an interpolated one.
+        as they are right. Spans lie inside the samples and do not overlap; a word that cannot be placed gets a guess.
         """
         ...
 
