@@ -1,6 +1,7 @@
 """`GraphRunner` with a stand-in for CUDA graphs: what reaches the captured function, and what comes back."""
 
 from collections.abc import Callable
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -111,5 +112,5 @@ def test_buckets_end_at_the_slots_and_waste_at_most_half(slots: int) -> None:
     assert list(sizes) == sorted(set(sizes))
     assert sizes[-1] == slots
     assert sizes[0] == 1
-    assert all(after <= 2 * before for before, after in zip(sizes, sizes[1:], strict=False))
-    assert all(2 * after <= 3 * before for before, after in zip(sizes, sizes[1:], strict=False) if 256 <= before)
+    assert all(after <= 2 * before for before, after in pairwise(sizes))
+    assert all(2 * after <= 3 * before for before, after in pairwise(sizes) if before >= 256)
