@@ -32,7 +32,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one subcommand and return its exit status. Raises SystemExit(2) on wrong usage."""
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
-        return _run(argv)
+        status = _run(argv)
+        sys.stdout.flush()  # here, where a reader that has gone can be dealt with, and not at exit
+        return status
     except MoshiSttError as e:
         print(f"Error: {e}", file=sys.stderr)
         return 1
