@@ -176,22 +176,20 @@ class AudioWatch:
         start = 0
         while start < len(pcm) and not self._rate_known:
             taken = min(FRAME_SAMPLES - self._filled, len(pcm) - start)
-            piece = pcm[start : start + taken]
+            self._block[self._filled : self._filled + taken] = pcm[start : start + taken]
+            self._filled += taken
             start += taken
-            if taken < FRAME_SAMPLES:  # else the piece is a whole block as it is
-                self._block[self._filled : self._filled + taken] = piece
-                self._filled += taken
-                if self._filled < FRAME_SAMPLES:
-                    break
-                piece, self._filled = self._block, 0
-            self._blocks += 1
-            if self._blocks % (1 + len(_listening) // EASY_WATCHES) == 0:
-                self._listen(piece, warnings)
+            if self._filled == FRAME_SAMPLES:
+                self._filled = 0
+                self._blocks += 1
+                if self._blocks % (1 + len(_listening) // EASY_WATCHES) == 0:
+                    self._listen(warnings)
         if self._rate_known:
             _listening.discard(self)
 
-    def _listen(self, block: NDArray[np.float32], warnings: list[str]) -> None:
+    def _listen(self, warnings: list[str]) -> None:
         """One block of 80 ms."""
+        block = self._block
         energy = float(block @ block)
         if not _ACTIVE_POWER * FRAME_SAMPLES < energy < INTEGER_SCALE**2 * FRAME_SAMPLES:
             return
