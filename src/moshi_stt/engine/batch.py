@@ -13,23 +13,11 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import partial
-from typing import NamedTuple
 
 import numpy as np
 
 from moshi_stt.constants import FRAME_SAMPLES, FRAME_SECONDS
-from moshi_stt.engine.engine import (
-    Ages,
-    Backend,
-    Engine,
-    EngineInfo,
-    EngineObserver,
-    Overlaps,
-    StepInputs,
-    StepOutput,
-    TakesInPlace,
-)
+from moshi_stt.engine.engine import Ages, Backend, Engine, EngineInfo, EngineObserver, StepOutput, TakesInPlace
 from moshi_stt.engine.lane import Lane
 from moshi_stt.engine.slots import Slot, SlotPool
 from moshi_stt.engine.stream import Delivery, Stream, StreamLimits, deliver_all
@@ -49,13 +37,6 @@ FILE_TURN = 8
 """Where there is no room at all for files beside live streams, one file row goes along in each so manieth step."""
 
 
-REST_SECONDS_A_ROW = 1e-5
-MOST_REST_SECONDS = 0.01
-"""From one step's start to the next's passes this time for each row stepped in the last 80 ms, up to that: with a thousand
-streams at as many moments, steps of a handful of rows would cost more around them than in them. To a lone stream it is nothing.
-"""
-
-
 @dataclass(frozen=True)
 class LoadedModel:
     """What `BatchEngine`'s loader hands over, made on the model thread.
@@ -68,15 +49,6 @@ class LoadedModel:
     decode: Callable[[Sequence[int]], str]
     info: EngineInfo
     streams: int
-
-
-class Flight(NamedTuple):
-    """A step under way. result: waits for its output. begun, ends: when it was started, and is expected to end."""
-
-    lanes: list[Lane]
-    result: Callable[[], StepOutput]
-    begun: float
-    ends: float
 
 
 class BatchEngine(Engine):
@@ -113,19 +85,6 @@ class BatchEngine(Engine):
         self._woken: deque[Lane] = deque()
         self._step_started: float | None = None
         self._steps = 0
-        self._flights: deque[Flight] = deque()
-        """Steps under way, the oldest first."""
-        self._depth = 1
-        self._inputs: StepInputs
-        self._landed = 0.0
-        """time.monotonic() when the last step ended."""
-        self._rest_until = 0.0
-        """Before this no step is started."""
-        self._recent: deque[tuple[float, int]] = deque()
-        """Start and rows of each step of the last 80 ms."""
-        self._recent_rows = 0
-        self._cost_table: tuple[tuple[int, ...], tuple[float, ...]] = ((1,), (0.0,))
-        """Rows, and seconds of a step of so many."""
         self._forked: list[Lane] = []
         self._costs: list[tuple[int, float]] = []
         """(rows, seconds) of a step, measured at start, by rows."""
@@ -187,8 +146,7 @@ class BatchEngine(Engine):
         if not lane.woken:
             lane.woken = True
             self._woken.append(lane)
-            if not self._wake.is_set():  # else the model thread looks at the list before it sleeps again
-                self._wake.set()
+            self._wake.set()
 
     @property
     def ready(self) -> bool:
@@ -261,20 +219,15 @@ class BatchEngine(Engine):
                     backend.close()
 
     def _run(self) -> None:
-        """Gather, step, scatter; with a backend that overlaps, the next step is under way while one is scattered."""
-        flights = self._flights
+        """Gather, step, scatter."""
         while not self._stopping and self.failure is None:
             self._wake.clear()
             now = time.monotonic()
             self._drain(now)
-            if flights and (len(flights) == self._depth or flights[0].ends <= self._rest_until):
-                self._land(flights.popleft())
-            elif now < self._rest_until:
-                time.sleep(self._rest_until - now)
-            elif lanes := self._gather(now):
-                self._launch(lanes, now)
-            elif flights:
-                self._land(flights.popleft())
+            lanes = self._gather(now)
+            if lanes:
+                output = self._step(len(lanes))
+                self._scatter(lanes, output)
             else:
                 self._wake.wait(self._idle_seconds(now))
 
@@ -285,9 +238,6 @@ class BatchEngine(Engine):
         while woken:
             lane = woken.popleft()
             lane.woken = False  # before the drain: what comes during it wakes the lane again
-            if lane.busy:
-                lane.behind = True  # what is under way comes first
-                continue
             events = lane.absorb(now)
             if events or lane.done:
                 deliveries.append(Delivery(lane.stream, events, lane.done))
@@ -300,11 +250,11 @@ class BatchEngine(Engine):
         lanes = [lane for lane in self._table if lane is not None and lane.has_row and (lane.stream.writable or lane.borrows)]
         lanes = self._choose(lanes, now)
         turn = self._steps
-        for lane, row in zip(lanes, self._inputs.pcm, strict=False):
+        for lane, row in zip(lanes, self._pcm, strict=False):
             lane.gather(row)
             lane.turn = turn
-        self._inputs.slots[: len(lanes)] = [lane.row_slot for lane in lanes]
-        self._inputs.fresh[: len(lanes)] = [lane.row_fresh for lane in lanes]
+        self._slots[: len(lanes)] = [lane.row_slot for lane in lanes]
+        self._fresh[: len(lanes)] = [lane.row_fresh for lane in lanes]
         return lanes
 
     def _choose(self, lanes: list[Lane], now: float) -> list[Lane]:
@@ -319,46 +269,13 @@ class BatchEngine(Engine):
         files.sort(key=lambda lane: lane.turn)
         return live + files[:room]
 
-    def _launch(self, lanes: list[Lane], now: float) -> None:
-        """Start a step of the gathered rows, and set when the next may start.
-
-        That is when half of this one is over, so that its rows are ready when this one ends, and no sooner than the pace
-        allows.
-        """
-        rows, backend = len(lanes), self._backend
-        for lane in lanes:
-            lane.busy = True
-        begins = max(now, self._flights[-1].ends) if self._flights else now
-        expected = float(np.interp(rows, *self._cost_table))
-        self._rest_until = max(begins + expected / 2 if self._depth > 1 else 0.0, now + self._pace(now, rows))
-        self._step_started = self._step_started or now
-        pcm, slots, fresh = self._inputs
-        batch = (pcm[:rows], slots[:rows], fresh[:rows])
-        if self._depth > 1 and isinstance(backend, Overlaps):
-            result: Callable[[], StepOutput] = backend.submit(*batch)
-            self._inputs = backend.inputs
-        else:
-            result = partial(backend.step, *batch)
-        self._flights.append(Flight(lanes, result, now, begins + expected))
-
-    def _pace(self, now: float, rows: int) -> float:
-        """Seconds from the start of this step to that of the next, at least."""
-        recent = self._recent
-        recent.append((now, rows))
-        self._recent_rows += rows
-        while recent[0][0] < now - FRAME_SECONDS:
-            self._recent_rows -= recent.popleft()[1]
-        return min(REST_SECONDS_A_ROW * (self._recent_rows - rows), MOST_REST_SECONDS)
-
-    def _land(self, flight: Flight) -> None:
-        """Wait for a step, and scatter what came out."""
-        output = flight.result()
-        now = time.monotonic()
-        self._step_started = self._flights[0].begun if self._flights else None
+    def _step(self, rows: int) -> StepOutput:
+        self._step_started = begun = time.monotonic()
+        output = self._backend.step(self._pcm[:rows], self._slots[:rows], self._fresh[:rows])
+        self._step_started = None
         self._steps += 1
-        self.observer.stepped(now - max(flight.begun, self._landed), len(flight.lanes))
-        self._landed = now
-        self._scatter(flight.lanes, output)
+        self.observer.stepped(time.monotonic() - begun, rows)
+        return output
 
     def _scatter(self, lanes: list[Lane], output: StepOutput) -> None:
         """Each row's output to its own stream, all in one turn of the event loop."""
@@ -369,14 +286,12 @@ class BatchEngine(Engine):
         rows = zip(lanes, output.text_token.tolist(), output.logprob.tolist(), pauses, strict=True)
         for lane, token, logprob, pause in rows:
             had_tail = lane.tail
-            lane.busy = False
             events = lane.scatter(token, logprob, pause, index)
             if had_tail is not None and lane.tail is None:
                 self._give_back(had_tail.spare)
             if lane.marks:
                 lane.heard_at = now  # a client that waits for our answer has its time from here
-            if lane.commands or lane.behind:
-                lane.behind = False
+            if lane.commands:
                 events += lane.absorb(now)
             if events or lane.done:
                 deliveries.append(Delivery(lane.stream, events, lane.done))
@@ -389,7 +304,7 @@ class BatchEngine(Engine):
     def _fork_stalled(self, now: float) -> None:
         """Start a tail on a copy of the slot where a marker has waited long enough; while all copies are in use, it waits."""
         for lane in self._forked:
-            if lane.stream.closed and lane.tail is not None and not lane.busy:
+            if lane.stream.closed and lane.tail is not None:
                 self._give_back(lane.tail.spare)
                 lane.tail = None
         self._forked = [lane for lane in self._forked if lane.tail is not None]
@@ -426,20 +341,18 @@ class BatchEngine(Engine):
                 f"a backend of {backend.slots} slots cannot carry {streams} streams: one slot more is needed at least"
             )
         self._backend = backend
-        self._depth = 2 if isinstance(backend, Overlaps) and len(backend.inputs.slots) >= streams else 1
         self._pool = SlotPool(streams)
         self._spares = SlotPool(backend.slots - streams, first=streams)
         self._table: list[Lane | None] = [None] * streams
         self._new_words = lambda: WordAssembler(loaded.decode, self._delay)
         if isinstance(backend, TakesInPlace) and len(backend.inputs.slots) >= streams:
-            self._inputs = backend.inputs
+            self._pcm, self._slots, self._fresh = backend.inputs
         else:
-            pcm = np.zeros((streams, FRAME_SAMPLES), np.float32)  # (B, S)
-            self._inputs = StepInputs(pcm, np.zeros(streams, np.int64), np.zeros(streams, np.bool_))
+            self._pcm = np.zeros((streams, FRAME_SAMPLES), np.float32)  # (B, S)
+            self._slots = np.zeros(streams, np.int64)  # (B,)
+            self._fresh = np.zeros(streams, np.bool_)  # (B,)
         backend.warm_up()
         self._costs = measure(backend, streams)
-        rows, seconds = zip(*self._costs, strict=True)
-        self._cost_table = rows, seconds
         self.info = replace(loaded.info, total_slots=streams, details=loaded.info.details | self._describe())
 
     def _describe(self) -> dict[str, str]:

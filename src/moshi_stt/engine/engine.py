@@ -6,7 +6,6 @@ B row (a stream in this step), T frame, K codebook, H head, D dim, S sample.
 
 import asyncio
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol, runtime_checkable
 
@@ -90,18 +89,6 @@ class TakesInPlace(Protocol):
 
     @property
     def inputs(self) -> StepInputs: ...
-
-
-@runtime_checkable
-class Overlaps(TakesInPlace, Protocol):
-    """A backend that takes a step while another is under way; they are done in order."""
-
-    def submit(self, pcm: NDArray[np.float32], slots: NDArray[np.int64], fresh: NDArray[np.bool_]) -> Callable[[], StepOutput]:
-        """Start a step of the first rows of `inputs`, and return what waits for it. `inputs` are other arrays afterwards.
-
-        At most two steps may be under way. What the step raises is raised here or by the waiting.
-        """
-        ...
 
 
 @dataclass(frozen=True)

@@ -72,8 +72,6 @@ class Lane:
         "answer",
         "answered",
         "arrived",
-        "behind",
-        "busy",
         "commands",
         "delay",
         "done",
@@ -127,10 +125,6 @@ class Lane:
         self.done = False
         """Whether the last event has been made."""
         self.woken = False
-        self.busy = False
-        """Whether a gathered row has not been scattered yet; until then nothing else happens to the lane."""
-        self.behind = False
-        """Whether commands came meanwhile."""
 
     # ---- commands ----------------------------------------------------------------------------------------------------
 
@@ -192,13 +186,7 @@ class Lane:
     @property
     def waiting(self) -> bool:
         """Whether a mark waits for audio that is not there."""
-        return (
-            bool(self.marks)
-            and not self.busy
-            and self.tail is None
-            and self.framer.samples < FRAME_SAMPLES
-            and not self.commands
-        )
+        return bool(self.marks) and self.tail is None and self.framer.samples < FRAME_SAMPLES and not self.commands
 
     @property
     def borrows(self) -> bool:
@@ -229,7 +217,7 @@ class Lane:
     @property
     def has_row(self) -> bool:
         """Whether a frame, or a frame of silence, can be stepped now."""
-        return not self.busy and (self.framer.samples >= FRAME_SAMPLES or self.tail is not None) and not self.done
+        return (self.framer.samples >= FRAME_SAMPLES or self.tail is not None) and not self.done
 
     def gather(self, row: NDArray[np.float32]) -> None:
         """Write the next frame into row, float32 (1920,); `row_slot` and `row_fresh` then say how to step it."""

@@ -3,8 +3,6 @@
 Within the graph, Mimi and the language model run side by side: step n of the language model reads the codes of frame n - 1.
 """
 
-from collections.abc import Callable
-
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -64,17 +62,12 @@ class CudaBackend(SlotBackend):
         if not len(slots):
             return StepOutput(np.zeros(0, np.int64), np.zeros(0, np.float32), np.zeros((0, self.heads), np.float32))
         with torch.inference_mode():
-            return _unpacked(self.runner.step(pcm, slots, fresh))
-
-    def submit(self, pcm: NDArray[np.float32], slots: NDArray[np.int64], fresh: NDArray[np.bool_]) -> Callable[[], StepOutput]:
-        """Start a step of at least one row, and return what waits for it. See `engine.Overlaps`."""
-        with torch.inference_mode():
-            result = self.runner.submit(pcm, slots, fresh)
-        return lambda: _unpacked(result())
+            packed = self.runner.step(pcm, slots, fresh)
+        return StepOutput(packed[:, 0].astype(np.int64), packed[:, 1], packed[:, 2:])
 
     @property
     def inputs(self) -> StepInputs:
-        """Arrays that the next step takes without a copy: as many rows as there are slots, or as a fixed shape has."""
+        """Arrays that a step takes without a copy: pcm, slots and fresh of as many rows as there are slots."""
         return self.runner.inputs
 
     def warm_up(self) -> None:
@@ -83,8 +76,7 @@ class CudaBackend(SlotBackend):
             self.runner.prepare()
 
     def close(self) -> None:
-        """Free the graphs, the weights and the state, behind any step under way. No step may follow."""
-        self._settle()
+        """Free the graphs, the weights and the state. No step may follow."""
         del self.runner, self.lm, self.mimi, self.state
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -93,24 +85,21 @@ class CudaBackend(SlotBackend):
 
     def copy(self, source: int, target: int) -> None:
         """See `SlotBackend.copy`."""
-        self._settle()
         super().copy(source, target)
         self._settle()
 
     def restore(self, slot: int, saved: dict[str, Tensor]) -> None:
         """See `SlotBackend.restore`."""
-        self._settle()
         super().restore(slot, saved)
         self._settle()
 
     def age(self) -> None:
         """See `SlotBackend.age`."""
-        self._settle()
         super().age()
         self._settle()
 
     def _settle(self) -> None:
-        """Wait until the device is idle: what follows is not on the graphs' stream, or was not."""
+        """Wait for what was done outside the graphs' stream."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
@@ -131,8 +120,3 @@ class CudaBackend(SlotBackend):
         output = self.lm.step(state.lm, x, frames, slots, state.text)
         stream.wait_stream(self._side)
         return output
-
-
-def _unpacked(packed: NDArray[np.float32]) -> StepOutput:
-    """From (B, 2 + heads): token, log-probability, pauses."""
-    return StepOutput(packed[:, 0].astype(np.int64), packed[:, 1], packed[:, 2:])
