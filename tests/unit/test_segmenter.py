@@ -178,6 +178,16 @@ def test_an_unsure_word_with_many_behind_it_does_not_wait() -> None:
     assert texts(run(Segmenter(unsure, RULES), STEADY[: SAMPLE_RATE * 3 // 2], flush=False)) == ["a", "b", "c", "d"]
 
 
+def test_a_word_on_which_no_two_hypotheses_agree_is_settled_by_a_pause_or_by_many_behind_it() -> None:
+    """An unending change of mind delays nothing for longer than a pause, or ten words."""
+    flip, flop = spoken("the season of light", -0.9), spoken("a season of light", -0.9)
+    recogniser = Changing(*[flip, flop] * 20)
+    events = run(Segmenter(recogniser, RULES), STEADY, pause(0.6), flush=False)
+    assert texts(events)[1:] == ["season", "of", "light"]
+    long_flip, long_flop = spoken("the b c d e f g h i j k l", -0.9), spoken("a b c d e f g h i j k l", -0.9)
+    assert len(texts(run(Segmenter(Changing(*[long_flip, long_flop] * 20), RULES), STEADY, flush=False))) >= 1
+
+
 def test_noise_that_the_model_only_guesses_at_says_nothing() -> None:
     assert run(Segmenter(Changing(spoken("you you you you", -2.5))), STEADY) == []
 

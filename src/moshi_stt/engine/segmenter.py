@@ -56,12 +56,14 @@ class SegmentSettings:
     cut_seconds: float = 4.0
     sure_logprob: float = -0.3
     """A word of this log-probability or more is settled when a second hypothesis agrees on it; one below, when either"""
-    agreements: int = 5
+    agreements: int = 4
     """so many hypotheses in a row agree on it, or"""
-    followers: int = 8
+    followers: int = 6
     """a second agrees and so many words follow it: it is far from the audio's end, where most changes are."""
     pause_agreements: int = 2
-    """In a pause, when so many agree, sure or not."""
+    """In a pause, when so many agree, sure or not; a second hypothesis in one pause settles everything."""
+    most_followers: int = 10
+    """With so many words behind it a word is settled, whatever was thought before."""
     stray_frames: int = 12
     """Frames of speech that must not go without a word: the segment then begins anew behind the last one."""
     lowest_logprob: float = -1.0
@@ -88,6 +90,8 @@ class _Segment:
     """How many hypotheses in a row agree on each word of the guess."""
     anchor: tuple[str, int] | None = None
     """The last word sent and where it starts: the next alignment begins with it."""
+    asked_in_pause: bool = False
+    """Whether the latest hypothesis was made in the pause that still lasts."""
     quiet: bool = False
     """Whether nothing was said since the latest hypothesis, so that another would say the same."""
 
@@ -191,7 +195,7 @@ class Segmenter:
         if voiced:
             segment.silent_frames = 0
             segment.last_speech = now
-            segment.quiet = False
+            segment.quiet = segment.asked_in_pause = False
         else:
             segment.silent_frames += 1
         seconds = (now - segment.start) / RECOGNISER_RATE
@@ -246,11 +250,12 @@ class Segmenter:
         words = (self._recognise_to_pause if pause else self._recognise)(segment, now) or []
         agreed = _agreeing(segment.guess, words)
         agreements = [count + 1 for count in segment.agreements[:agreed]] + [1] * (len(words) - agreed)
-        settled = self._settled(words, agreements, pause=pause)
+        settled = len(words) if segment.asked_in_pause else self._settled(words, agreements, pause=pause)
         before = len(segment.said)
         events = self._say(segment, words, settled, now, heard_whole=False)
         settled = len(segment.said) - before
         segment.guess, segment.agreements = words[settled:], agreements[settled:]
+        segment.asked_in_pause = pause
         segment.quiet = pause and not segment.guess
         if pause:
             segment.next_hypothesis = now + int(self.settings.pause_again_seconds * RECOGNISER_RATE)
@@ -266,6 +271,8 @@ class Segmenter:
             count, followers = agreements[index], len(words) - index - 1
             sure = words[index].logprob >= settings.sure_logprob or followers >= settings.followers
             enough = settings.pause_agreements if pause else 2 if sure else settings.agreements
+            if followers >= settings.most_followers:
+                enough = 1
             if count < enough:
                 return index
         return max(last, 0)
