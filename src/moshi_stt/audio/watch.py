@@ -34,7 +34,7 @@ LAST_BLOCK = 250
 LAST_LOOK = 1_500
 """Blocks above the noise, voiced or not, after which no more are looked at: two minutes."""
 
-EASY_WATCHES = 64
+EASY_WATCHES = 16
 """Streams whose every block is listened to; of twice as many every second block, and so on: a thousand streams that begin at
 once would otherwise keep a core busy."""
 
