@@ -5,8 +5,8 @@ Inputs lie in one pinned buffer, which the caller may fill in place, and go over
 copies are part of the graph, so that a step is one launch and one wait.
 """
 
-from collections.abc import Callable
-from typing import NamedTuple, Protocol
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -117,7 +117,8 @@ class GraphRunner:
         rows = len(given.slots)
         size = next(size for size in self.buckets if size >= rows)
         output, replay = self._bucket(size)
-        for source, target in zip(given, self.inputs, strict=True):
+        pairs: Iterable[tuple[NDArray[Any], NDArray[Any]]] = zip(given, self.inputs, strict=True)
+        for source, target in pairs:
             if source.ctypes.data != target.ctypes.data:
                 np.copyto(target[:rows], source)
         self.inputs.slots[rows:size] = self._scratch
