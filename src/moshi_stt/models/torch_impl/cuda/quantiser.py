@@ -76,7 +76,7 @@ def quantise(projected: Tensor, books: Tensor, half_norms: Tensor, codes: Tensor
     elif rows <= 64:
         br, bn, bk, warps, stages = 16, 32, dim, 4, 1
     else:
-        br, bn, bk, warps, stages = (16, 64, 64, 4, 3) if rows <= 256 else (64, 128, 32, 4, 3)
+        br, bn, bk, warps, stages = (64, 64, 32, 4, 3) if rows <= 512 else (64, 128, 32, 4, 3)
     grid = (triton.cdiv(rows, br), size // bn)
     with device_of(projected):
         for level in range(levels):
