@@ -58,7 +58,7 @@ class SegmentSettings:
     """A word of this log-probability or more is settled when a second hypothesis agrees on it; one below, when either"""
     agreements: int = 4
     """so many hypotheses in a row agree on it, or"""
-    followers: int = 5
+    followers: int = 8
     """a second agrees and so many words follow it: it is far from the audio's end, where most changes are."""
     pause_agreements: int = 2
     """In a pause, when so many agree, sure or not; a second hypothesis in one pause settles everything."""
