@@ -240,7 +240,7 @@ def choose_tile(count: int, n: int, k: int, dtype: torch.dtype, precision: str) 
     work = count * n
     if precision == "ieee":
         tile = Tile(32, 32, 32, 4, 2)
-    elif precision in ("tf32x3", "bf16x3"):
+    elif precision == "tf32x3":
         tile = Tile(16, 32, 128, 4, 4) if work < 1 << 17 else Tile(32, 64, 64, 4, 4) if count <= 512 else Tile(64, 64, 32, 4, 4)
     elif count <= 16 or work <= 1 << 15:
         tile = Tile(16, 16, 256, 4, 3)
