@@ -137,7 +137,8 @@ class GraphRunner:
         host, device = self._host_in[:used], self._device_in[:used]
         pcm, slots, fresh = self._cut(device, rows)
         host_out = self._host_out[: rows * self._width * 4].view(torch.float32).view(rows, self._width)
-        kept = [part[:rows].copy() for part in self.inputs]
+        parts: tuple[NDArray[Any], ...] = self.inputs
+        kept = [part[:rows].copy() for part in parts]
         self.inputs.pcm[:rows] = 0
         self.inputs.slots[:rows] = self._scratch
         self.inputs.fresh[:rows] = True
@@ -147,7 +148,7 @@ class GraphRunner:
             host_out.copy_(self._step_rows(pcm, slots, fresh), non_blocking=True)
 
         replay = self._graphs.capture(run)
-        for part, before in zip(self.inputs, kept, strict=True):
+        for part, before in zip(parts, kept, strict=True):
             part[:rows] = before
         return _Bucket(host_out.numpy(), replay)
 
