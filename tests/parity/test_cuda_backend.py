@@ -1,0 +1,130 @@
+"""`CudaBackend` against `TorchBackend`: the same streams on the same weights, codes and tokens equal."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from tests.support.triton_twins import DEVICE, torch
+
+from moshi_stt.models.spec import Condition, ConditionerSpec, LMSpec, MimiSpec, ModelSpec
+from moshi_stt.models.torch_impl.backend import BackendState, TorchBackend
+from moshi_stt.models.torch_impl.build import Options, make_state, plain_backend
+from moshi_stt.models.torch_impl.cuda.backend import CudaBackend
+from moshi_stt.models.torch_impl.cuda.lm import FusedLM
+from moshi_stt.models.torch_impl.cuda.mimi import PRECISIONS, FusedMimi
+from moshi_stt.models.torch_impl.graphs import CudaGraphs, NoGraphs
+from moshi_stt.models.torch_impl.loader import allocate_lm
+from moshi_stt.models.weights import mimi_table
+
+pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp:RuntimeWarning")
+
+SLOTS = 7
+SAMPLES = 96
+SPEC = ModelSpec(
+    lm=LMSpec(64, 2, 1, 5, 1e5, 40, 3, extra_heads=2),
+    mimi=MimiSpec(
+        codebooks=3,
+        codebook_size=64,
+        codebook_dim=64,
+        dim=64,
+        heads=2,
+        layers=1,
+        feedforward=128,
+        context=6,
+        channels=(32, 32, 32, 32, 32),
+        strides=(2, 2, 2, 6),
+        frame_samples=SAMPLES,
+    ),
+    delay_frames=2,
+)
+"""As small as the kernels allow; the rings are past their end after a few frames."""
+
+
+def draw(tensor: torch.Tensor, name: str) -> None:
+    fan_in = max(1, tensor[0].numel())
+    tensor.copy_(torch.randn(tensor.shape) * (fan_in**-0.5 if tensor.dim() > 1 and "emb" not in name else 1.0))
+    if "norm" in name or name.endswith("cluster_usage"):
+        tensor.abs_().add_(0.5)
+
+
+def poison(state: BackendState) -> None:
+    for ring in (*state.lm.rings, *state.mimi.rings):
+        for tensor in ring:
+            if tensor is not None:
+                tensor.view(torch.uint8).fill_(0xFF)
+
+
+def pair(spec: ModelSpec, *, zero_start: bool = False) -> tuple[TorchBackend, CudaBackend]:
+    torch.manual_seed(0)
+    params, destinations = allocate_lm(spec.lm, 96, torch.float32, DEVICE)
+    mimi_params = {param.name: torch.empty(param.shape, device=DEVICE) for param in mimi_table(spec.mimi)}
+    for name, tensor in (*destinations.items(), *mimi_params.items()):
+        draw(tensor, name)
+    condition, seed = spec.condition, 3
+    with torch.inference_mode():
+        lm = FusedLM(spec.lm, params, condition, temperature=spec.temperature, seed=seed)
+        mimi = FusedMimi(spec.mimi, mimi_params, PRECISIONS["f32"], zero_start=zero_start)
+    states = [make_state(spec, SLOTS, torch.float32, DEVICE) for _ in range(2)]
+    for state in states:
+        poison(state)
+    graphs = NoGraphs() if DEVICE.type == "cpu" else CudaGraphs(DEVICE)
+    ours = CudaBackend(spec, lm, mimi, states[0], graphs=graphs, buckets=(2, 4))
+    plain = plain_backend(spec, dict(params), mimi_params, states[1], Options(seed=seed, zero_start=zero_start))
+    return plain, ours
+
+
+def step_both(backends: tuple[TorchBackend, CudaBackend], rng: np.random.Generator, rows: list[int], fresh: list[int]) -> None:
+    pcm = torch.from_numpy((rng.standard_normal((len(rows), SAMPLES)) * 0.3).astype(np.float32)).to(DEVICE)
+    pcm[0, 3] = float("nan")
+    slots = torch.tensor(rows, device=DEVICE)
+    begins = torch.tensor([slot in fresh for slot in rows], device=DEVICE)
+    with torch.inference_mode():
+        plain, ours = (backend.step_rows(pcm, slots, begins).cpu() for backend in backends)
+    torch.testing.assert_close(ours[:, 0], plain[:, 0], rtol=0, atol=0)
+    torch.testing.assert_close(ours[:, 1:], plain[:, 1:], rtol=1e-4, atol=1e-4)
+    for name in ("codes", "text", "frames"):
+        torch.testing.assert_close(getattr(backends[1].state, name)[slots], getattr(backends[0].state, name)[slots], msg=name)
+
+
+def test_joins_leaves_and_reuse_give_the_same_tokens_and_codes() -> None:
+    """One row (the thin products), two, and many; the rings overflow; one slot begins again."""
+    backends = pair(SPEC)
+    rng = np.random.default_rng(0)
+    step_both(backends, rng, [4], [4])
+    step_both(backends, rng, [4, 0, 2, 6, 1], [0, 2, 6, 1])
+    for _ in range(3):
+        step_both(backends, rng, [2, 4], [])
+    step_both(backends, rng, [1, 2, 4, 3], [1, 3])
+
+
+def test_condition_temperature_and_zero_start() -> None:
+    conditioner = ConditionerSpec("delay", "ContinuousAttribute", 8)
+    spec = replace(
+        SPEC,
+        lm=replace(SPEC.lm, conditioners=(conditioner,)),
+        condition=Condition(conditioner, 2.0),
+        temperature=0.7,
+    )
+    backends = pair(spec, zero_start=True)
+    rng = np.random.default_rng(1)
+    step_both(backends, rng, [5, 1, 3], [5, 1, 3])
+    step_both(backends, rng, [3, 5], [])
+
+
+def test_a_slot_goes_on_in_another() -> None:
+    _, ours = pair(SPEC)
+    rng = np.random.default_rng(2)
+    frames = [torch.from_numpy((rng.standard_normal((1, SAMPLES)) * 0.3).astype(np.float32)).to(DEVICE) for _ in range(2)]
+
+    def step(slot: int, frame: torch.Tensor, fresh: bool = False) -> list[float]:
+        with torch.inference_mode():
+            out = ours.step_rows(frame, torch.tensor([slot], device=DEVICE), torch.tensor([fresh], device=DEVICE))
+        return list(out[0].tolist())
+
+    step(2, frames[0], fresh=True)
+    saved = ours.save(2)
+    ours.copy(2, 5)
+    alone = [step(2, frame) for frame in frames[1:]]
+    assert [step(5, frame) for frame in frames[1:]] == alone
+    ours.restore(0, saved)
+    assert [step(0, frame) for frame in frames[1:]] == alone

@@ -1,0 +1,253 @@
+"""Every Triton kernel against its plain twin."""
+
+import pytest
+from tests.support.triton_twins import DEVICE, INTERPRETED, difference, poisoned, torch
+
+import torch.nn.functional as F  # isort: skip
+
+from moshi_stt.models.torch_impl.attention import FP8, Ring, make_ring, rotate_and_attend
+from moshi_stt.models.torch_impl.attention import ring_attention as plain_attention
+from moshi_stt.models.torch_impl.cuda import conv, elementwise
+from moshi_stt.models.torch_impl.cuda.attention import Tiling, ring_attention
+from moshi_stt.models.torch_impl.cuda.quantiser import quantise
+from moshi_stt.models.torch_impl.cuda.thin import thin
+from moshi_stt.models.torch_impl.rope import RotaryTable
+
+pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp:RuntimeWarning")
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    torch.manual_seed(0)
+
+
+def randn(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.randn(shape).to(DEVICE, dtype)
+
+
+# ---- attention -----------------------------------------------------------------------------------------------------------
+
+
+def unwritten_ring(slots: int, heads: int, context: int, dim: int, dtype: torch.dtype) -> Ring:
+    ring = make_ring(slots, heads, context, dim, dtype, DEVICE)
+    for tensor in ring:
+        if tensor is not None:
+            tensor.view(torch.uint8).fill_(0xFF)
+    return ring
+
+
+def _entry(ring: Ring, slot: int, index: int) -> torch.Tensor:
+    """The keys at one place, as a reader sees them."""
+    keys = ring.k[slot, :, index].float()
+    return keys if ring.k_scale is None else keys * ring.k_scale[slot, :, index, None]
+
+
+@pytest.mark.parametrize("splits", [1, 2])
+@pytest.mark.parametrize(("positions", "context"), [(1, 7), (2, 8), (2, 7)])
+@pytest.mark.parametrize("ring_dtype", [torch.float32, torch.bfloat16, FP8], ids=["float32", "bfloat16", "fp8"])
+def test_attention(ring_dtype: torch.dtype, positions: int, context: int, splits: int) -> None:
+    """Streams of different ages, one that begins again, past the ring's end; what was never written is not a number."""
+    dtype = torch.float32 if ring_dtype is torch.float32 else torch.bfloat16
+    tolerance = 1e-5 if ring_dtype is torch.float32 else (0.2 if ring_dtype is FP8 else 0.02) if INTERPRETED else 0.01
+    heads, dim, rows = 1, 32, 3
+    slots = torch.tensor([3, 0, 2], device=DEVICE)
+    ours, plain = (unwritten_ring(5, heads, context, dim, ring_dtype) for _ in range(2))
+    start = torch.tensor([0, 2 * context * positions, 0], device=DEVICE)
+    start[1] = 0
+    for step in range(9):
+        if step == 5:
+            start[2] = -positions * step  # position 0 again: the old entries must not be seen
+        at = start + positions * step
+        qkv = randn(rows, positions, 3, heads, dim, dtype=dtype)
+        angle = torch.rand(rows, positions, dim // 2, device=DEVICE) * 6
+        cos, sin = angle.cos(), angle.sin()
+        tiling = Tiling(splits, 4 if INTERPRETED else 16, 4, 1)
+        got = ring_attention(qkv, cos, sin, ours, slots, at, tiling=tiling)
+        wanted = rotate_and_attend(qkv, (cos, sin), plain, at, slots, plain_attention).view(got.shape)
+        assert difference(got, wanted) < tolerance, f"step {step}"
+        last = (int(at[0]) + positions - 1) % context
+        stored = [_entry(ring, 3, last) for ring in (ours, plain)]
+        assert difference(*stored) < tolerance
+
+
+def test_attention_takes_only_what_it_can() -> None:
+    ring = make_ring(1, 1, 4, 32, torch.float32, DEVICE)
+    with pytest.raises(ValueError, match="1 or 2"):
+        ring_attention(randn(1, 3, 3, 1, 32), randn(1, 3, 16), randn(1, 3, 16), ring, torch.zeros(1), torch.zeros(1))
+
+
+# ---- products ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rows", [1, 5])
+@pytest.mark.parametrize(("channels_in", "channels_out", "kernel", "stride", "steps"), [(32, 64, 8, 4, 12), (64, 32, 3, 1, 2)])
+def test_conv(rows: int, channels_in: int, channels_out: int, kernel: int, stride: int, steps: int) -> None:
+    x = randn(rows, kernel - stride + steps * stride, channels_in)
+    weight, bias = randn(channels_out, channels_in, kernel), randn(channels_out)
+    out = poisoned(rows, 2 + steps, channels_out)
+    conv.conv(x, conv.conv_weight(weight), bias, out, stride=stride, kept=2, activation="elu", precision="ieee")
+    wanted = F.elu(F.conv1d(x.transpose(1, 2), weight, bias, stride=stride)).transpose(1, 2)
+    assert difference(out[:, 2:], wanted) < 1e-5
+    assert out[:, :2].isnan().all(), "the kept columns are not this kernel's"
+
+
+@pytest.mark.parametrize("channels", [32, 256])
+def test_residual(channels: int) -> None:
+    """Narrow blocks in one kernel, wide ones in two."""
+    rows, steps, hidden = 2, 20, channels // 2
+    x = randn(rows, 2 + steps, channels)
+    first, second = randn(hidden, channels, 3) / channels**0.5, randn(channels, hidden, 1) / channels**0.5
+    bias1, bias2 = randn(hidden), randn(channels)
+    out = poisoned(rows, 4 + steps, channels)
+    weights = conv.conv_weight(first), bias1, conv.conv_weight(second), bias2
+    conv.residual(x, *weights, out, kept=4, precision="ieee")
+    raw = x.transpose(1, 2)
+    wanted = F.elu(raw[..., 2:] + F.conv1d(F.elu(F.conv1d(F.elu(raw), first, bias1)), second, bias2)).transpose(1, 2)
+    assert difference(out[:, 4:], wanted) < 1e-5
+
+
+def test_first_conv_and_the_cleaning_of_sound() -> None:
+    pcm = randn(2, 96)
+    pcm[0, 5], pcm[0, 6], pcm[1, 7], pcm[1, 8] = float("nan"), float("inf"), 1e9, -1e9
+    placed = poisoned(2, 6 + 96, 1)
+    conv.place_sound(pcm, placed)
+    wanted = torch.nan_to_num(pcm, 0.0, 0.0, 0.0).clamp(-100, 100)
+    torch.testing.assert_close(placed[:, 6:, 0], wanted)
+    placed[:, :6] = 0.5
+    weight, bias = randn(32, 1, 7), randn(32)
+    out = poisoned(2, 2 + 96, 32)
+    conv.first_conv(placed, conv.conv_weight(weight), bias, out, 2)
+    assert difference(out[:, 2:], F.conv1d(placed.transpose(1, 2), weight, bias).transpose(1, 2)) < 1e-5
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_thin(rows: int) -> None:
+    """Few rows, with norm, gate and residual taken along."""
+    x, weight, alpha, eps = randn(rows, 96), randn(40, 96), torch.rand(96, device=DEVICE) + 0.5, 1e-8
+    normed = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * alpha
+    assert difference(thin(x, weight, poisoned(rows, 40)), x @ weight.T) < 1e-5
+    assert difference(thin(x, weight, poisoned(rows, 40), norm=alpha, eps=eps), normed @ weight.T) < 1e-5
+    gate, value = (normed @ weight.T).chunk(2, -1)
+    got = thin(x, weight, poisoned(rows, 20), norm=alpha, eps=eps, gate=True)
+    assert difference(got, F.silu(gate) * value) < 1e-5
+    carried = randn(rows, 40)
+    wanted = carried + x @ weight.T
+    assert difference(thin(x, weight, carried, shortcut=carried), wanted) < 1e-5
+
+
+def test_tails_go_to_their_slot_and_back() -> None:
+    shapes = [(6, 20, 1), (2, 20, 4), (3, 5, 8)]
+    columns = [0, 6, 14]
+    tails = conv.TailMap(shapes, columns, 40, DEVICE)
+    state = randn(5, 40)
+    before = state.clone()
+    slots, frames = torch.tensor([3, 1], device=DEVICE), torch.tensor([7, 0], device=DEVICE)
+    whole, buffers = tails.make(2, torch.float32)
+    whole.normal_()
+    tails.load(whole, state, slots, frames)
+    for buffer, (context, _, channels), first in zip(buffers, shapes, columns, strict=True):
+        kept = before[3, first : first + context * channels].view(context, channels)
+        torch.testing.assert_close(buffer[0, :context], kept)
+        assert not buffer[1, :context].any(), "a fresh stream begins from zeros"
+    tails.save(whole, state, slots)
+    for row, slot in enumerate((3, 1)):
+        last = torch.cat([buffer[row, steps:].flatten() for buffer, (_, steps, _) in zip(buffers, shapes, strict=True)])
+        torch.testing.assert_close(state[slot, : len(last)], last)
+    torch.testing.assert_close(state[[0, 2, 4]], before[[0, 2, 4]])
+
+
+# ---- quantiser and small kernels ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("precision", ["ieee", "tf32x3"])
+@pytest.mark.parametrize("rows", [3, 70])
+def test_quantiser(rows: int, precision: str) -> None:
+    books = randn(4, 128, 64)
+    half_norms = books.square().sum(-1) / 2
+    latent = randn(rows, 128) * 4
+    codes = torch.full((100, 4), -1, device=DEVICE)
+    slots = torch.randperm(100)[:rows].to(DEVICE)
+    quantise(latent, books, half_norms, codes, slots, precision=precision)
+    wanted = [(half_norms[0] - latent[:, :64] @ books[0].T).argmin(1)]
+    residual = latent[:, 64:]
+    for book, norms in zip(books[1:], half_norms[1:], strict=True):
+        wanted.append((norms - residual @ book.T).argmin(1))
+        residual = residual - book[wanted[-1]]
+    torch.testing.assert_close(codes[slots], torch.stack(wanted, 1))
+    assert (codes.sum(1) == -4).sum() == 100 - rows, "other slots stay as they are"
+
+
+def test_quantiser_takes_the_lowest_index_of_equals() -> None:
+    books = randn(2, 128, 64)
+    books[:, 100] = books[:, 3]
+    latent = torch.cat([books[0, 3], books[1, 3]])[None]
+    codes = torch.zeros(1, 2, dtype=torch.int64, device=DEVICE)
+    slots = torch.zeros(1, dtype=torch.int64, device=DEVICE)
+    quantise(latent, books, books.square().sum(-1) / 2, codes, slots, precision="ieee")
+    assert codes.tolist() == [[3, 3]]
+
+
+def test_frames_advance_and_angles_stay_exact() -> None:
+    frames = torch.tensor([7, 8, 9, 5_000_000], device=DEVICE)
+    rows = elementwise.advance(
+        torch.tensor([2, 0, 3], device=DEVICE), torch.tensor([0, 1, 0], dtype=torch.uint8, device=DEVICE), frames
+    )
+    assert rows.tolist() == [9, 0, 5_000_000]
+    assert frames.tolist() == [1, 8, 10, 5_000_001]
+    cos, sin = elementwise.angles(rows, elementwise.angle_rates(32, 1e4, DEVICE), 2)
+    plain_cos, plain_sin = RotaryTable(64, 1e4, DEVICE)(rows[:, None] * 2 + torch.arange(2, device=DEVICE))
+    torch.testing.assert_close(cos, plain_cos, atol=3e-7, rtol=0)
+    torch.testing.assert_close(sin, plain_sin, atol=3e-7, rtol=0)
+
+
+@pytest.mark.parametrize("conditioned", [False, True])
+def test_embedding(conditioned: bool) -> None:
+    start, pad, books, dim = 40, 15, 3, 96
+    table = randn(start + 1 + books * (pad + 1), dim)
+    texts = torch.randint(0, start, (4,), device=DEVICE)
+    codes = torch.randint(0, pad, (4, books), device=DEVICE)
+    condition = randn(dim) if conditioned else None
+    slots, frames = torch.tensor([2, 0], device=DEVICE), torch.tensor([5, 0], device=DEVICE)
+    got = elementwise.embed(slots, frames, texts, codes, table, condition, start_token=start, pad_code=pad)
+    first = start + 1 + torch.arange(books, device=DEVICE) * (pad + 1)
+    extra = condition if condition is not None else 0
+    torch.testing.assert_close(got[0], table[texts[2]] + table[first + codes[2]].sum(0) + extra)
+    torch.testing.assert_close(got[1], table[start] + table[first + pad].sum(0) + extra)
+
+
+def test_norms_and_gate() -> None:
+    x, delta, alpha = randn(3, 96), randn(3, 96), randn(96)
+    total = x + delta
+    got = elementwise.add_rms(x, delta, alpha, 1e-8)
+    torch.testing.assert_close(x, total)
+    torch.testing.assert_close(got, F.rms_norm(total, (96,), alpha, 1e-8))
+    both = randn(3, 80)
+    torch.testing.assert_close(elementwise.gate(both), F.silu(both[:, :40]) * both[:, 40:])
+    x, delta, scale, weight, bias = randn(6, 64), randn(6, 64), randn(64), randn(64), randn(64)
+    total = x + scale * delta
+    kept_x = x.clone()
+    got = elementwise.scaled_add_norm(x, delta, scale, weight, bias, 1e-5)
+    torch.testing.assert_close(x, total)
+    torch.testing.assert_close(got, F.layer_norm(total, (64,), weight, bias, 1e-5))
+    for replicate in (True, False):
+        out = torch.zeros(3, 4, 64, device=DEVICE)
+        frames = torch.tensor([4, 0, 9], device=DEVICE)
+        elementwise.scaled_add_into(kept_x, delta, scale, out, frames, 2, replicate=replicate)
+        torch.testing.assert_close(out[:, 2:].reshape(6, 64), total)
+        wanted = total[2].expand(2, 64) if replicate else torch.zeros(2, 64, device=DEVICE)
+        torch.testing.assert_close(out[1, :2], wanted)
+        assert not out[[0, 2], :2].any()
+
+
+def test_choice_of_the_token() -> None:
+    """The lowest of equals, across blocks; its log-probability; the heads' first probabilities."""
+    vocabulary, heads, dim = 5_000, 3, 6
+    logits = randn(2, vocabulary + heads * dim)
+    logits[0, 1] = logits[0, 4_000] = 9.0
+    logits[1, vocabulary - 1] = 12.0
+    out, texts = poisoned(2, 2 + heads), torch.zeros(4, dtype=torch.int64, device=DEVICE)
+    elementwise.choose(logits, torch.tensor([2, 0], device=DEVICE), texts, out, vocabulary, heads, dim)
+    assert out[:, 0].tolist() == [1, vocabulary - 1]
+    assert texts.tolist() == [vocabulary - 1, 0, 1, 0]
+    torch.testing.assert_close(out[:, 1], logits[:, :vocabulary].log_softmax(-1).max(-1).values)
+    torch.testing.assert_close(out[:, 2:], logits[:, vocabulary:].view(2, heads, dim).softmax(-1)[..., 0])

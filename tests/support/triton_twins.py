@@ -1,0 +1,34 @@
+"""Triton kernels beside their plain PyTorch twins: on a GPU where there is one, else in Triton's interpreter on the CPU.
+
+Import this before anything of `torch_impl.cuda`: Triton decides at import whether it interprets. Tensors are poisoned where
+nothing was written, so that a kernel that reads or leaves out what it should not shows it.
+"""
+
+import importlib.util
+import os
+
+import pytest
+
+torch = pytest.importorskip("torch", reason="PyTorch is not installed")
+if importlib.util.find_spec("triton") is None:
+    pytest.skip("Triton is not installed (PyTorch brings it on Linux, with CUDA)", allow_module_level=True)
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+INTERPRETED = DEVICE.type == "cpu"
+"""The interpreter rounds toward zero where a GPU rounds to nearest."""
+
+
+def poisoned(*shape: int, dtype: "torch.dtype" = torch.float32) -> "torch.Tensor":
+    """Not-a-number everywhere, in any dtype."""
+    tensor = torch.empty(shape, dtype=dtype, device=DEVICE)
+    tensor.view(torch.uint8).fill_(0xFF)
+    return tensor
+
+
+def difference(got: "torch.Tensor", wanted: "torch.Tensor") -> float:
+    """Relative to the length of `wanted`; not a number stays so."""
+    got, wanted = got.double(), wanted.double()
+    return float((got - wanted).norm() / wanted.norm())
