@@ -118,7 +118,7 @@ async def test_a_backend_without_a_spare_slot() -> None:
     backend = Scripted(4, [])
     info = EngineInfo("batched_asr", "x", "", (), "none", "f32", 4)
     failing = BatchEngine(lambda: LoadedModel(backend, str, info, 4), delay_frames=6)
-    with pytest.raises(EngineError, match="one slot more"):
+    with pytest.raises(EngineError, match="1 more are needed"):
         await failing.start()
     await failing.stop()
     assert backend.closed

@@ -67,11 +67,12 @@ async def test_a_marker_in_the_middle_of_speech_changes_no_word() -> None:
     async with engine(marker_wait=30.0) as started:
         plain = without_timing(await transcribe(started, pcm))
         stream = started.open()
+        reading = asyncio.create_task(rest(stream))  # meanwhile: where many events wait, `Step`s are merged
         for mark in range(120):
             await stream.feed(pcm[mark * FRAME_SAMPLES : (mark + 1) * FRAME_SAMPLES])
             await stream.mark(mark)
         await stream.finish()
-        events = without_timing(await rest(stream))
+        events = without_timing(await reading)
         assert [e for e in events if not isinstance(e, Marker)] == plain
         assert [e.id for e in events if isinstance(e, Marker)] == list(range(120))
         stream.close()

@@ -7,6 +7,7 @@ the next one, so a busy engine steps many rows at once without any timer. Ways a
 
 import asyncio
 import logging
+import socket
 import threading
 import time
 from collections import deque
@@ -17,9 +18,12 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from moshi_stt.constants import FRAME_SAMPLES, FRAME_SECONDS
-from moshi_stt.engine.engine import Ages, Backend, Engine, EngineInfo, EngineObserver, StepOutput, TakesInPlace
+from moshi_stt.engine.costs import StepCosts, measure
+from moshi_stt.engine.engine import Backend, Engine, EngineInfo, EngineObserver, StepInputs, StepOutput, TakesInPlace
 from moshi_stt.engine.lane import Lane
-from moshi_stt.engine.slots import Slot, SlotPool
+from moshi_stt.engine.rows import RowBlock, RowHub, RowRequest, shared_file
+from moshi_stt.engine.share import Line, Share
+from moshi_stt.engine.slots import Slot, SlotPool, spare_share
 from moshi_stt.engine.stream import Delivery, Stream, StreamLimits, deliver_all
 from moshi_stt.errors import EngineError, EngineFailed, MoshiSttError, NoFreeSlot
 from moshi_stt.events import Ready
@@ -41,14 +45,17 @@ FILE_TURN = 8
 class LoadedModel:
     """What `BatchEngine`'s loader hands over, made on the model thread.
 
-    backend: with `streams + spare_slots(streams)` slots at least. decode: ids of one word to its text.
-    info: of this model, its `total_slots` equal to streams.
+    backend: with `streams + spare_slots(streams, processes)` slots at least. decode: ids of one word to its text; can be
+    pickled where there are processes. info: of this model, its `total_slots` equal to streams. processes: how many others will
+    share it. costs: of its steps; measured where it is None.
     """
 
     backend: Backend
     decode: Callable[[Sequence[int]], str]
     info: EngineInfo
     streams: int
+    processes: int = 0
+    costs: StepCosts | None = None
 
 
 class BatchEngine(Engine):
@@ -81,13 +88,12 @@ class BatchEngine(Engine):
         self._watchdog: asyncio.Task[None] | None = None
         self._ready = False
         self._stopping = False
-        self._wake = threading.Event()
+        self._wake: threading.Event | RowHub = threading.Event()
+        self._hub: RowHub | None = None
         self._woken: deque[Lane] = deque()
         self._step_started: float | None = None
         self._steps = 0
         self._forked: list[Lane] = []
-        self._costs: list[tuple[int, float]] = []
-        """(rows, seconds) of a step, measured at start, by rows."""
 
     # ---- the event loop's side ---------------------------------------------------------------------------------------
 
@@ -118,15 +124,7 @@ class BatchEngine(Engine):
             self._thread = None
 
     def open(self, *, live: bool = True) -> Stream:
-        if self.failure is not None:
-            raise EngineFailed(str(self.failure))
-        if not self._ready:
-            raise EngineError("the model is not loaded yet, or the server is shutting down")
-        try:
-            slot = self._pool.acquire()
-        except NoFreeSlot:
-            self.observer.refused()
-            raise
+        slot = self.lend()
         stream = Stream(self._limits, live=live, wake=lambda: self._wake_lane(lane), release=lambda _: self._release(lane))
         lane = Lane(stream, slot, self._new_words, self._delay)
         self._table[slot.index] = lane
@@ -148,6 +146,60 @@ class BatchEngine(Engine):
             self._woken.append(lane)
             self._wake.set()
 
+    # ---- streams of other processes ----------------------------------------------------------------------------------
+
+    @property
+    def processes(self) -> int:
+        """How many other processes may share the backend. Known once started."""
+        return self._loaded.processes if self._ready else 0
+
+    def share(self, number: int) -> Share:
+        """What process `number` (from 0) has of this engine."""
+        loaded = self._loaded
+        count = spare_share(loaded.streams, loaded.processes)
+        first = loaded.streams + (number + 1) * count
+        return Share(
+            info=self.info,
+            decode=loaded.decode,
+            heads=self._backend.heads,
+            slots=self._backend.slots,
+            spares=range(first, first + count),
+            costs=self._costs,
+            delay_frames=self._delay,
+            marker_wait_seconds=self._marker_wait,
+            hang_seconds=self._hang_seconds,
+            limits=self._limits,
+        )
+
+    def connect(self) -> Line:
+        """A line to the backend for another process."""
+        assert self._hub is not None, "loaded for this process alone"
+        rows, heads = self._loaded.streams, self._backend.heads
+        memory = shared_file(RowBlock.size(rows, heads))
+        here, there = socket.socketpair()
+        self._hub.add(RowBlock(memory, rows, heads), here)
+        return Line(memory, there)
+
+    def lend(self) -> Slot:
+        """A slot for a stream of another process. Raises NoFreeSlot, or EngineFailed after a failure, as `open` does."""
+        self._check_ready()
+        try:
+            return self._pool.acquire()
+        except NoFreeSlot:
+            self.observer.refused()
+            raise
+
+    def take_back(self, slot: Slot) -> None:
+        """A lent slot that no row of the other process will name again."""
+        if self._pool.release(slot):
+            self._announce_free_slot()
+
+    def _check_ready(self) -> None:
+        if self.failure is not None:
+            raise EngineFailed(str(self.failure))
+        if not self._ready:
+            raise EngineError("the model is not loaded yet, or the server is shutting down")
+
     @property
     def ready(self) -> bool:
         return self._ready and self.failure is None
@@ -165,7 +217,7 @@ class BatchEngine(Engine):
 
     async def _watch(self) -> None:
         """Fail the engine when a step hangs."""
-        limit = max(self._hang_seconds, 20 * max((seconds for _, seconds in self._costs), default=0.0))
+        limit = max(self._hang_seconds, 20 * self._costs.slowest)
         while self.failure is None:
             await asyncio.sleep(limit / 8)
             started = self._step_started
@@ -214,6 +266,8 @@ class BatchEngine(Engine):
                 self._post(_set_exception, started, EngineError(text))
         finally:
             self._step_started = None
+            if self._hub is not None:
+                self._hub.close()
             if backend is not None:
                 with suppress(Exception):
                     backend.close()
@@ -224,9 +278,15 @@ class BatchEngine(Engine):
             self._wake.clear()
             now = time.monotonic()
             self._drain(now)
-            lanes = self._gather(now)
-            if lanes:
-                output = self._step(len(lanes))
+            requests = self._hub.collect(self._backend.copy) if self._hub is not None else []
+            lanes = self._gather(now, sum(request.rows for request in requests))
+            if lanes or requests:
+                output = self._step(len(lanes), requests)
+                if self._hub is not None and requests:
+                    self._hub.answer(requests, output, len(lanes))
+                    output = StepOutput(
+                        output.text_token[: len(lanes)], output.logprob[: len(lanes)], output.pause[: len(lanes)]
+                    )
                 self._scatter(lanes, output)
             else:
                 self._wake.wait(self._idle_seconds(now))
@@ -244,38 +304,51 @@ class BatchEngine(Engine):
         if deliveries:
             self._post(self._deliver, deliveries, [])
 
-    def _gather(self, now: float) -> list[Lane]:
-        """Choose the lanes that step now and write their frames and slots into the batch."""
+    def _gather(self, now: float, others: int) -> list[Lane]:
+        """Choose the lanes that step now, beside so many rows of others, and write their frames and slots into the batch."""
         self._fork_stalled(now)
         lanes = [lane for lane in self._table if lane is not None and lane.has_row and (lane.stream.writable or lane.borrows)]
-        lanes = self._choose(lanes, now)
+        lanes = self._choose(lanes, now, others)
         turn = self._steps
-        for lane, row in zip(lanes, self._pcm, strict=False):
+        for lane, row in zip(lanes, self._inputs.pcm, strict=False):
             lane.gather(row)
             lane.turn = turn
-        self._slots[: len(lanes)] = [lane.row_slot for lane in lanes]
-        self._fresh[: len(lanes)] = [lane.row_fresh for lane in lanes]
+        self._inputs.slots[: len(lanes)] = [lane.row_slot for lane in lanes]
+        self._inputs.fresh[: len(lanes)] = [lane.row_fresh for lane in lanes]
         return lanes
 
-    def _choose(self, lanes: list[Lane], now: float) -> list[Lane]:
-        """Live streams before files: files take what room is left, those that waited longest first."""
+    def _choose(self, lanes: list[Lane], now: float, others: int) -> list[Lane]:
+        """Live streams before files: files take what room is left, those that waited longest first. Others' rows are live."""
         files = [lane for lane in lanes if not lane.stream.live]
-        if not files or not any(lane is not None and lane.stream.live and now - lane.heard_at < 1.0 for lane in self._table):
+        if not files or not self._is_spoken(now):
             return lanes
         live = [lane for lane in lanes if lane.stream.live]
-        room = self._rows_within(LIVE_BUDGET_SECONDS) - len(live)
+        room = self._costs.rows_within(LIVE_BUDGET_SECONDS, len(self._table)) - len(live) - others
         if room <= 0:
             room = 1 if self._steps % FILE_TURN == 0 or not live else 0
         files.sort(key=lambda lane: lane.turn)
         return live + files[:room]
 
-    def _step(self, rows: int) -> StepOutput:
+    def _is_spoken(self, now: float) -> bool:
+        """Whether a live stream was heard within the last second."""
+        if self._hub is not None and now - self._hub.heard_at < 1.0:
+            return True
+        return any(lane is not None and lane.stream.live and now - lane.heard_at < 1.0 for lane in self._table)
+
+    def _step(self, rows: int, requests: Sequence[RowRequest]) -> StepOutput:
+        """Step the gathered rows, and behind them those of other processes."""
+        for request in requests:
+            self._inputs.put(request.port.block.inputs.rows(0, request.rows), rows)
+            rows += request.rows
         self._step_started = begun = time.monotonic()
-        output = self._backend.step(self._pcm[:rows], self._slots[:rows], self._fresh[:rows])
+        output = self._backend.step(*self._inputs.rows(0, rows))
         self._step_started = None
         self._steps += 1
-        self.observer.stepped(time.monotonic() - begun, rows)
+        self._stepped(time.monotonic() - begun, rows)
         return output
+
+    def _stepped(self, seconds: float, rows: int) -> None:
+        self.observer.stepped(seconds, rows)
 
     def _scatter(self, lanes: list[Lane], output: StepOutput) -> None:
         """Each row's output to its own stream, all in one turn of the event loop."""
@@ -336,75 +409,38 @@ class BatchEngine(Engine):
     def _adopt(self, loaded: LoadedModel) -> None:
         """Take over a model: tables for its slots, warm it, measure it."""
         backend, streams = loaded.backend, loaded.streams
-        if backend.slots <= streams:
+        least = spare_share(streams, loaded.processes) * loaded.processes + 1
+        if backend.slots < streams + least:
             raise EngineError(
-                f"a backend of {backend.slots} slots cannot carry {streams} streams: one slot more is needed at least"
+                f"a backend of {backend.slots} slots cannot carry {streams} streams: {least} more are needed at least"
             )
+        self._loaded = loaded
         self._backend = backend
-        self._pool = SlotPool(streams)
-        self._spares = SlotPool(backend.slots - streams, first=streams)
+        self._pool, self._spares = self._pools(loaded)
         self._table: list[Lane | None] = [None] * streams
         self._new_words = lambda: WordAssembler(loaded.decode, self._delay)
         if isinstance(backend, TakesInPlace) and len(backend.inputs.slots) >= streams:
-            self._pcm, self._slots, self._fresh = backend.inputs
+            self._inputs = backend.inputs
         else:
-            self._pcm = np.zeros((streams, FRAME_SAMPLES), np.float32)  # (B, S)
-            self._slots = np.zeros(streams, np.int64)  # (B,)
-            self._fresh = np.zeros(streams, np.bool_)  # (B,)
+            pcm = np.zeros((streams, FRAME_SAMPLES), np.float32)
+            self._inputs = StepInputs(pcm, np.zeros(streams, np.int64), np.zeros(streams, np.bool_))
         backend.warm_up()
-        self._costs = measure(backend, streams)
-        self.info = replace(loaded.info, total_slots=streams, details=loaded.info.details | self._describe())
+        self._costs = loaded.costs if loaded.costs is not None else measure(backend, streams)
+        if loaded.processes:
+            self._hub = self._wake = RowHub()
+        self.info = replace(loaded.info, total_slots=streams, details=loaded.info.details | self._costs.describe(streams))
 
-    def _describe(self) -> dict[str, str]:
-        details = {f"step of {rows} row{'s' if rows > 1 else ''}": f"{1e3 * seconds:.3g} ms" for rows, seconds in self._costs}
-        held = self._rows_within(FRAME_SECONDS)
-        total = len(self._table)
-        details["real-time streams"] = (
-            f"{held} of {total} slots"
-            if held
-            else "none: one step takes longer than the 80 ms of audio in it; use a faster device"
-        )
-        return details
-
-    def _rows_within(self, seconds: float) -> int:
-        """The most rows whose step is expected to take no longer than this; 0 when not even one."""
-        rows, times = zip(*self._costs, strict=True)
-        if seconds < times[0]:
-            return 0
-        fits = int(np.interp(seconds, np.maximum.accumulate(times), rows))
-        return min(fits, len(self._table))
+    def _pools(self, loaded: LoadedModel) -> tuple[SlotPool, SlotPool]:
+        """The slots that this process lends: of streams, and for copies."""
+        own = loaded.backend.slots - loaded.streams
+        if loaded.processes:
+            own = spare_share(loaded.streams, loaded.processes)
+        return SlotPool(loaded.streams), SlotPool(own, first=loaded.streams)
 
     def _post(self, call: Callable[..., object], *args: object) -> None:
         """Run on the event loop; nothing when that is closed already."""
         with suppress(RuntimeError):
             self._loop.call_soon_threadsafe(call, *args)
-
-
-def measure(backend: Backend, streams: int, budget_seconds: float = 5.0) -> list[tuple[int, float]]:
-    """Median seconds of a step at 1, some and all rows, as far as there is time for: [(rows, seconds), …], by rows.
-
-    With full contexts, where the backend can pretend them.
-    """
-    costs: list[tuple[int, float]] = []
-    begun = time.monotonic()
-    for rows in sorted({1, min(8, streams), streams}):
-        if costs and costs[-1][1] * rows / costs[-1][0] > budget_seconds:
-            break
-        pcm = np.zeros((rows, FRAME_SAMPLES), np.float32)
-        slots = np.arange(rows, dtype=np.int64)
-        taken: list[float] = []
-        for turn in range(5):
-            step_begun = time.monotonic()
-            backend.step(pcm, slots, np.full(rows, turn == 0))
-            taken.append(time.monotonic() - step_begun)
-            if turn == 0 and isinstance(backend, Ages):
-                backend.age()
-            if time.monotonic() - begun > budget_seconds:
-                break
-        costs.append((rows, sorted(taken)[len(taken) // 2]))
-        if time.monotonic() - begun > budget_seconds:
-            break
-    return costs
 
 
 def _set_result(future: "asyncio.Future[None]") -> None:

@@ -7,7 +7,7 @@ B row (a stream in this step), T frame, K codebook, H head, D dim, S sample.
 import asyncio
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,6 +27,15 @@ class StepOutput(NamedTuple):
     text_token: NDArray[np.int64]
     logprob: NDArray[np.float32]
     pause: NDArray[np.float32]
+
+    def rows(self, start: int, stop: int) -> "StepOutput":
+        """Views of some rows."""
+        return StepOutput(self.text_token[start:stop], self.logprob[start:stop], self.pause[start:stop])
+
+    def put(self, rows: "StepOutput") -> None:
+        """Copy rows over the first ones."""
+        count = len(rows.text_token)
+        self.text_token[:count], self.logprob[:count], self.pause[:count] = rows
 
 
 class Backend(Protocol):
@@ -81,6 +90,22 @@ class StepInputs(NamedTuple):
     pcm: NDArray[np.float32]
     slots: NDArray[np.int64]
     fresh: NDArray[np.bool_]
+
+    def rows(self, start: int, stop: int) -> "StepInputs":
+        """Views of some rows."""
+        return StepInputs(self.pcm[start:stop], self.slots[start:stop], self.fresh[start:stop])
+
+    def put(self, rows: "StepInputs", start: int = 0) -> None:
+        """Copy rows over those from `start` on, but for what lies there already."""
+        pairs: tuple[tuple[NDArray[Any], NDArray[Any]], ...] = (
+            (rows.pcm, self.pcm),
+            (rows.slots, self.slots),
+            (rows.fresh, self.fresh),
+        )
+        for source, target in pairs:
+            into = target[start : start + len(source)]
+            if source.ctypes.data != into.ctypes.data:
+                into[:] = source
 
 
 @runtime_checkable

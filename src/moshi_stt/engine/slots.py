@@ -52,6 +52,15 @@ class SlotPool:
         return True
 
 
-def spare_slots(streams: int) -> int:
-    """Slots that a backend needs beyond those of its streams: copies on which markers are answered early (docs/engine.md)."""
-    return min(8, max(1, streams // 8))
+def spare_slots(streams: int, processes: int = 0) -> int:
+    """Slots that a backend needs beyond those of its streams: copies on which markers are answered early (docs/engine.md).
+
+    processes: how many others share the backend; each has its own share of them, and so has the backend's.
+    """
+    return (processes + 1) * spare_share(streams, processes)
+
+
+def spare_share(streams: int, processes: int) -> int:
+    """How many of them each process has."""
+    alone = min(8, max(1, streams // 8))
+    return max(min(2, alone), alone // processes) if processes else alone

@@ -1,0 +1,68 @@
+"""What a step takes, by its number of rows: measured at start, asked while running. Knows backends only by their interface."""
+
+import time
+from typing import NamedTuple
+
+import numpy as np
+
+from moshi_stt.constants import FRAME_SAMPLES, FRAME_SECONDS
+from moshi_stt.engine.engine import Ages, Backend
+
+TURNS = 5
+MEASURING_SECONDS = 5.0
+
+
+class StepCosts(NamedTuple):
+    """Median seconds of steps of so many rows each, ascending."""
+
+    rows: tuple[int, ...]
+    seconds: tuple[float, ...]
+
+    @property
+    def slowest(self) -> float:
+        return max(self.seconds)
+
+    def rows_within(self, seconds: float, most: int) -> int:
+        """The most rows, up to `most`, whose step is expected to take no longer than this; 0 when not even one."""
+        if seconds < self.seconds[0]:
+            return 0
+        return min(int(np.interp(seconds, np.maximum.accumulate(self.seconds), self.rows)), most)
+
+    def describe(self, slots: int) -> dict[str, str]:
+        """Lines for the start-up log."""
+        pairs = zip(self.rows, self.seconds, strict=True)
+        details = {f"step of {rows} row{'s' if rows > 1 else ''}": f"{1e3 * seconds:.3g} ms" for rows, seconds in pairs}
+        held = self.rows_within(FRAME_SECONDS, slots)
+        details["real-time streams"] = (
+            f"{held} of {slots} slots"
+            if held
+            else "none: one step takes longer than the 80 ms of audio in it; use a faster device"
+        )
+        return details
+
+
+def measure(backend: Backend, streams: int, budget_seconds: float = MEASURING_SECONDS) -> StepCosts:
+    """A warm backend's costs at 1, some and all rows, as far as there is time for.
+
+    With full contexts, where the backend can pretend them. Leaves every slot's state undefined until `fresh`.
+    """
+    costs: list[tuple[int, float]] = []
+    begun = time.monotonic()
+    for rows in sorted({1, min(8, streams), streams}):
+        if costs and costs[-1][1] * rows / costs[-1][0] > budget_seconds:
+            break
+        pcm = np.zeros((rows, FRAME_SAMPLES), np.float32)
+        slots = np.arange(rows, dtype=np.int64)
+        taken: list[float] = []
+        for turn in range(TURNS):
+            step_begun = time.monotonic()
+            backend.step(pcm, slots, np.full(rows, turn == 0))
+            taken.append(time.monotonic() - step_begun)
+            if turn == 0 and isinstance(backend, Ages):
+                backend.age()
+            if time.monotonic() - begun > budget_seconds:
+                break
+        costs.append((rows, sorted(taken)[len(taken) // 2]))
+        if time.monotonic() - begun > budget_seconds:
+            break
+    return StepCosts(*zip(*costs, strict=True))
