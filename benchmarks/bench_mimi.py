@@ -197,20 +197,23 @@ def compete(contenders: list[Contender], frames: int, rounds: int) -> list[dict[
             "p90_ms": float(np.percentile(contender.times, 90) * 1e3),
             "same": float((found == codes[0]).mean()),
             "same_frames": float((found == codes[0]).all(-1).mean()),
+            "first_difference": next(iter(np.flatnonzero((found != codes[0]).any(-1)).tolist()), None),
         }
         for contender, found in zip(contenders, codes, strict=True)
     ]
 
 
 def table(results: list[dict[str, Any]]) -> str:
-    """A line for each contender. same, frames: its codes and frames of codes that are the first one's; x: its time by ours."""
+    """A line for each contender. same, frames: its codes and frames of codes that are the first one's; first: frame that is
+    not; x: its time by ours."""
     ours = [result for result in results if result["name"].startswith("moshi-stt")]
     heads = "".join(f"{'x ours, ' + str(result['threads']):>11}" for result in ours)
-    lines = [f"{'':28}{'ms':>7}{'p10':>7}{'p90':>7}{'same':>10}{'frames':>10}{heads}"]
+    lines = [f"{'':28}{'ms':>7}{'p10':>7}{'p90':>7}{'same':>10}{'frames':>10}{'first':>7}{heads}"]
     for result in results:
         times = f"{result['ms']:7.1f}{result['p10_ms']:7.1f}{result['p90_ms']:7.1f}"
+        first = "-" if result["first_difference"] is None else result["first_difference"]
         ratios = "".join(f"{result['ms'] / one['ms']:11.2f}" for one in ours)
-        lines.append(f"{result['name']:28}{times}{result['same']:10.3%}{result['same_frames']:10.2%}{ratios}")
+        lines.append(f"{result['name']:28}{times}{result['same']:10.3%}{result['same_frames']:10.2%}{first:>7}{ratios}")
     return "\n".join(lines)
 
 
