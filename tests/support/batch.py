@@ -34,6 +34,7 @@ async def engine(
     observer: EngineObserver | None = None,
     marker_wait: float = 0.02,
     hang: float = 30.0,
+    processes: int = 0,
 ) -> AsyncIterator[Started]:
     made: list[FakeBackend] = []
 
@@ -42,7 +43,7 @@ async def engine(
         return made[0]
 
     started = Started(
-        loader(keep, streams),
+        loader(keep, streams, processes=processes),
         delay_frames=delay,
         limits=limits,
         observer=observer,

@@ -112,14 +112,17 @@ def spell(ids: Sequence[int]) -> str:
 
 
 def loader(
-    make: Callable[[int], FakeBackend], streams: int, decode: Callable[[Sequence[int]], str] = spell
+    make: Callable[[int], FakeBackend],
+    streams: int,
+    decode: Callable[[Sequence[int]], str] = spell,
+    processes: int = 0,
 ) -> Callable[[], LoadedModel]:
     """A loader for `BatchEngine` around `make(slots)`."""
 
     def load() -> LoadedModel:
-        backend = make(streams + spare_slots(streams))
+        backend = make(streams + spare_slots(streams, processes))
         info = EngineInfo("batched_asr", "scripted", "", ("en",), "none", "float32", streams)
-        return LoadedModel(backend, decode, info, streams)
+        return LoadedModel(backend, decode, info, streams, processes)
 
     return load
 

@@ -1,0 +1,25 @@
+"""A `RemoteEngine` and the engine that it shares, in one process."""
+
+from moshi_stt.engine.batch import BatchEngine
+from moshi_stt.engine.remote import RemoteEngine
+from moshi_stt.engine.slots import Slot
+from moshi_stt.engine.stream import Stream
+
+
+class Lent(RemoteEngine):
+    """Borrows a slot for each stream, as the server does for each socket that it hands over."""
+
+    def __init__(self, owner: BatchEngine, number: int = 0) -> None:
+        """owner: started, and stopped by whoever started it."""
+        super().__init__(owner.share(number), owner.connect(), on_freed=self._give_back_lent)
+        self._owner = owner
+        self._lent: dict[int, Slot] = {}
+
+    def open(self, *, live: bool = True) -> Stream:
+        slot = self._owner.lend()
+        self._lent[slot.index] = slot
+        self.grant(slot.index)
+        return super().open(live=live)
+
+    def _give_back_lent(self, index: int) -> None:
+        self._owner.take_back(self._lent.pop(index))

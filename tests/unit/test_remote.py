@@ -1,0 +1,176 @@
+"""Engines over another's backend: what several of them say beside each other is what each would say alone."""
+
+import asyncio
+import random
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+
+import pytest
+from tests.support.batch import Started, engine, feed_in_pieces, noise, rest, steps_of, transcribe, until, without_timing
+from tests.support.remote import Lent
+from tests.support.scripted_backend import PseudoModel, Scripted
+from tests.support.serving import until as becomes
+
+from moshi_stt.constants import FRAME_SAMPLES
+from moshi_stt.engine.batch import BatchEngine
+from moshi_stt.engine.engine import SilentObserver
+from moshi_stt.engine.slots import spare_share, spare_slots
+from moshi_stt.errors import EngineFailed, NoFreeSlot
+from moshi_stt.events import AnyEvent, Error, Marker
+
+STREAMS = 12
+
+
+@asynccontextmanager
+async def remotes(owner: Started, count: int) -> AsyncIterator[list[Lent]]:
+    """Engines over owner's backend."""
+    async with AsyncExitStack() as stack:
+        made = []
+        for number in range(count):
+            remote = Lent(owner, number)
+            await remote.start()
+            stack.push_async_callback(remote.stop)
+            made.append(remote)
+        yield made
+
+
+async def marked(started: BatchEngine, pcm_frames: float, seed: int) -> list[AnyEvent]:
+    """A stream that sends in pieces, with a marker behind the first half, and another with nothing behind it for a while."""
+    draw = random.Random(seed)
+    pcm = noise(pcm_frames, seed)
+    half = len(pcm) // 2
+    stream = started.open()
+    await feed_in_pieces(stream, pcm[:half], [draw.choice([480, 1_920, 5_000]) for _ in range(8)])
+    await stream.mark(1)
+    events = await until(stream, lambda e: Marker(1) in e)
+    await stream.feed(pcm[half:])
+    await stream.mark(2)
+    await stream.finish()
+    events += await rest(stream)
+    stream.close()
+    return [event for event in without_timing(events) if not isinstance(event, Marker)]
+
+
+async def test_streams_of_several_engines_are_as_if_alone() -> None:
+    async with engine(PseudoModel, STREAMS) as alone:
+        expected = [without_timing(await transcribe(alone, noise(20 + seed, seed))) for seed in range(STREAMS)]
+    async with engine(PseudoModel, STREAMS, processes=3) as owner, remotes(owner, 3) as others:
+        engines: list[BatchEngine] = [owner, *others]
+
+        async def one(seed: int) -> None:
+            got = without_timing(await transcribe(engines[seed % 4], noise(20 + seed, seed)))
+            assert got == expected[seed]
+
+        for _ in range(3):  # the slots are used again
+            await asyncio.gather(*(one(seed) for seed in range(STREAMS)))
+            await becomes(lambda: owner.used_slots == 0, "giving back")
+        assert max(owner.fake.rows) > 1
+
+
+async def test_markers_are_answered_on_each_engines_own_copies() -> None:
+    """More at once than there are copies: each is answered, and the stream goes on as if there had been no marker."""
+    async with engine(PseudoModel, STREAMS) as alone:
+        expected = [await marked(alone, 11.5 + seed, seed) for seed in range(STREAMS)]
+    async with engine(PseudoModel, STREAMS, processes=2) as owner, remotes(owner, 2) as others:
+        engines: list[BatchEngine] = [owner, *others]
+        got = await asyncio.gather(*(marked(engines[seed % 3], 11.5 + seed, seed) for seed in range(STREAMS)))
+        assert list(got) == expected
+
+
+async def test_no_more_slots_than_there_are() -> None:
+    """A slot is lent again only when no row of its last stream is under way."""
+    async with engine(PseudoModel, 2, processes=2) as owner, remotes(owner, 2) as (first, second):
+        streams = [first.open(), second.open()]
+        for each in (owner, first, second):
+            with pytest.raises(NoFreeSlot):
+                each.open()
+        for stream in streams:
+            await stream.feed(noise(50))
+            stream.close()
+        await becomes(lambda: owner.used_slots == 0, "giving back")
+        assert len(await transcribe(second, noise(3))) >= 4
+
+
+class Rows(SilentObserver):
+    def __init__(self) -> None:
+        self.rows = 0
+
+    def stepped(self, seconds: float, rows: int) -> None:
+        self.rows += rows
+
+
+async def test_the_owner_counts_everybodys_steps() -> None:
+    counted, uncounted = Rows(), Rows()
+    async with (
+        engine(lambda slots: Scripted(slots, []), 4, observer=counted, processes=1) as owner,
+        remotes(owner, 1) as (other,),
+    ):
+        counted.rows = 0
+        other.observer = uncounted
+        await transcribe(other, noise(10))
+        await transcribe(owner, noise(10))
+    assert counted.rows >= 20
+    assert uncounted.rows == 0
+
+
+async def test_files_make_room_for_the_live_streams_of_others() -> None:
+    """While somebody speaks on another engine and there is time for two rows in a step, three files do not step together."""
+    async with engine(lambda slots: Scripted(slots, []), 8, processes=1) as owner, remotes(owner, 1) as (other,):
+        owner._costs = owner._costs._replace(rows=(1, 8), seconds=(0.02, 0.16))
+        speaker = other.open()
+        await speaker.feed(noise(1))
+        await until(speaker, lambda e: steps_of(e) == 1)
+        assert owner._hub is not None
+        owner._hub.heard_at += 3_600  # spoken all the time, however slow this machine is
+        owner.fake.rows.clear()
+        await asyncio.gather(*(transcribe(owner, noise(40, seed), live=False) for seed in range(3)))
+        assert max(owner.fake.rows) == 2
+        speaker.close()
+
+
+async def test_a_failed_step_ends_the_streams_of_all() -> None:
+    async with engine(PseudoModel, 4, processes=2) as owner, remotes(owner, 2) as others:
+        streams = [each.open() for each in (owner, *others)]
+        owner.fake.raise_next = True
+        for stream in streams:
+            await stream.feed(noise(2))
+        for stream in streams:
+            last = (await rest(stream))[-1]
+            assert isinstance(last, Error)
+            assert last.close_code == 1011
+            stream.close()
+        for each in (owner, *others):
+            with pytest.raises(EngineFailed):
+                each.open()
+
+
+async def test_an_engine_that_goes_takes_nobody_along() -> None:
+    async with engine(PseudoModel, 4, processes=2) as owner, remotes(owner, 2) as (first, second):
+        stream = first.open()
+        await stream.feed(noise(30))
+        await first.stop()
+        assert isinstance((await rest(stream))[-1], Error)
+        stream.close()
+        assert len(await transcribe(second, noise(5))) > 5
+        assert len(await transcribe(owner, noise(5))) > 5
+
+
+def test_every_process_has_copies() -> None:
+    for streams in (1, 8, 64, 1_024):
+        for processes in (0, 1, 3, 8, 16):
+            assert spare_share(streams, processes) >= 1
+            assert spare_slots(streams, processes) == (processes + 1) * spare_share(streams, processes)
+    assert spare_slots(1_024) == 8
+
+
+def test_a_frame_is_what_the_rows_hold() -> None:
+    """The shared block has room for every stream of the engine at once."""
+    from moshi_stt.engine.rows import RowBlock, shared_file
+
+    memory = shared_file(RowBlock.size(5, 4))
+    block = RowBlock(memory, 5, 4)
+    assert block.inputs.pcm.shape == (5, FRAME_SAMPLES)
+    block.inputs.pcm[:] = 1
+    block.output.pause[:] = 2
+    assert not block.inputs.slots.any()
+    assert not block.output.text_token.any()
