@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 import pytest
+from tests.support.checkpoints import Checkpoint, save, shared_checkpoint, small_spec, small_tensors
 
 SHARED = Path(os.environ.get("MOSHI_STT_SHARED") or Path(__file__).parents[2] / "shared")
 """Recordings, audio and the contract, which are not part of the repository."""
@@ -15,3 +16,16 @@ def shared() -> Path:
     if not (SHARED / "goldens").is_dir():
         pytest.skip(f"no goldens: {SHARED} is not there (set MOSHI_STT_SHARED)")
     return SHARED
+
+
+@pytest.fixture(scope="session")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    """A small random model."""
+    spec = small_spec()
+    return save(tmp_path_factory.mktemp("small"), spec, *small_tensors(spec))
+
+
+@pytest.fixture(scope="session")
+def tiny(shared: Path) -> Path:
+    """Folder of the checkpoint `tiny` that the recorded sessions were made on."""
+    return shared_checkpoint("tiny", shared)

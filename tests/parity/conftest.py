@@ -6,7 +6,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from tests.support.checkpoints import Checkpoint, save, shared_checkpoint, small_spec, small_tensors
 
 if importlib.util.find_spec("torch") is None or importlib.util.find_spec("safetensors") is None:
     shared_by_both = ("test_independence.py", "test_recorded_tokens.py")
@@ -15,20 +14,6 @@ if importlib.util.find_spec("torch") is None or importlib.util.find_spec("safete
         for path in Path(__file__).parent.glob("test_*.py")
         if path.name not in shared_by_both and not path.name.startswith("test_mlx")
     ]
-
-
-@pytest.fixture(scope="session")
-def small(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
-    """A small random model."""
-    pytest.importorskip("safetensors")
-    spec = small_spec()
-    return save(tmp_path_factory.mktemp("small"), spec, *small_tensors(spec))
-
-
-@pytest.fixture(scope="session")
-def tiny(shared: Path) -> Path:
-    """Folder of the checkpoint `tiny` that the recorded sessions were made on."""
-    return shared_checkpoint("tiny", shared)
 
 
 @pytest.fixture(scope="session")

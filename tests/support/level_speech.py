@@ -87,7 +87,7 @@ def _runs(samples: NDArray[np.float32]) -> list[tuple[int, float, float]]:
     numbers = np.rint(np.abs(samples) * 100).astype(int)
     runs: list[tuple[int, float, float]] = []
     loud = np.flatnonzero(np.diff(np.concatenate([[0], (numbers > 0).astype(int), [0]])))
-    for start, stop in zip(loud[::2], loud[1::2], strict=True):
+    for start, stop in zip(loud[::2].tolist(), loud[1::2].tolist(), strict=True):
         if stop - start >= SHORTEST_WORD * RECOGNISER_RATE:
             number = int(np.median(numbers[start:stop]))
             runs.append((number, start / RECOGNISER_RATE, stop / RECOGNISER_RATE))
