@@ -12,6 +12,8 @@ from moshi_stt.constants import SAMPLE_RATE
 
 GIB = 1 << 30
 
+MOST_SOCKET_PROCESSES = 64
+
 
 class LimitsConfig(msgspec.Struct, frozen=True, kw_only=True):
     """`[moshi_stt]`: bounds of the server."""
@@ -32,6 +34,8 @@ class LimitsConfig(msgspec.Struct, frozen=True, kw_only=True):
     """A client from which nothing at all, not even a pong, came for so long is closed."""
     slot_wait_seconds: float = 100.0
     """How long a POST waits for a free slot."""
+    socket_processes: int | Literal["auto"] = "auto"
+    """Further processes that carry the WebSockets of Kyutai's models; auto: none below 128 streams (docs/gpu.md)."""
 
 
 class TransformerConfig(msgspec.Struct, frozen=True, kw_only=True):

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast
 
 from moshi_stt.config import (
+    MOST_SOCKET_PROCESSES,
     EmbeddedModule,
     EngineConfig,
     ExtraHeadsConfig,
@@ -190,8 +191,10 @@ def _limits(table: Table | None) -> LimitsConfig:
         return LimitsConfig()
     limits = table.struct(LimitsConfig)
     for key in LimitsConfig.__struct_fields__:
-        if getattr(limits, key) <= 0:
+        if key != "socket_processes" and getattr(limits, key) <= 0:
             table.fail(key, "expected a number above 0. Leave the key out for the default.")
+    if limits.socket_processes != "auto" and limits.socket_processes > MOST_SOCKET_PROCESSES:
+        table.fail("socket_processes", f'expected 0 to {MOST_SOCKET_PROCESSES}, or "auto".')
     if limits.inbox_seconds < 1 / FRAME_RATE:
         table.fail("inbox_seconds", f"expected at least one frame of audio, {1 / FRAME_RATE:g} s.")
     if limits.ping_seconds >= limits.silent_seconds:

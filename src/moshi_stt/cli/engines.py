@@ -9,6 +9,7 @@ import logging
 import os
 import platform
 import re
+import socket
 import sys
 import time
 from collections.abc import Callable
@@ -49,6 +50,11 @@ MEGABYTE = 1 << 20
 AUTO_MOST = 2_048
 """The most streams that `batch_size = "auto"` takes."""
 
+STREAMS_A_PROCESS = 64
+"""Of which `socket_processes = "auto"` has one for as many, from twice as many streams on: it keeps a tenth of a core busy."""
+
+MOST_AUTO_PROCESSES = 8
+
 AUTO_MEMORY_SHARE = 0.8
 """Of the free memory, what their state may take."""
 
@@ -69,7 +75,7 @@ def build_engine(
         return _embedded(module, stream_limits, observer)
     if force_cpu:
         module = msgspec.structs.replace(module, engine=msgspec.structs.replace(module.engine, device="cpu"))
-    return _kyutai(module, stream_limits, observer)
+    return _kyutai(module, stream_limits, observer, limits.socket_processes)
 
 
 def missing_packages(names: tuple[str, ...]) -> list[str]:
@@ -96,7 +102,11 @@ def _embedded(module: EmbeddedModule, limits: StreamLimits, observer: EngineObse
     )
 
 
-def _kyutai(module: KyutaiModule, limits: StreamLimits, observer: EngineObserver | None) -> Engine:
+def _kyutai(
+    module: KyutaiModule, limits: StreamLimits, observer: EngineObserver | None, processes: int | Literal["auto"]
+) -> Engine:
+    if processes not in ("auto", 0) and not hasattr(socket, "send_fds"):
+        raise ConfigError(f"socket_processes = {processes}: this system cannot hand sockets to other processes; use 0")
     framework = framework_of(module)
     device = module.engine.device
     if module.engine.quantize != "none" and (device.startswith("cuda") or device == "mps"):
@@ -111,7 +121,7 @@ def _kyutai(module: KyutaiModule, limits: StreamLimits, observer: EngineObserver
             "(in a checkout: scripts/install.sh --model stt-1b-en_fr)"
         )
     return BatchEngine(
-        partial(load_kyutai, module, framework),
+        partial(load_kyutai, module, framework, processes),
         delay_frames=module.asr_delay_in_tokens,
         marker_wait_seconds=module.engine.marker_wait_seconds,
         limits=limits,
@@ -135,8 +145,19 @@ def on_apple_silicon() -> bool:
     return sys.platform == "darwin" and platform.machine() == "arm64"
 
 
-def load_kyutai(module: KyutaiModule, framework: Framework) -> LoadedModel:
+def processes_for(streams: int, setting: int | Literal["auto"]) -> int:
+    """How many further processes carry the WebSockets of so many streams."""
+    if setting != "auto":
+        return setting
+    if streams < 2 * STREAMS_A_PROCESS or not hasattr(socket, "send_fds"):
+        return 0
+    return min(streams // STREAMS_A_PROCESS, (os.cpu_count() or 1) // 2, MOST_AUTO_PROCESSES)
+
+
+def load_kyutai(module: KyutaiModule, framework: Framework, processes: int | Literal["auto"] = 0) -> LoadedModel:
     """Find the files, fetch what is missing, and load the model. On the engine's model thread.
+
+    processes: how many others will share it.
 
     Raises ConfigError, CheckpointError or DownloadError.
     """
@@ -152,13 +173,14 @@ def load_kyutai(module: KyutaiModule, framework: Framework) -> LoadedModel:
     tokenizer.check(spec.lm.text_card)
 
     def load(streams: int) -> "KyutaiBackend":
+        slots = streams + spare_slots(streams, processes_for(streams, processes))
         if framework == "mlx":
             from moshi_stt.models.mlx_impl.build import load_backend as load_mlx
 
-            return load_mlx(module, lm_file, mimi_file, spec, streams + spare_slots(streams))
+            return load_mlx(module, lm_file, mimi_file, spec, slots)
         from moshi_stt.models.torch_impl.build import load_backend
 
-        return load_backend(module, lm_file, mimi_file, spec, streams + spare_slots(streams))
+        return load_backend(module, lm_file, mimi_file, spec, slots)
 
     backend, streams = load_auto(load) if module.batch_size == "auto" else (load(module.batch_size), module.batch_size)
     report = backend.report
@@ -179,7 +201,7 @@ def load_kyutai(module: KyutaiModule, framework: Framework) -> LoadedModel:
         total_slots=streams,
         details=details,
     )
-    return LoadedModel(backend, tokenizer.decode, info, streams)
+    return LoadedModel(backend, tokenizer.decode, info, streams, processes_for(streams, processes))
 
 
 def load_auto(load: "Callable[[int], KyutaiBackend]") -> "tuple[KyutaiBackend, int]":

@@ -1,33 +1,18 @@
 """`moshi-stt worker`: configuration and flags to a running server. Knows neither sockets nor models."""
 
 import argparse
-import gc
 import ipaddress
 import logging
-import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 
-from moshi_stt.config import EngineConfig, KyutaiModule, ServerConfig
+from moshi_stt.config import MOST_SOCKET_PROCESSES, EngineConfig, KyutaiModule, ServerConfig
 from moshi_stt.constants import DEFAULT_PORT, PUBLIC_KEY
 from moshi_stt.errors import ConfigError
 
 log = logging.getLogger(__name__)
-
-
-def tune_interpreter() -> None:
-    """Set Python up for an event loop and a model thread that make many short-lived objects.
-
-    The model thread wants the interpreter back several times a step; with Python's 5 ms it would wait as long each time that
-    the event loop is busy. The garbage collector, which looks for cycles among all objects every few thousand new ones, took
-    half of the model thread's time with a thousand streams; hardly anything here has cycles.
-    """
-    sys.setswitchinterval(0.0005)
-    gc.collect()
-    gc.freeze()
-    gc.set_threshold(100_000, 50, 1_000)
 
 
 def add_parser(subparsers: Any) -> argparse.ArgumentParser:
@@ -50,6 +35,9 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     ours.add_argument("--device", choices=["auto", "cpu", "cuda", "mps", "mlx"], help="what runs the models")
     ours.add_argument("--quantize", choices=["none", "int8", "int4"], help="weights of fewer bits")
     ours.add_argument("--batch-size", type=_batch_size, metavar="N", help="streams at once, of every module")
+    ours.add_argument(
+        "--socket-processes", type=_processes, metavar="N", help="further processes that carry WebSockets, or auto (default)"
+    )
     return parser
 
 
@@ -81,7 +69,6 @@ def run(args: argparse.Namespace) -> int:
 
     from moshi_stt.server.app import serve
 
-    tune_interpreter()
     return serve(packaged_page_if_missing(config), engines, host, args.port)
 
 
@@ -94,6 +81,14 @@ def _port(text: str) -> int:
 def _batch_size(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text} streams: expected a number, at least 1")
+    return int(text)
+
+
+def _processes(text: str) -> int | Literal["auto"]:
+    if text == "auto":
+        return "auto"
+    if not text.isdecimal() or int(text) > MOST_SOCKET_PROCESSES:
+        raise argparse.ArgumentTypeError(f"{text} processes: expected 0 to {MOST_SOCKET_PROCESSES}, or auto")
     return int(text)
 
 
@@ -129,7 +124,10 @@ def override(config: ServerConfig, args: argparse.Namespace) -> ServerConfig:
         if args.batch_size is not None:
             changed = msgspec.structs.replace(changed, batch_size=args.batch_size)
         modules.append(changed)
-    return msgspec.structs.replace(config, modules=tuple(modules))
+    limits = config.limits
+    if args.socket_processes is not None:
+        limits = msgspec.structs.replace(limits, socket_processes=args.socket_processes)
+    return msgspec.structs.replace(config, modules=tuple(modules), limits=limits)
 
 
 def warnings_of(config: ServerConfig, host: str) -> list[str]:

@@ -30,6 +30,10 @@ class GrantedSlots(SlotPool):
     def grant(self, index: int) -> None:
         self._free.append(index)
 
+    def withdraw(self) -> int | None:
+        """Take back a grant that was not used; None when there is none."""
+        return self._free.pop() if self._free else None
+
     def release(self, slot: Slot) -> bool:
         released = super().release(slot)
         if released:
@@ -63,6 +67,10 @@ class RemoteEngine(BatchEngine):
     def grant(self, index: int) -> None:
         """Let the next `open` use this slot."""
         self._granted.grant(index)
+
+    def withdraw(self) -> int | None:
+        """A granted slot that no `open` has taken, which is not granted any more."""
+        return self._granted.withdraw()
 
     def _connect(self) -> LoadedModel:
         share, (memory, signal) = self._share, self._line

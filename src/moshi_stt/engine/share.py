@@ -1,5 +1,6 @@
 """What a process is given for streams over another's backend. Plain values that can be pickled, but for the descriptors."""
 
+import os
 import socket
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -34,3 +35,7 @@ class Line(NamedTuple):
 
     memory: int
     signal: socket.socket
+
+    def close(self) -> None:
+        os.close(self.memory)
+        self.signal.close()

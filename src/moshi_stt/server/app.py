@@ -6,7 +6,7 @@ import gc
 import logging
 import signal
 import socket
-from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
 from typing import Any
 
@@ -19,6 +19,7 @@ from moshi_stt.errors import ConfigError, EngineFailed, MoshiSttError
 from moshi_stt.server import frames, info, upload, ws
 from moshi_stt.server.auth import header_key, query_pairs, query_string
 from moshi_stt.server.metrics import Metrics
+from moshi_stt.server.process import raise_file_limit, run, tune_interpreter
 from moshi_stt.server.service import SERVICE, Served, Service
 from moshi_stt.server.static import StaticFiles
 
@@ -89,7 +90,7 @@ async def _run_service(app: web.Application) -> Any:
     service.watch.stop()
 
 
-def _fixed(answer: Callable[[], web.Response]) -> Handler:
+def _fixed(answer: Callable[[], web.Response | Awaitable[web.Response]]) -> Handler:
     """A route that takes GET and HEAD, and no query."""
 
     async def handle(request: web.Request) -> web.StreamResponse:
@@ -99,7 +100,8 @@ def _fixed(answer: Callable[[], web.Response]) -> Handler:
         if pairs:
             text = f"Failed to deserialize query string: invalid length {pairs}, expected 0 elements in map"
             return web.Response(status=400, text=text)
-        return answer()
+        response = answer()
+        return response if isinstance(response, web.Response) else await response
 
     return handle
 
@@ -174,6 +176,7 @@ class Server:
             for name, engine in self._engines.items():
                 await engine.start()
                 self._watchers.append(asyncio.create_task(self._watch(name, engine)))
+            await self.service.start_processes()
         except BaseException as error:
             self.service.fail(f"the server could not start: {error}")
             await self.stop()
@@ -205,6 +208,8 @@ class Server:
         await self._runner.cleanup()
         for watcher in self._watchers:
             watcher.cancel()
+        if service.processes is not None:
+            await service.processes.stop()
         for name, engine in self._engines.items():
             try:
                 await engine.stop()
@@ -258,23 +263,8 @@ def serve(config: ServerConfig, engines: Mapping[str, Engine], host: str, port: 
     Raises ConfigError, CheckpointError or EngineError where the server cannot start.
     """
     raise_file_limit()
+    tune_interpreter()
     return run(_serve(config, engines, host, port))
-
-
-def raise_file_limit() -> None:
-    """Let this process hold as many sockets as its user may: the default is 256 on macOS, 1,024 on many a Linux."""
-    try:
-        import resource
-    except ImportError:  # Windows has no such limit
-        return
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    for wanted in (65_536, 10_240):  # macOS refuses more than the second, whatever its hard limit says
-        limit = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
-        if soft == resource.RLIM_INFINITY or limit <= soft:
-            return
-        with suppress(OSError, ValueError):
-            resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
-            return
 
 
 async def _serve(config: ServerConfig, engines: Mapping[str, Engine], host: str, port: int) -> int:
@@ -310,13 +300,3 @@ async def _serve(config: ServerConfig, engines: Mapping[str, Engine], host: str,
         return await server.wait(stop)
     finally:
         await server.stop()
-
-
-def run(main: Coroutine[Any, Any, int]) -> int:
-    """Run on uvloop where it is installed."""
-    try:
-        import uvloop
-    except ImportError:
-        return asyncio.run(main)
-    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        return runner.run(main)

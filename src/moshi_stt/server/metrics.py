@@ -6,7 +6,7 @@ without a decimal point. prometheus_client's own text form has neither, hence `r
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.metrics_core import GaugeMetricFamily, Metric
@@ -86,10 +86,23 @@ class Metrics:
     def failed(self) -> None:
         self.errors.labels("stream").inc()
 
-    def render(self) -> bytes:
-        """The text of a scrape, sorted by name."""
-        families = sorted(self.registry.collect(), key=lambda family: family.name)
-        return "".join(line for family in families for line in _lines(family)).encode()
+    def families(self) -> list[Metric]:
+        """What this process has counted, less what the engines know themselves. Plain values, which can be pickled."""
+        return [family for family in self.registry.collect() if family.name not in _Engines.NAMES]
+
+    def render(self, others: Iterable[Metric] = (), queued_samples: Mapping[str, int] | None = None) -> bytes:
+        """The text of a scrape, sorted by name.
+
+        others: families of other processes, added to those of this one; queued_samples: theirs, by module.
+        """
+        families = {family.name: family for family in self.registry.collect()}
+        for family in others:
+            _add(families[family.name], family)
+        for module, samples in (queued_samples or {}).items():
+            family = Metric(_Engines.QUEUED, "", "gauge")
+            family.add_sample(_Engines.QUEUED, {"module": module}, samples / SAMPLE_RATE)
+            _add(families[_Engines.QUEUED], family)
+        return "".join(line for name in sorted(families) for line in _lines(families[name])).encode()
 
 
 class _Plain(Collector):
@@ -108,8 +121,25 @@ class _Plain(Collector):
             yield family
 
 
+def _add(family: Metric, other: Metric) -> None:
+    """Add another process's samples to those of the same name and labels."""
+    values = {(sample.name, tuple(sorted(sample.labels.items()))): i for i, sample in enumerate(family.samples)}
+    for sample in other.samples:
+        place = values.get((sample.name, tuple(sorted(sample.labels.items()))))
+        if place is None:
+            family.samples.append(sample)
+        else:
+            mine = family.samples[place]
+            family.samples[place] = mine._replace(value=mine.value + sample.value)
+
+
 class _Engines(Collector):
     """What the engines know themselves."""
+
+    QUEUED = "moshi_stt_queued_seconds"
+    NAMES = frozenset(
+        f"moshi_stt_{name}" for name in ("info", "queued_seconds", "waiting_files", "used_slots", "total_slots", "ready")
+    )
 
     def __init__(self, engines: Callable[[], Iterable[tuple[str, Engine]]]) -> None:
         self._engines = engines
@@ -120,7 +150,7 @@ class _Engines(Collector):
         yield info
         readings: tuple[tuple[str, str, Callable[[Engine], float]], ...] = (
             (
-                "moshi_stt_queued_seconds",
+                self.QUEUED,
                 "Seconds of audio received and not yet stepped.",
                 lambda e: e.queued_samples / SAMPLE_RATE,
             ),

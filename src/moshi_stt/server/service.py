@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from aiohttp import web
 
 from moshi_stt.config import Module, ServerConfig
+from moshi_stt.engine.batch import BatchEngine
 from moshi_stt.engine.engine import Engine
 from moshi_stt.events import Error
 from moshi_stt.server.auth import Keys
@@ -15,6 +16,7 @@ from moshi_stt.server.connection import Connection
 from moshi_stt.server.hangup import HangupWatch
 from moshi_stt.server.metrics import Metrics
 from moshi_stt.server.patience import tick_seconds
+from moshi_stt.server.processes import SocketProcesses
 
 log = logging.getLogger(__name__)
 
@@ -43,6 +45,8 @@ class Service:
     failure: str | None = None
     """Why `/health` is red."""
     stopping: bool = False
+    processes: SocketProcesses | None = None
+    """Who else carries WebSockets."""
 
     @classmethod
     def build(cls, config: ServerConfig, engines: Mapping[str, Engine], metrics: Metrics | None = None) -> "Service":
@@ -85,6 +89,15 @@ class Service:
             self.connections.remove(connection)
             self.metrics.websockets.dec()
 
+    async def start_processes(self) -> None:
+        """Start the processes that carry WebSockets, as many as the engines were loaded for."""
+        engines = {each.module.name: each.engine for each in self.served if isinstance(each.engine, BatchEngine)}
+        shared = {name: engine for name, engine in engines.items() if engine.processes}
+        if shared:
+            count = min(engine.processes for engine in shared.values())
+            self.processes = SocketProcesses(self.config, shared, count)
+            await self.processes.start()
+
     async def tick(self) -> None:
         """Look at every connection's clocks, for ever."""
         pause = tick_seconds(self.config.limits)
@@ -101,6 +114,10 @@ class Service:
 
     async def close_connections(self, sentence: str, code: int, within_seconds: float) -> None:
         """End every connection with this Error and status; cut those that have not gone in time."""
+        elsewhere = self.processes.end(sentence, code, within_seconds) if self.processes is not None else asyncio.sleep(0)
+        await asyncio.gather(self._close_own(sentence, code, within_seconds), elsewhere)
+
+    async def _close_own(self, sentence: str, code: int, within_seconds: float) -> None:
         for connection in list(self.connections):
             connection.end(Error(sentence), code)
         await self._wait_gone(within_seconds)

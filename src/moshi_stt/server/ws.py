@@ -39,12 +39,16 @@ async def handle(request: web.Request, service: Service, served: Served) -> web.
 async def _converse(request: web.Request, service: Service, served: Served) -> web.StreamResponse:
     transport, early = switch_protocols(request)
     service.metrics.connects.inc()
+    peer = peer_name(request, served.module.path)
+    others = service.processes if service.is_started else None
+    if others is not None and others.hand_over(served.module.name, transport, early, peer):
+        return TakenOver()
     connection = Connection(
         served.engine,
         Session(),
         service.config.limits,
         service.metrics,
-        peer=peer_name(request, served.module.path),
+        peer=peer,
         on_lost=partial(_lost, service, request.protocol),
         on_blocked=service.watch.add,
     )

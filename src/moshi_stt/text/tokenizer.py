@@ -39,6 +39,9 @@ class TextTokenizer:
         self.pieces: int = processor.GetPieceSize()
         """Number of pieces; ids are 0 .. pieces - 1."""
 
+    def __reduce__(self) -> "tuple[type[TextTokenizer], tuple[Path]]":
+        return TextTokenizer, (self.path,)  # another process reads the file itself
+
     def check(self, text_card: int) -> None:
         """Raise CheckpointError unless the model's text vocabulary (`text_out_vocab_size`) is the tokenizer's."""
         if self.pieces != text_card:

@@ -1,0 +1,87 @@
+"""What the server's processes say to each other. Plain values, which go through a `Channel`."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from prometheus_client.metrics_core import Metric
+
+from moshi_stt.config import ServerConfig
+from moshi_stt.engine.share import Share
+
+
+@dataclass(frozen=True)
+class SetUp:
+    """First of all. Two descriptors a share come along: its memory and its signal."""
+
+    config: ServerConfig
+    shares: dict[str, Share]
+    """By module name."""
+    log_level: int
+
+
+@dataclass(frozen=True)
+class Ready:
+    """The answer: sockets may come."""
+
+
+@dataclass(frozen=True)
+class Take:
+    """A socket whose upgrade was answered, as the one descriptor, and the slot that its stream may use.
+
+    early: what the client sent behind its request.
+    """
+
+    module: str
+    slot: int
+    peer: str
+    early: bytes
+
+
+@dataclass(frozen=True)
+class Freed:
+    """No row will name this slot again."""
+
+    module: str
+    slot: int
+
+
+@dataclass(frozen=True)
+class Count:
+    """Say what you have counted."""
+
+    number: int
+
+
+@dataclass(frozen=True)
+class Counted:
+    """The answer. queued_samples: by module name."""
+
+    number: int
+    families: list[Metric]
+    queued_samples: dict[str, int]
+
+
+@dataclass(frozen=True)
+class End:
+    """Close every connection with this Error and status, and cut those that have not gone in time."""
+
+    sentence: str
+    code: int
+    within_seconds: float
+
+
+@dataclass(frozen=True)
+class Ended:
+    """The answer: no connection is left."""
+
+
+@dataclass(frozen=True)
+class Logged:
+    """A line for the log. record: the arguments of `logging.makeLogRecord`."""
+
+    record: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Stop:
+    """End the process."""

@@ -1,0 +1,201 @@
+"""A process that carries WebSockets for the server: `python -m moshi_stt.server.socket_process DESCRIPTOR`. Knows no HTTP.
+
+The server's first process has the model, answers HTTP and hands sockets over with a slot each (`processes.py`). Here they are
+what they would be there, `Connection`s over an `Engine`; only the rows of its streams go over to the model. Log lines go to
+the first process, counts when it asks. When it is gone, this ends, too.
+"""
+
+import asyncio
+import logging
+import os
+import signal
+import socket
+import sys
+from collections.abc import Coroutine
+from contextlib import suppress
+from typing import Any, cast
+
+from moshi_stt.engine.remote import RemoteEngine
+from moshi_stt.engine.share import Line
+from moshi_stt.server import handover
+from moshi_stt.server.auth import Keys
+from moshi_stt.server.channel import Channel
+from moshi_stt.server.connection import Connection
+from moshi_stt.server.metrics import Metrics
+from moshi_stt.server.process import raise_file_limit, run, tune_interpreter
+from moshi_stt.server.service import Served, Service
+from moshi_stt.session import Session
+
+log = logging.getLogger(__name__)
+
+
+class SocketProcess:
+    """The state of this process. `run` returns when it is to end."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._channel = Channel(sock, self._on_message, self._on_closed)
+        self._metrics = Metrics()
+        self._service: Service | None = None
+        self._engines: dict[str, RemoteEngine] = {}
+        self._served: dict[str, Served] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._over = asyncio.Event()
+
+    async def run(self) -> int:
+        await self._over.wait()
+        for task in list(self._tasks):
+            task.cancel()
+        for engine in self._engines.values():
+            with suppress(Exception):
+                await engine.stop()
+        await asyncio.sleep(0)  # what they posted last
+        self._channel.close()
+        return 0
+
+    def _on_closed(self) -> None:
+        """The server is gone."""
+        self._over.set()
+
+    def _on_message(self, message: Any, descriptors: list[int]) -> None:
+        match message:
+            case handover.Take():
+                self._begin(self._take(message, socket.socket(fileno=descriptors[0])))
+            case handover.Count():
+                queued = {name: engine.queued_samples for name, engine in self._engines.items()}
+                self._channel.send(handover.Counted(message.number, self._metrics.families(), queued))
+            case handover.SetUp():
+                self._begin(self._set_up(message, descriptors))
+            case handover.End():
+                self._begin(self._end(message))
+            case handover.Stop():
+                self._over.set()
+
+    def _begin(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._done)
+
+    def _done(self, task: "asyncio.Task[None]") -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.error("a process of sockets failed", exc_info=error)
+            self._over.set()
+
+    # ---- the server's orders -----------------------------------------------------------------------------------------
+
+    async def _set_up(self, message: handover.SetUp, descriptors: list[int]) -> None:
+        log_to(self._channel, message.log_level)
+        modules = {module.name: module for module in message.config.modules}
+        for i, (name, share) in enumerate(message.shares.items()):
+            line = Line(descriptors[2 * i], socket.socket(fileno=descriptors[2 * i + 1]))
+            engine = RemoteEngine(share, line, on_freed=self._freed(name), observer=self._metrics)
+            self._engines[name] = engine
+            self._served[name] = Served(modules[name], engine)
+            await engine.start()
+        service = Service(message.config, tuple(self._served.values()), self._metrics, Keys(message.config.authorized_ids))
+        service.started.set()
+        self._service = service
+        self._begin(service.tick())
+        self._channel.send(handover.Ready())
+
+    def _freed(self, name: str) -> Any:
+        return lambda slot: self._channel.send(handover.Freed(name, slot))
+
+    async def _take(self, message: handover.Take, sock: socket.socket) -> None:
+        """Carry this socket from here on."""
+        assert self._service is not None
+        sock.setblocking(False)
+        engine = self._engines[message.module]
+        arrival = _Arrival(self._service, engine, message)
+        try:
+            await asyncio.get_running_loop().connect_accepted_socket(lambda: arrival, sock)
+        except OSError as error:  # the client is gone already
+            log.debug("%s: lost on its way: %s", message.peer, error)
+            sock.close()
+        if not arrival.arrived:
+            self._channel.send(handover.Freed(message.module, message.slot))
+        elif (unused := engine.withdraw()) is not None:
+            self._channel.send(handover.Freed(message.module, unused))
+
+    async def _end(self, message: handover.End) -> None:
+        if self._service is not None:
+            await self._service.close_connections(message.sentence, message.code, message.within_seconds)
+        self._channel.send(handover.Ended())
+
+
+class _Arrival(asyncio.Protocol):
+    """A socket's protocol until it has its transport."""
+
+    def __init__(self, service: Service, engine: RemoteEngine, message: handover.Take) -> None:
+        self._service = service
+        self._engine = engine
+        self._message = message
+        self.arrived = False
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        service, message = self._service, self._message
+        connection = Connection(
+            self._engine,
+            Session(),
+            service.config.limits,
+            service.metrics,
+            peer=message.peer,
+            on_lost=lambda connection, _: service.disconnected(connection),
+            on_blocked=service.watch.add,
+        )
+        service.connected(connection)
+        connection.start(cast(asyncio.Transport, transport), message.early)  # uvloop's is of no such class
+        self._engine.grant(message.slot)
+        self.arrived = True
+        connection.open()
+
+
+class _ChannelHandler(logging.Handler):
+    """Sends lines to the process that writes them. Any thread."""
+
+    def __init__(self, channel: Channel) -> None:
+        super().__init__()
+        self._channel = channel
+        self._loop = asyncio.get_running_loop()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        text = record.getMessage()
+        if record.exc_info:
+            text += "\n" + logging.Formatter().formatException(record.exc_info)
+        plain = {
+            "name": record.name,
+            "levelno": record.levelno,
+            "levelname": record.levelname,
+            "pathname": record.pathname,
+            "lineno": record.lineno,
+            "created": record.created,
+            "msg": text,
+        }
+        with suppress(RuntimeError):  # the loop is closed
+            self._loop.call_soon_threadsafe(self._channel.send, handover.Logged(plain))
+
+
+def log_to(channel: Channel, level: int) -> None:
+    """Send every logger's lines of this process to the other end."""
+    root = logging.getLogger()
+    root.handlers[:] = [_ChannelHandler(channel)]
+    root.setLevel(level)
+    logging.captureWarnings(True)
+
+
+async def _main(descriptor: int) -> int:
+    return await SocketProcess(socket.socket(fileno=descriptor)).run()
+
+
+def main(descriptor: int) -> int:
+    """Run until the server says so, or is gone."""
+    for each in (signal.SIGINT, signal.SIGTERM):  # sent to the whole group or service: the server then ends us in its order
+        signal.signal(each, signal.SIG_IGN)
+    raise_file_limit()
+    tune_interpreter()
+    os.set_inheritable(descriptor, False)
+    return run(_main(descriptor))
+
+
+if __name__ == "__main__":
+    sys.exit(main(int(sys.argv[1])))
