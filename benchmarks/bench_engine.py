@@ -2,12 +2,13 @@
 """Paced live streams through the whole engine: how long a step takes, and how late its tokens are.
 
     bench_engine.py [--shape 1b|2.6b|tiny] [--streams 1024] [--seconds 60] [--kv auto|bf16|fp8] [--mimi tf32] [--device auto]
-                    [--lifetime 20] [--old] [--out FILE]
+                    [--processes 8] [--lifetime 20] [--old] [--out FILE]
 
-Streams send a frame of noise every 80 ms, in 32 groups at as many moments, live for a random time (mean `lifetime` seconds),
-finish, and are replaced at once. Lag is from the moment a frame was complete to the delivery of what the model said of it, in
-this process's event loop, which also feeds all streams. A frame is late when its lag exceeds 80 ms: the next one was complete
-before. --old: every stream begins with a full context (of anything), so that attention always reads all of every ring.
+Streams send a frame of noise every 80 ms, in groups at as many moments, live for a random time (mean `lifetime` seconds),
+finish, and are replaced at once. They live in `processes` processes beside that of the model, as the server's do (0: in that of
+the model). Lag is from the moment a frame was complete to the delivery of what the model said of it, in the event loop that
+also feeds the stream. A frame is late when its lag exceeds 80 ms: the next one was complete before. --old: every stream begins
+with a full context (of anything), so that attention always reads all of every ring.
 
 Prints a table and, as its last line, one JSON document. Random weights say nothing about accuracy.
 """
@@ -15,26 +16,29 @@ Prints a table and, as its last line, one JSON document. Random weights say noth
 import argparse
 import asyncio
 import json
+import pickle
 import random
+import socket
+import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
-import torch
-from bench_step import build, fill, machine
-from random_weights import SHAPES, model_spec
 
-from moshi_stt.cli.worker import tune_interpreter
 from moshi_stt.constants import FRAME_SAMPLES, FRAME_SECONDS
 from moshi_stt.engine.batch import BatchEngine, LoadedModel
 from moshi_stt.engine.engine import EngineInfo, SilentObserver
+from moshi_stt.engine.remote import RemoteEngine
+from moshi_stt.engine.share import Line, Share
 from moshi_stt.engine.slots import spare_slots
 from moshi_stt.engine.stream import Stream
 from moshi_stt.errors import NoFreeSlot
 from moshi_stt.events import AnyEvent, Error, Step
-from moshi_stt.models.torch_impl.device import choose_device
+from moshi_stt.server.process import tune_interpreter
+
+WARM_SECONDS = 3.0
 
 
 class Counter(SilentObserver):
@@ -85,19 +89,27 @@ class Speaker:
 class Crowd:
     """Keeps `count` streams speaking. Those of a group send at the same moments, the groups one after the other."""
 
-    def __init__(self, engine: BatchEngine, count: int, lifetime: float, steps_a_frame: int, groups: int = 32) -> None:
+    def __init__(
+        self, engine: BatchEngine, count: int, lifetime: float, steps_a_frame: int, seed: int, groups: int = 32
+    ) -> None:
         self.engine = engine
         self.lifetime = lifetime
         self.steps_a_frame = steps_a_frame
-        self.random = random.Random(0)
+        self.random = random.Random(seed)
         self.sounds = (np.random.default_rng(0).standard_normal((64, FRAME_SAMPLES)) * 0.2).astype(np.float32)
         self.joined = self.sent = self.lost = self.errors = 0
         self.worst_feeding = 0.0
+        self.waiting: list[list[Speaker]] = []
+        """Groups that have a place."""
         self.groups: list[list[Speaker]] = [[] for _ in range(min(groups, count))]
         for i in range(count):
             self.join(self.groups[i % len(self.groups)])
 
     def join(self, group: list[Speaker]) -> None:
+        """Put somebody into the group, as soon as the slot of who left is free."""
+        if isinstance(self.engine, Fixed) and not self.engine.has_slot:
+            self.waiting.append(group)
+            return
         try:
             stream = self.engine.open()
         except NoFreeSlot:  # counted by the observer
@@ -122,6 +134,9 @@ class Crowd:
     async def turn(self, group: list[Speaker], due: float) -> None:
         """A frame of every stream of a group, or its end."""
         sounds = self.sounds
+        waiting, self.waiting = self.waiting, []
+        for place in waiting:
+            self.join(place)
         for speaker in list(group):
             speaker.count(speaker.stream.take_now())
             if speaker.sent < speaker.frames_left:
@@ -154,8 +169,92 @@ class Crowd:
                 self.leave(speaker)
 
 
+class Heard(NamedTuple):
+    """What a crowd was told."""
+
+    lags: list[float]
+    joined: int
+    refused: int
+    lost: int
+    errors: int
+    worst_feeding: float
+
+
+async def hear(engine: BatchEngine, observer: Counter, count: int, lifetime: float, seconds: float, seed: int) -> Heard:
+    """Let a crowd speak: a few seconds to warm up, then `seconds` that count."""
+    crowd = Crowd(engine, count, lifetime, 1 if engine.heads else 0, seed)
+    await crowd.speak(WARM_SECONDS)
+    observer.clear()
+    await crowd.speak(seconds)
+    lags, refused = list(observer.lags), observer.refusals
+    worst = crowd.worst_feeding
+    await crowd.end()
+    return Heard(lags, crowd.joined, refused, crowd.lost, crowd.errors, worst)
+
+
+# ---- another process: `bench_engine.py --child`, its job on stdin ----------------------------------------------------------
+
+
+class Job(NamedTuple):
+    share: Share
+    memory: int
+    signal: int
+    slots: range
+    lifetime: float
+    seconds: float
+
+
+class Fixed(RemoteEngine):
+    """An engine with slots of its own, lent for good."""
+
+    def __init__(self, job: Job, observer: Counter) -> None:
+        super().__init__(job.share, Line(job.memory, socket.socket(fileno=job.signal)), on_freed=self.grant, observer=observer)
+        for slot in job.slots:
+            self.grant(slot)
+
+    @property
+    def has_slot(self) -> bool:
+        slot = self.withdraw()
+        if slot is not None:
+            self.grant(slot)
+        return slot is not None
+
+
+async def child(job: Job) -> Heard:
+    observer = Counter()
+    engine = Fixed(job, observer)
+    await engine.start()
+    heard = await hear(engine, observer, len(job.slots), job.lifetime, job.seconds, job.slots.start)
+    await engine.stop()
+    return heard
+
+
+async def run_child(engine: BatchEngine, number: int, slots: range, args: argparse.Namespace) -> Heard:
+    """A process with so many of the streams."""
+    line = engine.connect()
+    job = Job(engine.share(number), line.memory, line.signal.fileno(), slots, args.lifetime, args.seconds)
+    pipe = asyncio.subprocess.PIPE
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, __file__, "--child", stdin=pipe, stdout=pipe, pass_fds=[job.memory, job.signal]
+    )
+    line.close()
+    output, _ = await process.communicate(pickle.dumps(job))
+    heard: Heard = pickle.loads(output)
+    return heard
+
+
+# ---- the process of the model ----------------------------------------------------------------------------------------------
+
+
+def word(ids: Sequence[int]) -> str:
+    """The text of any word."""
+    return "word"
+
+
 def begin_old(backend: Any) -> None:
     """Let streams begin at full context: what a slot holds goes on instead of being started anew."""
+    import torch
+
     step = backend.step
     age = max(backend.spec.lm.context, backend.spec.mimi.context)
 
@@ -179,32 +278,37 @@ def percentiles(values: list[float]) -> dict[str, float]:
     return found | {"max": round(float(array.max()), 3)}
 
 
-async def measure(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
-    """Start an engine, warm it with a few seconds of everybody, and measure."""
+async def measure(args: argparse.Namespace, device: Any) -> dict[str, Any]:
+    """Start an engine, let everybody speak, and sum up."""
+    import torch
+    from bench_step import build, fill
+    from random_weights import model_spec
+
     spec = model_spec(args.shape)
-    streams = args.streams
+    streams, processes = args.streams, args.processes
     observer = Counter()
     begun = time.perf_counter()
 
     def load() -> LoadedModel:
-        backend = build(args.shape, device, streams + spare_slots(streams), kv=args.kv, mimi=args.mimi)
+        backend = build(args.shape, device, streams + spare_slots(streams, processes), kv=args.kv, mimi=args.mimi)
         with torch.inference_mode():
             fill(backend)
         info = EngineInfo("batched_asr", args.shape, "", (), str(device), args.kv, streams)
         if args.old:
             begin_old(backend)
-        return LoadedModel(backend, lambda ids: "word", info, streams)
+        return LoadedModel(backend, word, info, streams, processes)
 
     engine = BatchEngine(load, delay_frames=spec.delay_frames, observer=observer)
     await engine.start()
     started = time.perf_counter() - begun
-    crowd = Crowd(engine, streams, args.lifetime, steps_a_frame=1 if spec.lm.extra_heads else 0)
-    await crowd.speak(3.0)
-    observer.clear()
-    await crowd.speak(args.seconds)
-    steps, lags, refused = list(observer.steps), list(observer.lags), observer.refusals
-    worst_feeding = crowd.worst_feeding
-    await crowd.end()
+    if processes:
+        edges = [streams * i // processes for i in range(processes + 1)]
+        shares = [range(edges[i], edges[i + 1]) for i in range(processes)]
+        parts = await asyncio.gather(*(run_child(engine, i, slots, args) for i, slots in enumerate(shares)))
+    else:
+        parts = [await hear(engine, observer, streams, args.lifetime, args.seconds, 0)]
+    lags = [lag for part in parts for lag in part.lags]
+    steps = observer.steps[-int(len(observer.steps) * args.seconds / (args.seconds + WARM_SECONDS)) :]
     details = engine.info.details
     await engine.stop()
     return {
@@ -212,9 +316,11 @@ async def measure(args: argparse.Namespace, device: torch.device) -> dict[str, A
         "kv": args.kv,
         "mimi": args.mimi,
         "streams": streams,
+        "processes": processes,
         "seconds": args.seconds,
+        "context": "full" if args.old else "growing",
         "start_seconds": round(started, 1),
-        "joined": crowd.joined,
+        "joined": sum(part.joined for part in parts),
         "frames": len(lags),
         "steps": len(steps),
         "rows_a_step": round(float(np.mean([rows for _, rows in steps])), 1) if steps else 0,
@@ -222,26 +328,35 @@ async def measure(args: argparse.Namespace, device: torch.device) -> dict[str, A
         "step_ms": percentiles([seconds for seconds, _ in steps]),
         "lag_ms": percentiles(lags),
         "late": sum(lag > FRAME_SECONDS for lag in lags),
-        "worst_feeding_ms": round(1e3 * worst_feeding, 1),
-        "refused": refused,
-        "lost": crowd.lost,
-        "errors": crowd.errors,
+        "worst_feeding_ms": round(1e3 * max(part.worst_feeding for part in parts), 1),
+        "refused": sum(part.refused for part in parts),
+        "lost": sum(part.lost for part in parts),
+        "errors": sum(part.errors for part in parts),
         "details": details,
     }
 
 
 def main() -> None:
+    if sys.argv[1:] == ["--child"]:
+        tune_interpreter()
+        sys.stdout.buffer.write(pickle.dumps(asyncio.run(child(pickle.loads(sys.stdin.buffer.read())))))
+        return
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--shape", choices=tuple(SHAPES), default="1b")
+    parser.add_argument("--shape", choices=("1b", "2.6b", "tiny"), default="1b")
     parser.add_argument("--streams", type=int, default=1024)
     parser.add_argument("--seconds", type=float, default=60.0)
     parser.add_argument("--kv", default="auto")
     parser.add_argument("--mimi", default="tf32")
     parser.add_argument("--device", default="auto")
+    parser.add_argument("--processes", type=int, default=8)
     parser.add_argument("--lifetime", type=float, default=20.0)
     parser.add_argument("--old", action="store_true")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
+    from bench_step import machine
+
+    from moshi_stt.models.torch_impl.device import choose_device
+
     device, _ = choose_device(args.device)
     tune_interpreter()
     result = {"benchmark": "engine", **machine(device), **asyncio.run(measure(args, device))}

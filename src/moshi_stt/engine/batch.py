@@ -153,6 +153,11 @@ class BatchEngine(Engine):
         """How many other processes may share the backend. Known once started."""
         return self._loaded.processes if self._ready else 0
 
+    @property
+    def heads(self) -> int:
+        """Extra heads of the model; 0 means that its streams send no `Step`. Known once started."""
+        return self._backend.heads
+
     def share(self, number: int) -> Share:
         """What process `number` (from 0) has of this engine."""
         loaded = self._loaded
