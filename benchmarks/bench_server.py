@@ -2,7 +2,7 @@
 """Live paced WebSocket streams against the real server, `moshi-stt worker`, in a process of its own.
 
     bench_server.py [--shape 1b|tiny] [--streams 1024] [--seconds 60] [--kv auto|bf16|fp8] [--device auto] [--clients 8]
-                    [--workers 1] [--bin] [--checkpoint FOLDER] [--out FILE]
+                    [--processes auto] [--bin] [--checkpoint FOLDER] [--out FILE]
 
 Every stream sends 80 ms of noise as an `Audio` message every 80 ms, each at its own moment, and a `Marker` every 5 s; `clients`
 processes hold the sockets. Lag is from the sending of a frame to the arrival of its `Step` at the client (of its `Marker`, less
@@ -170,13 +170,14 @@ async def listen(speaker: Speaker, lags: list[float], counted_from: float) -> No
 class Server:
     """A worker of our own."""
 
-    def __init__(self, config: Path, log: Path) -> None:
+    def __init__(self, config: Path, log: Path, processes: str) -> None:
         self.log = log
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.port = probe.getsockname()[1]
         command = [sys.executable, "-c", "import sys; from moshi_stt.cli import main; sys.exit(main())"]
         command += ["worker", "--config", str(config), "--addr", "127.0.0.1", "--port", str(self.port)]
+        command += ["--socket-processes", processes]
         with log.open("wb") as file:
             self.process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT)
 
@@ -196,16 +197,13 @@ class Server:
         with urllib.request.urlopen(f"http://127.0.0.1:{self.port}{path}", timeout=10) as answer:
             return str(answer.read().decode())
 
-    def usage(self) -> tuple[float, float]:
-        """CPU seconds and resident GB so far; zeros where the system has no /proc."""
+    def usage(self) -> list[tuple[float, float]]:
+        """CPU seconds and resident GB so far, of the worker and of each of its processes; empty where there is no /proc."""
         try:
-            fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(") ")[2].split()
-            status = Path(f"/proc/{self.process.pid}/status").read_text()
+            children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
+            return [usage_of(pid) for pid in (str(self.process.pid), *children)]
         except OSError:
-            return 0.0, 0.0
-        ticks = os.sysconf("SC_CLK_TCK")
-        resident = next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmRSS"))
-        return (int(fields[11]) + int(fields[12])) / ticks, resident / 1e6
+            return []
 
     def stop(self) -> None:
         if self.process.poll() is None:
@@ -213,12 +211,20 @@ class Server:
             self.process.wait(60)
 
 
-def run_clients(args: argparse.Namespace, ports: list[int]) -> list[dict[str, Any]]:
-    """All client processes at once, shared out among the ports; what each says at its end."""
+def usage_of(pid: str) -> tuple[float, float]:
+    """CPU seconds and resident GB of a process. Raises OSError."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2].split()
+    status = Path(f"/proc/{pid}/status").read_text()
+    resident = next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmRSS"))
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK"), resident / 1e6
+
+
+def run_clients(args: argparse.Namespace, port: int) -> list[dict[str, Any]]:
+    """All client processes at once; what each says at its end."""
     share = [args.streams // args.clients + (i < args.streams % args.clients) for i in range(args.clients)]
     processes = [
         subprocess.Popen(
-            [sys.executable, __file__, "--client", f"{ports[seed % len(ports)]},{count},{args.seconds},{seed},{int(args.bin)}"],
+            [sys.executable, __file__, "--client", f"{port},{count},{args.seconds},{seed},{int(args.bin)}"],
             stdout=subprocess.PIPE,
         )
         for seed, count in enumerate(share)
@@ -240,22 +246,20 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     if device.type == "cuda":
         torch.cuda.empty_cache()
     engine = {"device": args.device, "kv_dtype": args.kv, "mimi_dtype": args.mimi}
-    slots = -(-(args.slots or args.streams) // args.workers)
-    config = write_toml(args.shape, folder, slots=slots, engine=engine)
+    config = write_toml(args.shape, folder, slots=args.slots or args.streams, engine=engine)
     begun = time.monotonic()
-    servers = [Server(config, folder / f"worker{i}.out") for i in range(args.workers)]
+    server = Server(config, folder / "worker.out", args.processes)
     try:
-        for server in servers:
-            server.wait_ready()
+        server.wait_ready()
         ready = time.monotonic() - begun
-        before, began = sum(server.usage()[0] for server in servers), time.monotonic()
-        found = run_clients(args, [server.port for server in servers])
-        used = [server.usage() for server in servers]
-        cores = (sum(cpu for cpu, _ in used) - before) / (time.monotonic() - began)
-        metrics = servers[0].get("/metrics")
+        before, began = server.usage(), time.monotonic()
+        found = run_clients(args, server.port)
+        used = server.usage()
+        seconds = time.monotonic() - began
+        cores = [(after[0] - start[0]) / seconds for start, after in zip(before, used, strict=True)]
+        metrics = server.get("/metrics")
     finally:
-        for server in servers:
-            server.stop()
+        server.stop()
     lags = np.array([lag for part in found for lag in part["lags"]] or [0.0])
     total = {key: sum(part[key] for part in found) for key in found[0] if key not in ("lags", "errors", "worst_send_delay_ms")}
     return {
@@ -273,11 +277,13 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "late": int((lags > 1e3 * FRAME_SECONDS).sum()),
         "counted": len(lags),
         "ready_seconds": round(ready, 1),
-        "workers": args.workers,
-        "server_cores": round(cores, 2),
-        "server_gb": round(sum(resident for _, resident in used), 2),
+        "processes": max(0, len(cores) - 1),
+        "server_cores": [round(share, 2) for share in cores],
+        "server_gb": [round(resident, 2) for _, resident in used],
         "metrics": [line for line in metrics.splitlines() if "step" in line and "bucket" not in line and line[0] != "#"],
-        "log": [line for line in servers[0].log.read_text().splitlines() if "step of" in line or "streams" in line][:8],
+        "log": [
+            line for line in server.log.read_text().splitlines() if "step of" in line or "streams" in line or "carried" in line
+        ][:9],
     }
 
 
@@ -291,7 +297,7 @@ def main() -> None:
     parser.add_argument("--mimi", default="tf32")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--clients", type=int, default=8)
-    parser.add_argument("--workers", type=int, default=1, help="server processes on the one device, each with its share")
+    parser.add_argument("--processes", default="auto", help="`--socket-processes` of the worker")
     parser.add_argument("--bin", action="store_true", help="send samples as raw float32, which moshi-server does not take")
     parser.add_argument("--checkpoint", type=Path)
     parser.add_argument("--out", type=Path)
@@ -310,7 +316,7 @@ def main() -> None:
     print(f"frames {result['frames']}, steps {result['steps']}, short by {result['short']}, failed streams {result['failed']}")
     print(f"markers sent {result['markers_sent']}, back {result['markers']}; words {result['words']}")
     print("lag ms   " + "  ".join(f"{key} {value:.1f}" for key, value in result["lag_ms"].items()) + f"; late {result['late']}")
-    print(f"{args.workers} server processes: {result['server_cores']} cores, {result['server_gb']} GB resident")
+    print(f"cores: worker, {result['processes']} further processes: {result['server_cores']}; GB: {result['server_gb']}")
     print(f"ready in {result['ready_seconds']} s")
     document = json.dumps(result)
     if args.out:
