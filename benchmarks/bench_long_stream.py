@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 
 import numpy as np
-from bench_agreement import load
+from bench_neighbours import load
 
 from moshi_stt.constants import FRAME_RATE, FRAME_SAMPLES
 

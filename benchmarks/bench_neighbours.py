@@ -1,0 +1,178 @@
+#!/usr/bin/env python3
+"""How often neighbours change what a stream says, and what a step costs that lets none.
+
+    bench_neighbours.py CHECKPOINT [--speech FOLDER] [--frames 100000] [--streams 16] [--device cuda]
+
+Codes and tokens of streams stepped together against the same streams stepped alone, over `frames` frames in all: as this
+program does it on the device, under `fixed_shapes`, and, on a CPU, with plain products instead of repacked ones, without and
+with `fixed_shapes`.
+
+CHECKPOINT as shared/goldens/make_checkpoint.py writes it. FOLDER holds recordings; without one it is noise. Prints a table
+and, as its last line, one JSON document. With random weights the figures are of arithmetic, not of accuracy.
+"""
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from moshi_stt.audio.decode import read_file
+from moshi_stt.config import EngineConfig, KyutaiModule
+from moshi_stt.constants import FRAME_SAMPLES
+from moshi_stt.models.spec import MimiSpec, ModelSpec, lm_spec_from_json
+from moshi_stt.models.torch_impl import linear
+from moshi_stt.models.torch_impl.backend import TorchBackend
+from moshi_stt.models.torch_impl.build import load_backend
+
+Pcm = NDArray[np.float32]
+
+
+def load(
+    checkpoint: Path,
+    slots: int,
+    dtype: str | None = None,
+    *,
+    device: str = "cpu",
+    fixed_shapes: bool = False,
+) -> TorchBackend:
+    lm = lm_spec_from_json(msgspec.json.decode((checkpoint / "config.json").read_bytes()))
+    module = KyutaiModule(
+        name="asr",
+        path="/",
+        type="BatchedAsr",
+        batch_size=slots,
+        lm_model_file="",
+        text_tokenizer_file="",
+        audio_tokenizer_file="",
+        asr_delay_in_tokens=6,
+        model=None,
+        dtype_override=dtype,  # type: ignore[arg-type]
+        engine=EngineConfig(device=device, fixed_shapes=fixed_shapes),
+    )
+    files = checkpoint / "model.safetensors", checkpoint / "mimi.safetensors"
+    return load_backend(module, *files, ModelSpec(lm, MimiSpec(codebooks=lm.codebooks), 6), slots)
+
+
+def sound(folder: Path | None, frames: int, streams: int) -> Pcm:
+    """float32 (streams, frames, 1920): the recordings one behind the other, each stream from another place, or noise."""
+    rng = np.random.default_rng(0)
+    if folder is None:
+        level = rng.uniform(0, 0.3, (streams, frames, 1)).astype(np.float32)
+        return rng.standard_normal((streams, frames, FRAME_SAMPLES), np.float32) * level
+    files = sorted(path for path in folder.iterdir() if path.suffix in {".wav", ".flac", ".mp3", ".ogg", ".opus"})
+    whole = np.concatenate([read_file(path) for path in files])
+    rows = [np.roll(whole, -int(rng.integers(len(whole)))) for _ in range(streams)]
+    return np.stack([np.resize(row, frames * FRAME_SAMPLES).reshape(frames, FRAME_SAMPLES) for row in rows])
+
+
+# ---- neighbours ----------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def plain_products() -> Iterator[None]:
+    """Weights as they are in the file instead of repacked ones."""
+    can_pack = linear.can_pack
+    linear.can_pack = lambda device, dtype: False
+    try:
+        yield
+    finally:
+        linear.can_pack = can_pack
+
+
+def flips(backend: TorchBackend, pcm: Pcm, frames: int) -> dict[str, Any]:
+    """Step streams together and alone over pcm (streams, T, 1920), again and again from another place, until `frames` frames
+    have been compared. Mimi's state does not depend on codes, so that every differing code is a near tie of its own; tokens
+    that differ are counted for each frame."""
+    streams, length = pcm.shape[:2]
+    slots, offset = np.arange(streams), streams
+    compared = codes = tokens = changed = 0
+    level = np.zeros(backend.spec.mimi.codebooks, np.int64)
+    while compared < frames:
+        hit = np.zeros(streams, bool)
+        shift = compared // streams % length
+        for n in range(min(length, -(-(frames - compared) // streams))):
+            block = pcm[:, (n + shift) % length]
+            fresh = np.full(streams, n == 0)
+            together = backend.step(block, slots, fresh)
+            alone = [backend.step(block[i : i + 1], slots[i : i + 1] + offset, fresh[:1]) for i in range(streams)]
+            differing = (backend.state.codes[:streams] != backend.state.codes[offset : 2 * offset]).numpy(force=True)
+            differing_tokens = together.text_token != np.concatenate([output.text_token for output in alone])
+            codes += int(differing.sum())
+            level += differing.sum(0)
+            tokens += int(differing_tokens.sum())
+            hit |= differing_tokens
+            compared += streams
+        changed += int(hit.sum())
+    return {"frames": compared, "codes": codes, "tokens": tokens, "streams_changed": changed, "by_level": level.tolist()}
+
+
+def cost(backend: TorchBackend, pcm: Pcm) -> dict[str, float]:
+    """Median milliseconds of a step at 1, 4 and 16 rows."""
+    results = {}
+    for rows in (1, 4, 16):
+        times = []
+        for n in range(12):
+            block, slots = pcm[np.arange(rows) % len(pcm), n % pcm.shape[1]], np.arange(rows)
+            start = time.perf_counter()
+            backend.step(block, slots, np.full(rows, n == 0))
+            times.append(time.perf_counter() - start)
+        results[str(rows)] = float(np.median(times[2:]) * 1e3)
+    return results
+
+
+def neighbours(args: argparse.Namespace) -> dict[str, Any]:
+    pcm = sound(args.speech, min(600, -(-args.frames // args.streams)), args.streams)
+    slots = max(2 * args.streams, 16)
+    kinds = [("default", False, False), ("fixed_shapes", False, True)]
+    if args.device == "cpu":
+        kinds += [("plain", True, False), ("plain, fixed_shapes", True, True)]
+    results = []
+    print(f"{'products':22}{'frames':>9}{'codes':>7}{'tokens':>8}{'streams':>9}   step ms at 1, 4, 16 rows", flush=True)
+    for name, is_plain, is_fixed in kinds:
+        with plain_products() if is_plain else nullcontext():
+            backend = load(args.checkpoint, slots, device=args.device, fixed_shapes=is_fixed)
+        counts = flips(backend, pcm, args.frames // (20 if is_fixed else 1))
+        milliseconds = cost(backend, pcm)
+        backend.close()
+        results.append({"name": name, **counts, "step_ms": milliseconds})
+        columns = f"{counts['frames']:9}{counts['codes']:7}{counts['tokens']:8}{counts['streams_changed']:9}"
+        print(f"{name:22}{columns}   " + ", ".join(f"{ms:.1f}" for ms in milliseconds.values()), flush=True)
+    return {"streams": args.streams, "results": results}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("--speech", type=Path, help="a folder of recordings")
+    parser.add_argument("--frames", type=int, default=100_000)
+    parser.add_argument("--streams", type=int, default=16)
+    parser.add_argument("--device", default="cpu")
+    args = parser.parse_args()
+    result = neighbours(args)
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
+    document = {
+        "benchmark": "neighbours",
+        "machine": f"{platform.machine()} {platform.system()}, {os.cpu_count()} cores",
+        "device": args.device,
+        "weights": "random",
+        "checkpoint": args.checkpoint.name,
+        "torch": torch.__version__,
+        "commit": commit.stdout.strip(),
+        **result,
+    }
+    print(json.dumps(document))
+
+
+if __name__ == "__main__":
+    main()
