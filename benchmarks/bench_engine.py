@@ -15,13 +15,14 @@ Prints a table and, as its last line, one JSON document. Random weights say noth
 
 import argparse
 import asyncio
+import base64
 import json
 import pickle
 import random
 import socket
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -38,30 +39,30 @@ from moshi_stt.errors import NoFreeSlot
 from moshi_stt.events import AnyEvent, Error, Step
 from moshi_stt.server.process import tune_interpreter
 
-WARM_SECONDS = 3.0
+JOIN_SECONDS = 3.0
+"""In which all have joined."""
+
+WARM_SECONDS = JOIN_SECONDS + 2.0
+"""After which their lags count."""
 
 
 class Counter(SilentObserver):
     """Keeps every time it is told."""
 
     def __init__(self) -> None:
-        self.steps: list[tuple[float, int]] = []
+        self.steps: list[tuple[float, float, int]] = []
+        """When it ended, seconds, rows."""
         self.lags: list[float] = []
         self.refusals = 0
 
     def stepped(self, seconds: float, rows: int) -> None:
-        self.steps.append((seconds, rows))
+        self.steps.append((time.monotonic(), seconds, rows))
 
     def lagged(self, seconds: float) -> None:
         self.lags.append(seconds)
 
     def refused(self) -> None:
         self.refusals += 1
-
-    def clear(self) -> None:
-        self.steps.clear()
-        self.lags.clear()
-        self.refusals = 0
 
 
 class Speaker:
@@ -99,11 +100,10 @@ class Crowd:
         self.sounds = (np.random.default_rng(0).standard_normal((64, FRAME_SAMPLES)) * 0.2).astype(np.float32)
         self.joined = self.sent = self.lost = self.errors = 0
         self.worst_feeding = 0.0
-        self.waiting: list[list[Speaker]] = []
-        """Groups that have a place."""
         self.groups: list[list[Speaker]] = [[] for _ in range(min(groups, count))]
-        for i in range(count):
-            self.join(self.groups[i % len(self.groups)])
+        self.waiting = [self.groups[i % len(self.groups)] for i in range(count)]
+        """Groups that have a place, once for each."""
+        self.joins_a_turn = -(-count // int(JOIN_SECONDS / FRAME_SECONDS * len(self.groups)))
 
     def join(self, group: list[Speaker]) -> None:
         """Put somebody into the group, as soon as the slot of who left is free."""
@@ -134,8 +134,8 @@ class Crowd:
     async def turn(self, group: list[Speaker], due: float) -> None:
         """A frame of every stream of a group, or its end."""
         sounds = self.sounds
-        waiting, self.waiting = self.waiting, []
-        for place in waiting:
+        joining, self.waiting = self.waiting[: self.joins_a_turn], self.waiting[self.joins_a_turn :]
+        for place in joining:
             self.join(place)
         for speaker in list(group):
             speaker.count(speaker.stream.take_now())
@@ -148,7 +148,7 @@ class Crowd:
             elif speaker.stream.ended:
                 group.remove(speaker)
                 self.leave(speaker)
-                self.join(group)
+                self.waiting.append(group)
 
     def leave(self, speaker: Speaker) -> None:
         speaker.count(speaker.stream.take_now())
@@ -180,14 +180,24 @@ class Heard(NamedTuple):
     worst_feeding: float
 
 
-async def hear(engine: BatchEngine, observer: Counter, count: int, lifetime: float, seconds: float, seed: int) -> Heard:
-    """Let a crowd speak: a few seconds to warm up, then `seconds` that count."""
+async def hear(
+    engine: BatchEngine,
+    observer: Counter,
+    count: int,
+    lifetime: float,
+    seconds: float,
+    seed: int,
+    meet: Callable[[], Awaitable[None]],
+) -> Heard:
+    """Let a crowd speak: some seconds to warm up, then `seconds` that count. meet: wait for the other crowds, twice."""
+    await meet()
     crowd = Crowd(engine, count, lifetime, 1 if engine.heads else 0, seed)
     await crowd.speak(WARM_SECONDS)
-    observer.clear()
+    observer.lags.clear()
     await crowd.speak(seconds)
     lags, refused = list(observer.lags), observer.refusals
     worst = crowd.worst_feeding
+    await meet()
     await crowd.end()
     return Heard(lags, crowd.joined, refused, crowd.lost, crowd.errors, worst)
 
@@ -224,22 +234,37 @@ async def child(job: Job) -> Heard:
     observer = Counter()
     engine = Fixed(job, observer)
     await engine.start()
-    heard = await hear(engine, observer, len(job.slots), job.lifetime, job.seconds, job.slots.start)
+
+    async def meet() -> None:
+        print("here", flush=True)
+        await asyncio.to_thread(sys.stdin.readline)
+
+    heard = await hear(engine, observer, len(job.slots), job.lifetime, job.seconds, job.slots.start, meet)
     await engine.stop()
     return heard
 
 
-async def run_child(engine: BatchEngine, number: int, slots: range, args: argparse.Namespace) -> Heard:
-    """A process with so many of the streams."""
+async def run_child(
+    engine: BatchEngine, number: int, slots: range, args: argparse.Namespace, meetings: Sequence[Callable[[], Awaitable[None]]]
+) -> Heard:
+    """A process with so many of the streams, which meets the others so many times."""
     line = engine.connect()
     job = Job(engine.share(number), line.memory, line.signal.fileno(), slots, args.lifetime, args.seconds)
     pipe = asyncio.subprocess.PIPE
     process = await asyncio.create_subprocess_exec(
-        sys.executable, __file__, "--child", stdin=pipe, stdout=pipe, pass_fds=[job.memory, job.signal]
+        sys.executable, __file__, "--child", stdin=pipe, stdout=pipe, limit=1 << 28, pass_fds=[job.memory, job.signal]
     )
     line.close()
-    output, _ = await process.communicate(pickle.dumps(job))
-    heard: Heard = pickle.loads(output)
+    assert process.stdin is not None
+    assert process.stdout is not None
+    process.stdin.write(base64.b64encode(pickle.dumps(job)) + b"\n")
+    for meet in meetings:
+        if not await process.stdout.readline():
+            raise SystemExit(f"process {number} ended with {await process.wait()}")
+        await meet()
+        process.stdin.write(b"go\n")
+    heard: Heard = pickle.loads(base64.b64decode(await process.stdout.readline()))
+    await process.wait()
     return heard
 
 
@@ -301,14 +326,26 @@ async def measure(args: argparse.Namespace, device: Any) -> dict[str, Any]:
     engine = BatchEngine(load, delay_frames=spec.delay_frames, observer=observer)
     await engine.start()
     started = time.perf_counter() - begun
+    moments: list[float] = []
     if processes:
         edges = [streams * i // processes for i in range(processes + 1)]
         shares = [range(edges[i], edges[i + 1]) for i in range(processes)]
-        parts = await asyncio.gather(*(run_child(engine, i, slots, args) for i, slots in enumerate(shares)))
+        barrier = asyncio.Barrier(processes)
+
+        async def meet() -> None:
+            await barrier.wait()
+            moments.append(time.monotonic())
+
+        parts = await asyncio.gather(*(run_child(engine, i, slots, args, [meet, meet]) for i, slots in enumerate(shares)))
     else:
-        parts = [await hear(engine, observer, streams, args.lifetime, args.seconds, 0)]
+
+        async def note() -> None:
+            moments.append(time.monotonic())
+
+        parts = [await hear(engine, observer, streams, args.lifetime, args.seconds, 0, note)]
     lags = [lag for part in parts for lag in part.lags]
-    steps = observer.steps[-int(len(observer.steps) * args.seconds / (args.seconds + WARM_SECONDS)) :]
+    counted = min(moments) + WARM_SECONDS, max(moments)
+    steps = [(seconds, rows) for ended, seconds, rows in observer.steps if counted[0] < ended < counted[1]]
     details = engine.info.details
     await engine.stop()
     return {
@@ -324,7 +361,7 @@ async def measure(args: argparse.Namespace, device: Any) -> dict[str, Any]:
         "frames": len(lags),
         "steps": len(steps),
         "rows_a_step": round(float(np.mean([rows for _, rows in steps])), 1) if steps else 0,
-        "busy": round(sum(seconds for seconds, _ in steps) / args.seconds, 3),
+        "busy": round(sum(seconds for seconds, _ in steps) / (counted[1] - counted[0]), 3),
         "step_ms": percentiles([seconds for seconds, _ in steps]),
         "lag_ms": percentiles(lags),
         "late": sum(lag > FRAME_SECONDS for lag in lags),
@@ -339,7 +376,8 @@ async def measure(args: argparse.Namespace, device: Any) -> dict[str, Any]:
 def main() -> None:
     if sys.argv[1:] == ["--child"]:
         tune_interpreter()
-        sys.stdout.buffer.write(pickle.dumps(asyncio.run(child(pickle.loads(sys.stdin.buffer.read())))))
+        job = pickle.loads(base64.b64decode(sys.stdin.readline()))
+        print(base64.b64encode(pickle.dumps(asyncio.run(child(job)))).decode())
         return
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--shape", choices=("1b", "2.6b", "tiny"), default="1b")
