@@ -293,8 +293,6 @@ def _batched(table: Table, name: str, path: str) -> KyutaiModule:
     if conditioning_delay is not None and kind == "BatchedAsr":
         delay = math.floor(conditioning_delay * FRAME_RATE) + 1
     _check_delay(table, delay, model.transformer.context)
-    if table.has("log_frequency_s"):
-        table.warn("log_frequency_s", "token logs are not written by this server; ignored")
     return KyutaiModule(
         name=name,
         path=path,
@@ -309,9 +307,16 @@ def _batched(table: Table, name: str, path: str) -> KyutaiModule:
         dtype_override=table.get("dtype_override", Literal["bf16", "f16", "f32", "f64"], None),
         conditioning_delay=conditioning_delay,
         conditioning_learnt_padding=learnt_padding,
-        log_frequency_s=table.get("log_frequency_s", float, None),
+        log_frequency_s=_log_frequency(table),
         engine=_engine(table),
     )
+
+
+def _log_frequency(table: Table) -> float | None:
+    seconds: float | None = table.get("log_frequency_s", float, None)
+    if seconds is not None and not 0.1 <= seconds <= 86_400:
+        table.fail("log_frequency_s", "expected seconds between two token logs, 0.1 to 86400. Leave the key out for none.")
+    return seconds
 
 
 def _check_delay(table: Table, delay: int, context: int) -> None:

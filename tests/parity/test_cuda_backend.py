@@ -128,3 +128,32 @@ def test_a_slot_goes_on_in_another() -> None:
     assert [step(5, frame) for frame in frames[1:]] == alone
     ours.restore(0, saved)
     assert [step(0, frame) for frame in frames[1:]] == alone
+
+
+class Recorder:
+    """Keeps the codes of the last step."""
+
+    def start(self) -> None: ...
+
+    def record(self, slots: np.ndarray, fresh: np.ndarray, text: np.ndarray, codes: np.ndarray) -> None:
+        self.slots, self.text, self.codes = slots.copy(), text.copy(), codes.copy()
+
+    def stop(self) -> None: ...
+
+
+def test_a_recorder_hears_tokens_and_codes_of_every_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where there are more rows than the largest bucket holds; all else stays as it is."""
+    monkeypatch.setattr("moshi_stt.models.torch_impl.graphs.FRAME_SAMPLES", SAMPLES)
+    plain, ours = pair(SPEC)
+    recorder = Recorder()
+    ours.record_to(recorder)
+    rng = np.random.default_rng(4)
+    for rows in ([4, 0, 2, 6, 1], [2], [1, 4, 0]):
+        pcm = (rng.standard_normal((len(rows), SAMPLES)) * 0.3).astype(np.float32)
+        slots, fresh = np.array(rows), np.full(len(rows), len(rows) == 5)
+        expected, output = (backend.step(pcm, slots, fresh) for backend in (plain, ours))
+        np.testing.assert_array_equal(output.text_token, expected.text_token)
+        np.testing.assert_allclose(output.pause, expected.pause, atol=1e-4)
+        np.testing.assert_array_equal(recorder.slots, slots)
+        np.testing.assert_array_equal(recorder.text, expected.text_token)
+        np.testing.assert_array_equal(recorder.codes, plain.state.codes[torch.from_numpy(slots).to(DEVICE)].cpu().numpy())

@@ -228,7 +228,6 @@ def test_without_conditioners_the_keys_are_free() -> None:
         ("$HOME/tmp", "~/tmp", "log_dir: ~ is not expanded; write $HOME"),
         ("$HOME/tmp", "${HOME}/tmp", "log_dir: ${NAME} is not expanded, only $NAME is"),
         ('["public_token"]', "[]", "authorized_ids: the list is empty, so no client can connect; add a key"),
-        ("temperature = 0.0", "log_frequency_s = 2", "[modules.asr] log_frequency_s: token logs are not written by this server; ignored"),
     ],
 )  # fmt: skip
 def test_what_is_odd_is_a_warning(old: str, new: str, warning: str) -> None:
@@ -299,6 +298,8 @@ BROKEN: list[tuple[Callable[[], str], str]] = [
     (change("temperature = 0.0", "conditioning_delay = -1"), "conditioning_delay = -1: expected seconds, 0 or more"),
     (change("temperature = 0.0", "conditioning_delay = nan"), "conditioning_delay = NaN: expected a number."),
     (change("temperature = 0.0", "temperature = inf"), "temperature = Infinity: expected a number."),
+    (change("temperature = 0.0", "log_frequency_s = 0"), "log_frequency_s = 0: expected seconds between two token logs, 0.1 to 86400"),
+    (change("temperature = 0.0", "log_frequency_s = inf"), "log_frequency_s = Infinity: expected a number."),
     (change("temperature = 0.0", 'temperature = "hot"'), 'temperature = "hot": expected a number.'),
     (change("temperature = 0.0", 'dtype_override = "int8"'), 'dtype_override = "int8": expected one of "bf16", "f16", "f32", "f64".'),
     (change("conditioning_learnt_padding = true", "conditioning_learnt_padding = 1"), "conditioning_learnt_padding = 1: expected true or false."),

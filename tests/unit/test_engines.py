@@ -53,6 +53,17 @@ def test_kyutais_engine_is_not_loaded_before_it_is_started(lacking: Callable[...
     assert engine.info.model == "hf://kyutai/stt-1b-en_fr-candle/model.safetensors"
 
 
+def test_token_logs_need_a_folder(lacking: Callable[..., None]) -> None:
+    """Every module's are in `log_dir`; a recording that is transcribed has none."""
+    lacking()
+    module = msgspec.structs.replace(one_b(), log_frequency_s=10.0)
+    config = msgspec.structs.replace(load_config("stt-1b-en_fr").config, modules=(module,))
+    assert list(build_engines(config)) == ["asr"]
+    with pytest.raises(ConfigError, match=r"\[modules\.asr\] log_frequency_s: token logs need a log_dir"):
+        build_engines(msgspec.structs.replace(config, log_dir=None))
+    assert not build_engine(module, LimitsConfig()).ready
+
+
 def test_a_missing_extra_is_a_sentence_with_the_command(lacking: Callable[..., None]) -> None:
     lacking("torch", "mlx", "sentencepiece")
     with pytest.raises(ConfigError) as raised:

@@ -28,6 +28,8 @@ from moshi_stt.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
     from moshi_stt.models.mlx_impl.backend import MLXBackend
+    from moshi_stt.models.spec import LMSpec
+    from moshi_stt.models.token_log import TokenLog
     from moshi_stt.models.torch_impl.backend import TorchBackend
     from moshi_stt.models.torch_impl.cuda.backend import CudaBackend
 
@@ -61,13 +63,26 @@ AUTO_MEMORY_SHARE = 0.8
 
 def build_engines(config: ServerConfig, *, force_cpu: bool = False) -> dict[str, Engine]:
     """One engine for each module, by the module's name. Raises ConfigError where one cannot be had here."""
-    return {module.name: build_engine(module, config.limits, force_cpu=force_cpu) for module in config.modules}
+    logs = None if config.log_dir is None else Path(config.log_dir) / f"{config.instance_name}-asr"
+    for module in config.modules:
+        if logs is None and isinstance(module, KyutaiModule) and module.log_frequency_s is not None:
+            raise ConfigError(
+                f"[modules.{module.name}] log_frequency_s: token logs need a log_dir; give one, or leave the key out"
+            )
+    return {module.name: build_engine(module, config.limits, force_cpu=force_cpu, token_logs=logs) for module in config.modules}
 
 
 def build_engine(
-    module: Module, limits: LimitsConfig, observer: EngineObserver | None = None, force_cpu: bool = False
+    module: Module,
+    limits: LimitsConfig,
+    observer: EngineObserver | None = None,
+    force_cpu: bool = False,
+    token_logs: Path | None = None,
 ) -> Engine:
-    """An engine that is not started. Raises ConfigError where a package is missing or a setting cannot be had."""
+    """An engine that is not started. Raises ConfigError where a package is missing or a setting cannot be had.
+
+    token_logs: how the names of the module's token logs begin, where it has `log_frequency_s`; None writes none.
+    """
     stream_limits = StreamLimits(
         inbox_samples=inbox_samples(limits), outbox_events=limits.outbox_events, stuck_seconds=limits.stuck_seconds
     )
@@ -75,7 +90,7 @@ def build_engine(
         return _embedded(module, stream_limits, observer)
     if force_cpu:
         module = msgspec.structs.replace(module, engine=msgspec.structs.replace(module.engine, device="cpu"))
-    return _kyutai(module, stream_limits, observer, limits.socket_processes)
+    return _kyutai(module, stream_limits, observer, limits.socket_processes, token_logs)
 
 
 def missing_packages(names: tuple[str, ...]) -> list[str]:
@@ -103,7 +118,11 @@ def _embedded(module: EmbeddedModule, limits: StreamLimits, observer: EngineObse
 
 
 def _kyutai(
-    module: KyutaiModule, limits: StreamLimits, observer: EngineObserver | None, processes: int | Literal["auto"]
+    module: KyutaiModule,
+    limits: StreamLimits,
+    observer: EngineObserver | None,
+    processes: int | Literal["auto"],
+    token_logs: Path | None,
 ) -> Engine:
     if processes not in ("auto", 0) and not hasattr(socket, "send_fds"):
         raise ConfigError(f"socket_processes = {processes}: this system cannot hand sockets to other processes; use 0")
@@ -121,7 +140,7 @@ def _kyutai(
             "(in a checkout: scripts/install.sh --model stt-1b-en_fr)"
         )
     return BatchEngine(
-        partial(load_kyutai, module, framework, processes),
+        partial(load_kyutai, module, framework, processes, token_logs),
         delay_frames=module.asr_delay_in_tokens,
         marker_wait_seconds=module.engine.marker_wait_seconds,
         limits=limits,
@@ -154,10 +173,12 @@ def processes_for(streams: int, setting: int | Literal["auto"]) -> int:
     return min(streams // STREAMS_A_PROCESS, (os.cpu_count() or 1) // 2, MOST_AUTO_PROCESSES)
 
 
-def load_kyutai(module: KyutaiModule, framework: Framework, processes: int | Literal["auto"] = 0) -> LoadedModel:
+def load_kyutai(
+    module: KyutaiModule, framework: Framework, processes: int | Literal["auto"] = 0, token_logs: Path | None = None
+) -> LoadedModel:
     """Find the files, fetch what is missing, and load the model. On the engine's model thread.
 
-    processes: how many others will share it.
+    processes: how many others will share it. token_logs: see `build_engine`.
 
     Raises ConfigError, CheckpointError or DownloadError.
     """
@@ -201,7 +222,19 @@ def load_kyutai(module: KyutaiModule, framework: Framework, processes: int | Lit
         total_slots=streams,
         details=details,
     )
-    return LoadedModel(backend, tokenizer.decode, info, streams, processes_for(streams, processes))
+    recorder = None
+    if module.log_frequency_s is not None and token_logs is not None:
+        recorder = make_token_log(token_logs, spec.lm, streams, module.log_frequency_s)
+        backend.record_to(recorder)
+    return LoadedModel(backend, tokenizer.decode, info, streams, processes_for(streams, processes), recorder=recorder)
+
+
+def make_token_log(base: Path, spec: "LMSpec", streams: int, seconds: float) -> "TokenLog":
+    """One whose files bear the time, as moshi-server's do: seconds since 1970, and microseconds."""
+    from moshi_stt.models.token_log import TokenLog
+
+    whole, fraction = divmod(time.time_ns() // 1_000, 1_000_000)
+    return TokenLog(base.with_name(f"{base.name}-{whole}-{fraction}"), spec, streams, seconds)
 
 
 def load_auto(load: "Callable[[int], KyutaiBackend]") -> "tuple[KyutaiBackend, int]":

@@ -19,7 +19,16 @@ import numpy as np
 
 from moshi_stt.constants import FRAME_SAMPLES, FRAME_SECONDS
 from moshi_stt.engine.costs import StepCosts, measure
-from moshi_stt.engine.engine import Backend, Engine, EngineInfo, EngineObserver, StepInputs, StepOutput, TakesInPlace
+from moshi_stt.engine.engine import (
+    Backend,
+    Engine,
+    EngineInfo,
+    EngineObserver,
+    StepInputs,
+    StepOutput,
+    StepRecorder,
+    TakesInPlace,
+)
 from moshi_stt.engine.lane import Lane
 from moshi_stt.engine.rows import RowBlock, RowHub, RowRequest, shared_file
 from moshi_stt.engine.share import Line, Share
@@ -47,7 +56,7 @@ class LoadedModel:
 
     backend: with `streams + spare_slots(streams, processes)` slots at least. decode: ids of one word to its text; can be
     pickled where there are processes. info: of this model, its `total_slots` equal to streams. processes: how many others will
-    share it. costs: of its steps; measured where it is None.
+    share it. costs: of its steps; measured where it is None. recorder: whom the backend tells of its steps.
     """
 
     backend: Backend
@@ -56,6 +65,7 @@ class LoadedModel:
     streams: int
     processes: int = 0
     costs: StepCosts | None = None
+    recorder: StepRecorder | None = None
 
 
 class BatchEngine(Engine):
@@ -251,11 +261,14 @@ class BatchEngine(Engine):
     def _main(self, started: "asyncio.Future[None]") -> None:
         """Load, run, free. Whatever goes wrong is told on the event loop."""
         backend: Backend | None = None
+        recorder: StepRecorder | None = None
         running = False
         try:
             loaded = self._load()
-            backend = loaded.backend
+            backend, recorder = loaded.backend, loaded.recorder
             self._adopt(loaded)
+            if recorder is not None:
+                recorder.start()
             running = True
             self._post(_set_result, started)
             self._run()
@@ -276,6 +289,8 @@ class BatchEngine(Engine):
             if backend is not None:
                 with suppress(Exception):
                     backend.close()
+            if recorder is not None:
+                recorder.stop()
 
     def _run(self) -> None:
         """Gather, step, scatter."""

@@ -75,6 +75,24 @@ class Backend(Protocol):
         ...
 
 
+class StepRecorder(Protocol):
+    """Who keeps what went through a model, step by step. For the model thread; must return at once."""
+
+    def start(self) -> None:
+        """The model is warm: what is stepped from here on are streams."""
+        ...
+
+    def record(
+        self, slots: NDArray[np.int64], fresh: NDArray[np.bool_], text: NDArray[np.int64], codes: NDArray[np.int64]
+    ) -> None:
+        """A step is done: its rows' slots and fresh (B,) as `Backend.step` took them, its tokens (B,) and codes (B, K)."""
+        ...
+
+    def stop(self) -> None:
+        """No step follows. Idempotent."""
+        ...
+
+
 @runtime_checkable
 class Ages(Protocol):
     """A backend whose steps take longer the more its streams have said."""

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moshi_stt.constants import FRAME_SAMPLES
-from moshi_stt.engine.engine import StepOutput
+from moshi_stt.engine.engine import StepOutput, StepRecorder
 from moshi_stt.models.mlx_impl.attention import Ring
 from moshi_stt.models.mlx_impl.lm import LanguageModel, LMState
 from moshi_stt.models.mlx_impl.mimi import MimiEncoder, MimiState
@@ -95,6 +95,11 @@ class MLXBackend:
         self.fixed_rows = fixed_rows
         self.seed = seed
         self.report = report
+        self.recorder: StepRecorder | None = None
+
+    def record_to(self, recorder: StepRecorder) -> None:
+        """Tell this recorder of every step, from before `warm_up` on."""
+        self.recorder = recorder
 
     # ---- Backend -----------------------------------------------------------------------------------------------------
 
@@ -106,8 +111,12 @@ class MLXBackend:
             for start in range(0, len(slots), block):
                 rows = slice(start, start + block)
                 outputs.append(self._step_block(pcm[rows], slots[rows], fresh[rows]))
-        packed = np.concatenate(outputs) if outputs else np.zeros((0, 2 + self.heads), np.float32)
-        return StepOutput(packed[:, 0].astype(np.int64), packed[:, 1].copy(), packed[:, 2:].copy())
+        said, width = 2 + self.heads, 2 + self.heads + self.spec.lm.codebooks
+        packed = np.concatenate(outputs) if outputs else np.zeros((0, width), np.float32)
+        tokens = packed[:, 0].astype(np.int64)
+        if self.recorder is not None:
+            self.recorder.record(slots, fresh, tokens, packed[:, said:].astype(np.int64))
+        return StepOutput(tokens, packed[:, 1].copy(), packed[:, 2:said].copy())
 
     def warm_up(self) -> None:
         """Step the scratch slot, which every other slot's stream never sees."""
@@ -147,7 +156,7 @@ class MLXBackend:
     # ---- one step ----------------------------------------------------------------------------------------------------
 
     def _step_block(self, pcm: NDArray[np.float32], slots: NDArray[np.int64], fresh: NDArray[np.bool_]) -> NDArray[np.float32]:
-        """Pad, step, and back in one copy: float32 (B, 2 + heads)."""
+        """Pad, step, and back in one copy: float32 (B, 2 + heads + K)."""
         state, rows = self.state, len(slots)
         spare = max(self.fixed_rows - rows, 0)
         frames = np.concatenate([np.where(fresh, 0, state.frames[slots]), np.zeros(spare, np.int64)])
@@ -159,7 +168,7 @@ class MLXBackend:
         state.frames[slots] = frames[:rows] + 1
         state.text[slots] = output[:, 0]
         state.codes[slots] = output[:, 2 + self.heads :]
-        return output[:, : 2 + self.heads]
+        return output
 
     def step_rows(self, pcm: mx.array, frames: NDArray[np.int64], slots: list[int]) -> mx.array:
         """The graph of a whole step, which nothing has computed yet; the rings already refer to it.

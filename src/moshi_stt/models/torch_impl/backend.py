@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from moshi_stt.constants import FRAME_SAMPLES
-from moshi_stt.engine.engine import StepOutput
+from moshi_stt.engine.engine import StepOutput, StepRecorder
 from moshi_stt.models.report import LOUDEST, LoadReport
 from moshi_stt.models.spec import ModelSpec
 from moshi_stt.models.torch_impl.beside import Beside, in_turn
@@ -66,6 +66,24 @@ class SlotBackend:
         self.heads = spec.lm.extra_heads
         self.report = report
         self.device = state.frames.device
+        self.recorder: StepRecorder | None = None
+
+    def record_to(self, recorder: StepRecorder) -> None:
+        """Tell this recorder of every step, from before `warm_up` on. The codes come back in the same copy as all else."""
+        self.recorder = recorder
+
+    @property
+    def width(self) -> int:
+        """Columns of a step's output: the token, its log-probability, the pauses and, where they are recorded, the codes."""
+        return 2 + self.heads + (0 if self.recorder is None else self.spec.lm.codebooks)
+
+    def _unpack(self, packed: NDArray[np.float32], slots: NDArray[np.int64], fresh: NDArray[np.bool_]) -> StepOutput:
+        """packed float32 (B, width), in which float32 holds tokens and codes exactly."""
+        said = 2 + self.heads
+        tokens = packed[:, 0].astype(np.int64)
+        if self.recorder is not None:
+            self.recorder.record(slots, fresh, tokens, packed[:, said:].astype(np.int64))
+        return StepOutput(tokens, packed[:, 1].copy(), packed[:, 2:said].copy())
 
     def copy(self, source: int, target: int) -> None:
         """Make slot `target`'s state what slot `source`'s is; they go their own ways from there."""
@@ -123,8 +141,7 @@ class TorchBackend(SlotBackend):
             for start in range(0, len(slots), block):
                 rows = slice(start, start + block)
                 outputs.append(self._step_block(pcm[rows], slots[rows], fresh[rows]))
-        packed = np.concatenate(outputs) if outputs else np.zeros((0, 2 + self.heads), np.float32)
-        return StepOutput(packed[:, 0].astype(np.int64), packed[:, 1].copy(), packed[:, 2:].copy())
+        return self._unpack(np.concatenate(outputs) if outputs else np.zeros((0, self.width), np.float32), slots, fresh)
 
     def warm_up(self) -> None:
         """Step the scratch slot, which every other slot's stream never sees."""
@@ -142,7 +159,7 @@ class TorchBackend(SlotBackend):
     # ---- one step ----------------------------------------------------------------------------------------------------
 
     def _step_block(self, pcm: NDArray[np.float32], slots: NDArray[np.int64], fresh: NDArray[np.bool_]) -> NDArray[np.float32]:
-        """To the device, step, and back in one copy: float32 (B, 2 + heads)."""
+        """To the device, step, and back in one copy: float32 (B, width)."""
         rows = len(slots)
         spare = max(self.fixed_rows - rows, 0)
         if spare:
@@ -160,7 +177,7 @@ class TorchBackend(SlotBackend):
         """The whole step on the device, of static shape and without synchronisation.
 
         pcm float32 (B, 1920), slots int64 (B,), fresh bool (B,).
-        Returns float32 (B, 2 + heads): the token, its log-probability, the pauses.
+        Returns float32 (B, width).
         """
         state = self.state
         pcm = torch.nan_to_num(pcm, 0.0, 0.0, 0.0).clamp(-LOUDEST, LOUDEST)
@@ -171,7 +188,8 @@ class TorchBackend(SlotBackend):
         state.frames[slots] = frames + 1
         state.text[slots] = token
         state.codes[slots] = codes
-        return torch.cat([token[:, None].float(), logprob[:, None], pause], dim=1)
+        recorded = [] if self.recorder is None else [codes.float()]
+        return torch.cat([token[:, None].float(), logprob[:, None], pause, *recorded], dim=1)
 
     def step_lm(self, frames: Tensor, slots: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The language model's half of the step, which reads the last frame's codes and not this frame's sound.

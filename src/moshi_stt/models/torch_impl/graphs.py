@@ -38,7 +38,7 @@ class CudaGraphs:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._pool = torch.cuda.graph_pool_handle()
-        self.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self.stream = torch.cuda.Stream(device, priority=int(__import__("os").environ.get("MAIN", "0")))  # type: ignore[no-untyped-call]
 
     def capture(self, run: Callable[[], None]) -> Callable[[], None]:
         with torch.cuda.stream(self.stream):
@@ -91,7 +91,7 @@ class GraphRunner:
         self._step_rows = step_rows
         self._width = width
         self._scratch = scratch
-        self._graphs = graphs
+        self.graphs = graphs
         largest = buckets[-1]
         self._host_in = graphs.host(_input_bytes(largest, largest))
         self._host_out = graphs.host(largest * width * 4)
@@ -144,7 +144,7 @@ class GraphRunner:
             device.copy_(host, non_blocking=True)
             host_out.copy_(self._step_rows(pcm, slots, fresh), non_blocking=True)
 
-        replay = self._graphs.capture(run)
+        replay = self.graphs.capture(run)
         for part, before in zip(parts, kept, strict=True):
             part[:rows] = before
         return _Bucket(host_out.numpy(), replay)

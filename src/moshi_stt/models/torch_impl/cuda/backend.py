@@ -8,7 +8,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from moshi_stt.engine.engine import StepInputs, StepOutput
+from moshi_stt.engine.engine import StepInputs, StepOutput, StepRecorder
 from moshi_stt.models.report import LoadReport
 from moshi_stt.models.spec import ModelSpec
 from moshi_stt.models.torch_impl.backend import BackendState, SlotBackend
@@ -43,17 +43,20 @@ class CudaBackend(SlotBackend):
         super().__init__(spec, state, report)
         self.lm = lm
         self.mimi = mimi
-        self._side = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None  # type: ignore[no-untyped-call]
+        self._side = torch.cuda.Stream(self.device, priority=int(__import__("os").environ.get("SIDE", "0"))) if self.device.type == "cuda" else None  # type: ignore[no-untyped-call]
         if buckets is None:
             buckets = (min(FIXED_ROWS, self.slots),) if fixed_shapes else bucket_sizes(self.slots)
-        self.runner = GraphRunner(
-            self.step_rows,
-            width=2 + self.heads,
-            scratch=self.slots,
-            buckets=buckets,
-            device=self.device,
-            graphs=graphs or CudaGraphs(self.device),
+        self.runner = self._make_runner(buckets, graphs or CudaGraphs(self.device))
+
+    def _make_runner(self, buckets: tuple[int, ...], graphs: Capturer) -> GraphRunner:
+        return GraphRunner(
+            self.step_rows, width=self.width, scratch=self.slots, buckets=buckets, device=self.device, graphs=graphs
         )
+
+    def record_to(self, recorder: StepRecorder) -> None:
+        """See `SlotBackend.record_to`. The graphs are captured anew, of wider outputs."""
+        super().record_to(recorder)
+        self.runner = self._make_runner(self.runner.buckets, self.runner.graphs)
 
     # ---- Backend -----------------------------------------------------------------------------------------------------
 
@@ -63,7 +66,7 @@ class CudaBackend(SlotBackend):
             return StepOutput(np.zeros(0, np.int64), np.zeros(0, np.float32), np.zeros((0, self.heads), np.float32))
         with torch.inference_mode():
             packed = self.runner.step(pcm, slots, fresh)
-        return StepOutput(packed[:, 0].astype(np.int64), packed[:, 1], packed[:, 2:])
+        return self._unpack(packed, slots, fresh)
 
     @property
     def inputs(self) -> StepInputs:
@@ -112,11 +115,15 @@ class CudaBackend(SlotBackend):
         x = self.lm.embed(frames, slots, state.text, state.codes)  # reads the codes that Mimi is about to replace
         if self._side is None:
             self.mimi.step(state.mimi, pcm, frames, slots, state.codes)
-            return self.lm.step(state.lm, x, frames, slots, state.text)
+            return self._with_codes(self.lm.step(state.lm, x, frames, slots, state.text), slots)
         stream = torch.cuda.current_stream(self.device)
         self._side.wait_stream(stream)
         with torch.cuda.stream(self._side):
             self.mimi.step(state.mimi, pcm, frames, slots, state.codes)
         output = self.lm.step(state.lm, x, frames, slots, state.text)
         stream.wait_stream(self._side)
-        return output
+        return self._with_codes(output, slots)
+
+    def _with_codes(self, output: Tensor, slots: Tensor) -> Tensor:
+        """The columns of `width`."""
+        return output if self.recorder is None else torch.cat([output, self.state.codes[slots].float()], dim=1)
