@@ -38,7 +38,7 @@ class CudaGraphs:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._pool = torch.cuda.graph_pool_handle()
-        self.stream = torch.cuda.Stream(device, priority=int(__import__("os").environ.get("MAIN", "0")))  # type: ignore[no-untyped-call]
+        self.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
     def capture(self, run: Callable[[], None]) -> Callable[[], None]:
         with torch.cuda.stream(self.stream):

@@ -43,7 +43,7 @@ class CudaBackend(SlotBackend):
         super().__init__(spec, state, report)
         self.lm = lm
         self.mimi = mimi
-        self._side = torch.cuda.Stream(self.device, priority=int(__import__("os").environ.get("SIDE", "0"))) if self.device.type == "cuda" else None  # type: ignore[no-untyped-call]
+        self._side = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None  # type: ignore[no-untyped-call]
         if buckets is None:
             buckets = (min(FIXED_ROWS, self.slots),) if fixed_shapes else bucket_sizes(self.slots)
         self.runner = self._make_runner(buckets, graphs or CudaGraphs(self.device))
