@@ -9,6 +9,7 @@ from typing import Literal
 import msgspec
 
 from moshi_stt.constants import SAMPLE_RATE
+from moshi_stt.errors import ConfigError
 
 GIB = 1 << 30
 
@@ -131,6 +132,16 @@ class EmbeddedModule(msgspec.Struct, frozen=True, kw_only=True):
 
 
 Module = KyutaiModule | EmbeddedModule
+
+
+def with_quantize(module: Module, scheme: Literal["none", "int8", "int4"]) -> Module:
+    """The module with `--quantize` put into it. Raises ConfigError for a model that has no other weights."""
+    if isinstance(module, KyutaiModule):
+        engine: EngineConfig = msgspec.structs.replace(module.engine, quantize=scheme)
+        return msgspec.structs.replace(module, engine=engine)
+    if scheme != "none":
+        raise ConfigError(f"--quantize {scheme}: the embedded model has no other weights; choose Kyutai's by --config")
+    return module
 
 
 class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):

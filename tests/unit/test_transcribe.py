@@ -20,7 +20,7 @@ from tests.support.written import Reader, written
 
 from moshi_stt.cli import engines, main
 from moshi_stt.cli.transcribe import Source, _report, prefix_seconds_of
-from moshi_stt.config import EmbeddedModule, LimitsConfig, Module
+from moshi_stt.config import EmbeddedModule, KyutaiModule, LimitsConfig, Module
 from moshi_stt.config_load import load_config
 from moshi_stt.engine.engine import Engine
 from moshi_stt.errors import CheckpointError
@@ -230,6 +230,28 @@ def test_kyutais_models_get_long_recordings_in_pieces(
     assert capsys.readouterr().out.split() == [f"w{n}" for n in range(300)]
     assert readers[0].streams >= 3
     assert engine[-1].batch_size == 8
+
+
+def test_weights_of_fewer_bits_are_for_kyutais_models(
+    engine: list[Module], recording: Recording, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = str(recording())
+    for flags, quantize in (((), "none"), (("--quantize", "int4"), "int4"), (("--quantize", "none"), "none")):
+        assert main(["transcribe", "--config", "stt-1b-en_fr", *flags, path]) == 0
+        module = engine[-1]
+        assert isinstance(module, KyutaiModule)
+        assert module.engine.quantize == quantize
+    assert main(["transcribe", "--quantize", "none", path]) == 0
+    built = len(engine)
+    capsys.readouterr()
+    assert main(["transcribe", "--quantize", "int4", path]) == 1
+    assert capsys.readouterr().err.startswith("Error: --quantize int4: the embedded model has no other weights")
+    for flags in (("--quantize", "int2"), ("--url", "ws://127.0.0.1:1", "--quantize", "int4")):
+        with pytest.raises(SystemExit) as end:
+            main(["transcribe", *flags, path])
+        assert end.value.code == 2
+        assert "--quantize" in capsys.readouterr().err
+    assert len(engine) == built
 
 
 @pytest.mark.parametrize(("name", "seconds"), [("stt-1b-en_fr", 0.0), ("stt-2.6b-en", 1.0), ("embedded", 0.0)])

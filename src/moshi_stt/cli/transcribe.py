@@ -17,14 +17,14 @@ from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import IO, TYPE_CHECKING, Any, Self, cast
+from typing import IO, TYPE_CHECKING, Any, Literal, Self, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from moshi_stt.audio.cut import CutRule
 from moshi_stt.audio.decode import decode_file, probe
-from moshi_stt.config import EmbeddedModule, Module
+from moshi_stt.config import EmbeddedModule, Module, with_quantize
 from moshi_stt.constants import PUBLIC_KEY, SAMPLE_RATE
 from moshi_stt.errors import AudioError, MoshiSttError
 from moshi_stt.text.subtitles import FORMATS, SUFFIXES, TimedWord, format_json
@@ -59,6 +59,7 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     where.add_argument("--key", help=f"the server's key (default: ${KEY_VARIABLE}, else {PUBLIC_KEY})")
     where.add_argument("--config", metavar="FILE", help="TOML file or name of a shipped one (see `moshi-stt configs`)")
     where.add_argument("--cpu", action="store_true", help="run the model on the CPU, whatever else is there")
+    where.add_argument("--quantize", choices=["none", "int8", "int4"], help="weights of fewer bits (the configuration's)")
     where.add_argument("--batch-size", type=_positive, metavar="N", help="pieces of a recording at once (the configuration's)")
     where.add_argument(
         "--prefix-seconds", type=_seconds, metavar="S", help="silence before each recording (1 for the 2.6B model, else 0)"
@@ -70,8 +71,8 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
 def run(args: argparse.Namespace) -> int:
     """Transcribe every file. Returns the exit status. Raises ConfigError, CheckpointError, EngineError or ServerError where no
     file can be done; SystemExit(2) on wrong usage."""
-    if args.url and (args.config or args.cpu or args.batch_size):
-        args.parser.error("--url runs the model on the server: leave out --config, --cpu and --batch-size")
+    if args.url and (args.config or args.cpu or args.quantize or args.batch_size):
+        args.parser.error("--url runs the model on the server: leave out --config, --cpu, --quantize and --batch-size")
     if args.key and not args.url:
         args.parser.error("--key is the key of a server: add --url")
     sources = [Source(name) for name in args.files]
@@ -273,11 +274,13 @@ def build_transcriber(args: argparse.Namespace) -> Transcriber:
     if args.url:
         key = args.key or os.environ.get(KEY_VARIABLE) or PUBLIC_KEY
         return OnServer(args.url, key, args.prefix_seconds or 0.0)
-    module, limits = load_module(args.config, args.batch_size)
+    module, limits = load_module(args.config, args.batch_size, args.quantize)
     return InProcess(module, args.prefix_seconds, limits=limits, force_cpu=args.cpu)
 
 
-def load_module(config_name: str | None, batch_size: int | None = None) -> tuple[Module, Any]:
+def load_module(
+    config_name: str | None, batch_size: int | None = None, quantize: Literal["none", "int8", "int4"] | None = None
+) -> tuple[Module, Any]:
     """The first speech-to-text module of a configuration, and the limits. Raises ConfigError."""
     import msgspec
 
@@ -290,7 +293,7 @@ def load_module(config_name: str | None, batch_size: int | None = None) -> tuple
     module = config.modules[0]
     if batch_size is not None:
         module = msgspec.structs.replace(module, batch_size=batch_size)
-    return module, config.limits
+    return module if quantize is None else with_quantize(module, quantize), config.limits
 
 
 # ---- all of them ---------------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import msgspec
 
-from moshi_stt.config import MOST_SOCKET_PROCESSES, EngineConfig, KyutaiModule, ServerConfig
+from moshi_stt.config import MOST_SOCKET_PROCESSES, EngineConfig, KyutaiModule, Module, ServerConfig, with_quantize
 from moshi_stt.constants import DEFAULT_PORT, PUBLIC_KEY
 from moshi_stt.errors import ConfigError
 
@@ -106,21 +106,17 @@ def parse_address(text: str) -> str:
 
 def override(config: ServerConfig, args: argparse.Namespace) -> ServerConfig:
     """The configuration with the command line's device, quantisation and batch size put into every module."""
-    engine: dict[str, Any] = {k: v for k in ("device", "quantize") if (v := getattr(args, k)) is not None}
-    if args.cpu:
-        if engine.get("device", "cpu") != "cpu":
-            raise ConfigError(f"--cpu and --device {engine['device']} contradict each other: give one of them")
-        engine["device"] = "cpu"
+    if args.cpu and args.device not in (None, "cpu"):
+        raise ConfigError(f"--cpu and --device {args.device} contradict each other: give one of them")
+    device = "cpu" if args.cpu else args.device
     modules = []
     for module in config.modules:
-        changed = module
-        if isinstance(changed, KyutaiModule) and engine:
-            new_engine: EngineConfig = msgspec.structs.replace(changed.engine, **engine)
-            changed = msgspec.structs.replace(changed, engine=new_engine)
-        elif engine.get("quantize", "none") != "none":
-            raise ConfigError(
-                f"--quantize {args.quantize}: the embedded model has no other weights; choose Kyutai's by --config"
-            )
+        changed: Module = module
+        if isinstance(changed, KyutaiModule) and device is not None:
+            engine: EngineConfig = msgspec.structs.replace(changed.engine, device=device)
+            changed = msgspec.structs.replace(changed, engine=engine)
+        if args.quantize is not None:
+            changed = with_quantize(changed, args.quantize)
         if args.batch_size is not None:
             changed = msgspec.structs.replace(changed, batch_size=args.batch_size)
         modules.append(changed)
