@@ -91,7 +91,7 @@ class GraphRunner:
         self._step_rows = step_rows
         self._width = width
         self._scratch = scratch
-        self.graphs = graphs
+        self._graphs = graphs
         largest = buckets[-1]
         self._host_in = graphs.host(_input_bytes(largest, largest))
         self._host_out = graphs.host(largest * width * 4)
@@ -144,7 +144,7 @@ class GraphRunner:
             device.copy_(host, non_blocking=True)
             host_out.copy_(self._step_rows(pcm, slots, fresh), non_blocking=True)
 
-        replay = self.graphs.capture(run)
+        replay = self._graphs.capture(run)
         for part, before in zip(parts, kept, strict=True):
             part[:rows] = before
         return _Bucket(host_out.numpy(), replay)

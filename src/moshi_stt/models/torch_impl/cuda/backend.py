@@ -46,17 +46,25 @@ class CudaBackend(SlotBackend):
         self._side = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None  # type: ignore[no-untyped-call]
         if buckets is None:
             buckets = (min(FIXED_ROWS, self.slots),) if fixed_shapes else bucket_sizes(self.slots)
-        self.runner = self._make_runner(buckets, graphs or CudaGraphs(self.device))
+        self._graphs = graphs
+        self.runner = self._make_runner(buckets)
 
-    def _make_runner(self, buckets: tuple[int, ...], graphs: Capturer) -> GraphRunner:
+    def _make_runner(self, buckets: tuple[int, ...]) -> GraphRunner:
         return GraphRunner(
-            self.step_rows, width=self.width, scratch=self.slots, buckets=buckets, device=self.device, graphs=graphs
+            self.step_rows,
+            width=self.width,
+            scratch=self.slots,
+            buckets=buckets,
+            device=self.device,
+            graphs=self._graphs or CudaGraphs(self.device),
         )
 
     def record_to(self, recorder: StepRecorder) -> None:
         """See `SlotBackend.record_to`. The graphs are captured anew, of wider outputs."""
         super().record_to(recorder)
-        self.runner = self._make_runner(self.runner.buckets, self.runner.graphs)
+        buckets = self.runner.buckets
+        del self.runner
+        self.runner = self._make_runner(buckets)
 
     # ---- Backend -----------------------------------------------------------------------------------------------------
 
