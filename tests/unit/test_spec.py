@@ -11,8 +11,6 @@ from moshi_stt.config import KyutaiModule, ModelConfig
 from moshi_stt.errors import CheckpointError, ConfigError
 from moshi_stt.models.spec import (
     LMSpec,
-    check_vocabulary,
-    delay_frames_from_json,
     lm_spec_from_json,
     lm_spec_from_toml,
     spec_from_module,
@@ -105,7 +103,6 @@ def test_published_2_6b_from_json() -> None:
     assert (spec.lm.layers, spec.lm.heads, spec.lm.head_dim, spec.lm.text_card) == (48, 32, 64, 4_000)
     assert (spec.lm.context, spec.lm.extra_heads, spec.delay_frames, spec.prefix_silence_seconds) == (375, 0, 32, 1.0)
     assert spec.lm.kv_bytes(2) == 147_456_000, "140.6 MiB a slot"
-    assert delay_frames_from_json(JSON) == 31
 
 
 def test_2_6b_from_toml_knows_its_silence() -> None:
@@ -273,9 +270,3 @@ def test_conditioner_of_another_name() -> None:
     other = model(conditioners={"speed": CONTINUOUS["delay"]})
     with pytest.raises(ConfigError, match="named `delay`"):
         spec_from_module(module(model=other, conditioning_learnt_padding=True))
-
-
-def test_vocabulary() -> None:
-    check_vocabulary(ONE_B, 8_000, "tokenizer.model")
-    with pytest.raises(CheckpointError, match=r"tokenizer\.model has 4000 pieces"):
-        check_vocabulary(ONE_B, 4_000, "tokenizer.model")

@@ -313,23 +313,6 @@ def lm_spec_from_json(config: Mapping[str, object]) -> LMSpec:
     )
 
 
-def delay_frames_from_json(config: Mapping[str, object]) -> int:
-    """`stt_config.audio_delay_seconds` in whole frames, as Kyutai's clients round it: 0.5 -> 6, 2.5 -> 31."""
-    return math.floor(_stt_number(config, "audio_delay_seconds") * FRAME_RATE)
-
-
-def check_vocabulary(spec: LMSpec, pieces: int, tokenizer: str) -> None:
-    """The tokenizer must have the pieces that the model's text tokens stand for.
-
-    Raises CheckpointError when `pieces`, the size of the tokenizer file named `tokenizer`, is not text_card.
-    """
-    if pieces != spec.text_card:
-        raise CheckpointError(
-            f"{tokenizer} has {pieces} pieces, but the model's text vocabulary has {spec.text_card}: "
-            "the tokenizer and the weights are not of the same model"
-        )
-
-
 # ---- the parts -----------------------------------------------------------------------------------------------------------
 
 
