@@ -81,6 +81,11 @@ def test_version() -> None:
             "Error: --cpu and --device cuda contradict each other: give one of them\n",
         ),
         (
+            ("worker", "--device", "cuda"),
+            1,
+            "Error: --device cuda: the embedded model runs on the CPU alone; choose Kyutai's",
+        ),
+        (
             ("worker", "--quantize", "int4"),
             1,
             "Error: --quantize int4: the embedded model has no other weights; choose Kyutai's",
@@ -179,6 +184,7 @@ def test_flags_override_the_file() -> None:
     assert module.engine.device == "cpu"
     assert override(config, worker_args()) == config
     assert override(embedded_config(), worker_args("--cpu")) == embedded_config()
+    assert override(embedded_config(), worker_args("--device", "cpu")) == embedded_config()
 
 
 @pytest.mark.parametrize(("text", "address"), [("localhost", "127.0.0.1"), ("::", "::"), ("0.0.0.0", "0.0.0.0")])
