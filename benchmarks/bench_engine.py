@@ -6,9 +6,10 @@
 
 Streams send a frame of noise every 80 ms, in groups at as many moments, live for a random time (mean `lifetime` seconds),
 finish, and are replaced at once. They live in `processes` processes beside that of the model, as the server's do (0: in that of
-the model). Lag is from the moment a frame was complete to the delivery of what the model said of it, in the event loop that
-also feeds the stream. A frame is late when its lag exceeds 80 ms: the next one was complete before. --old: every stream begins
-with a full context (of anything), so that attention always reads all of every ring.
+the model). Lag is from the moment a frame was complete to the reading of its `Step`, in the event loop that also feeds the
+stream; without `Step`s, to the delivery of what the model said, the last words after the stream's end included. A frame is
+late when its lag exceeds 80 ms: the next one was complete before. --old: every stream begins with a full context (of anything),
+so that attention always reads all of every ring.
 
 Prints a table and, as its last line, one JSON document. Random weights say nothing about accuracy.
 """
@@ -22,11 +23,13 @@ import random
 import socket
 import sys
 import time
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections import deque
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from moshi_stt.constants import FRAME_SAMPLES, FRAME_SECONDS
 from moshi_stt.engine.batch import BatchEngine, LoadedModel
@@ -36,7 +39,7 @@ from moshi_stt.engine.share import Line, Share
 from moshi_stt.engine.slots import spare_slots
 from moshi_stt.engine.stream import Stream
 from moshi_stt.errors import NoFreeSlot
-from moshi_stt.events import AnyEvent, Error, Step
+from moshi_stt.events import Error, Step
 from moshi_stt.server.process import tune_interpreter
 
 JOIN_SECONDS = 3.0
@@ -68,9 +71,10 @@ class Counter(SilentObserver):
 class Speaker:
     """One stream: what it sent, and what came back."""
 
-    __slots__ = ("errors", "finishing", "frames_left", "heard", "number", "sent", "stream")
+    __slots__ = ("_due", "_lags", "_reading", "errors", "finishing", "frames_left", "heard", "number", "over", "sent", "stream")
 
-    def __init__(self, stream: Stream, number: int, frames: int) -> None:
+    def __init__(self, stream: Stream, number: int, frames: int, lags: list[float] | None) -> None:
+        """lags: where those of its steps go, if it has any."""
         self.stream = stream
         self.number = number
         self.frames_left = frames
@@ -78,13 +82,36 @@ class Speaker:
         self.heard = 0
         self.finishing = False
         self.errors = 0
+        self.over = asyncio.Event()
+        """Whether all has come."""
+        self._lags = lags
+        self._due: deque[float] = deque()
+        self._reading = False
+        stream.listen(self._has_events, lambda: None)
 
-    def count(self, events: Iterable[AnyEvent]) -> None:
-        for event in events:
+    def send(self, pcm: NDArray[np.float32], due: float) -> None:
+        """A frame that was complete at `due`."""
+        self.stream.offer(pcm, due)
+        self._due.append(due)
+        self.sent += 1
+
+    def _has_events(self) -> None:
+        if not self._reading:
+            self._reading = True
+            asyncio.get_running_loop().call_soon(self.read)
+
+    def read(self) -> None:
+        """Take what has come."""
+        self._reading = False
+        for event in self.stream.take_now():
             if type(event) is Step:
                 self.heard += 1
+                if self._due and self._lags is not None:
+                    self._lags.append(time.monotonic() - self._due.popleft())
             elif type(event) is Error:
                 self.errors += 1
+        if self.stream.ended:
+            self.over.set()
 
 
 class Crowd:
@@ -94,6 +121,7 @@ class Crowd:
         self, engine: BatchEngine, count: int, lifetime: float, steps_a_frame: int, seed: int, groups: int = 32
     ) -> None:
         self.engine = engine
+        self.lags: list[float] = []
         self.lifetime = lifetime
         self.steps_a_frame = steps_a_frame
         self.random = random.Random(seed)
@@ -115,7 +143,8 @@ class Crowd:
         except NoFreeSlot:  # counted by the observer
             return
         self.joined += 1
-        group.append(Speaker(stream, self.joined, 1 + int(self.random.expovariate(1 / self.lifetime) / FRAME_SECONDS)))
+        frames = 1 + int(self.random.expovariate(1 / self.lifetime) / FRAME_SECONDS)
+        group.append(Speaker(stream, self.joined, frames, self.lags if self.steps_a_frame else None))
 
     async def speak(self, seconds: float) -> None:
         """Feed every group at its moments."""
@@ -138,10 +167,8 @@ class Crowd:
         for place in joining:
             self.join(place)
         for speaker in list(group):
-            speaker.count(speaker.stream.take_now())
             if speaker.sent < speaker.frames_left:
-                speaker.stream.offer(sounds[(speaker.number + speaker.sent) & 63], due)
-                speaker.sent += 1
+                speaker.send(sounds[(speaker.number + speaker.sent) & 63], due)
             elif not speaker.finishing:
                 speaker.finishing = True
                 await speaker.stream.finish()
@@ -151,7 +178,7 @@ class Crowd:
                 self.waiting.append(group)
 
     def leave(self, speaker: Speaker) -> None:
-        speaker.count(speaker.stream.take_now())
+        speaker.read()
         speaker.stream.close()
         self.sent += speaker.sent
         self.errors += speaker.errors
@@ -164,8 +191,7 @@ class Crowd:
             await speaker.stream.finish()
         async with asyncio.timeout(30):
             for speaker in speakers:
-                while events := await speaker.stream.take():
-                    speaker.count(events)
+                await speaker.over.wait()
                 self.leave(speaker)
 
 
@@ -193,9 +219,10 @@ async def hear(
     await meet()
     crowd = Crowd(engine, count, lifetime, 1 if engine.heads else 0, seed)
     await crowd.speak(WARM_SECONDS)
-    observer.lags.clear()
+    lags = crowd.lags if engine.heads else observer.lags
+    lags.clear()
     await crowd.speak(seconds)
-    lags, refused = list(observer.lags), observer.refusals
+    lags, refused = list(lags), observer.refusals
     worst = crowd.worst_feeding
     await meet()
     await crowd.end()
