@@ -116,9 +116,7 @@ def override(config: ServerConfig, args: argparse.Namespace) -> ServerConfig:
             engine: EngineConfig = msgspec.structs.replace(changed.engine, device=device)
             changed = msgspec.structs.replace(changed, engine=engine)
         elif device not in (None, "auto", "cpu"):
-            raise ConfigError(
-                f"--device {device}: the embedded model runs on the CPU alone; choose Kyutai's by --config, or leave --device out"
-            )
+            raise ConfigError(f"--device {device}: the embedded model runs on the CPU alone; choose Kyutai's by --config")
         if args.quantize is not None:
             changed = with_quantize(changed, args.quantize)
         if args.batch_size is not None:
