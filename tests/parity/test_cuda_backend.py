@@ -157,3 +157,19 @@ def test_a_recorder_hears_tokens_and_codes_of_every_row(monkeypatch: pytest.Monk
         np.testing.assert_array_equal(recorder.slots, slots)
         np.testing.assert_array_equal(recorder.text, expected.text_token)
         np.testing.assert_array_equal(recorder.codes, plain.state.codes[torch.from_numpy(slots).to(DEVICE)].cpu().numpy())
+
+
+def test_resized_it_steps_as_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    """More slots than it was made with, over the same weights; the rows of the graphs' inputs grow with them."""
+    monkeypatch.setattr("moshi_stt.models.torch_impl.graphs.FRAME_SAMPLES", SAMPLES)
+    plain, ours = pair(SPEC)
+    ours._buckets = None
+    for slots in (3, 12):
+        ours.resize(slots)
+        assert (ours.slots, len(ours.inputs.slots), len(ours.state.frames)) == (slots, slots, slots + 1)
+    rng = np.random.default_rng(5)
+    pcm = (rng.standard_normal((1, SAMPLES)) * 0.3).astype(np.float32)
+    expected = plain.step(pcm, np.array([2]), np.array([True]))
+    output = ours.step(pcm, np.array([11]), np.array([True]))
+    np.testing.assert_array_equal(output.text_token, expected.text_token)
+    np.testing.assert_array_equal(ours.state.codes[11].cpu(), plain.state.codes[2].cpu())

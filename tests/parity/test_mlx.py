@@ -119,7 +119,12 @@ def test_fixed_shapes(small: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> Non
     from moshi_stt.models.mlx_impl.build import _fixed_rows
 
     backend = load(small)
-    assert [_fixed_rows(backend.device, backend.lm, backend.mimi, slots) for slots in (1, 64)] == [1, 16]
+    backend.fixed_rows = _fixed_rows(backend.device, backend.lm, backend.mimi)
+    padded = []
+    for slots in (1, 64):
+        backend.resize(slots)
+        padded.append(backend.padded_rows)
+    assert padded == [1, 16]
 
 
 def test_rings_grow_with_the_stream(small: Checkpoint) -> None:

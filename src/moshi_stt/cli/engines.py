@@ -193,17 +193,21 @@ def load_kyutai(
     spec = spec_from_module(module, config_json)
     tokenizer.check(spec.lm.text_card)
 
-    def load(streams: int) -> "KyutaiBackend":
-        slots = streams + spare_slots(streams, processes_for(streams, processes))
-        if framework == "mlx":
-            from moshi_stt.models.mlx_impl.build import load_backend as load_mlx
+    def slots_for(streams: int) -> int:
+        return streams + spare_slots(streams, processes_for(streams, processes))
 
-            return load_mlx(module, lm_file, mimi_file, spec, slots)
+    streams = 1 if module.batch_size == "auto" else module.batch_size
+    backend: KyutaiBackend
+    if framework == "mlx":
+        from moshi_stt.models.mlx_impl.build import load_backend as load_mlx
+
+        backend = load_mlx(module, lm_file, mimi_file, spec, slots_for(streams))
+    else:
         from moshi_stt.models.torch_impl.build import load_backend
 
-        return load_backend(module, lm_file, mimi_file, spec, slots)
-
-    backend, streams = load_auto(load) if module.batch_size == "auto" else (load(module.batch_size), module.batch_size)
+        backend = load_backend(module, lm_file, mimi_file, spec, slots_for(streams))
+    if module.batch_size == "auto":
+        streams = fit_streams(backend, slots_for)
     report = backend.report
     assert report is not None
     details = {
@@ -237,23 +241,23 @@ def make_token_log(base: Path, spec: "LMSpec", streams: int, seconds: float) -> 
     return TokenLog(base.with_name(f"{base.name}-{whole}-{fraction}"), spec, streams, seconds)
 
 
-def load_auto(load: "Callable[[int], KyutaiBackend]") -> "tuple[KyutaiBackend, int]":
-    """Load with as many streams as memory and time allow here: measured once, then loaded with that number."""
+def fit_streams(backend: "KyutaiBackend", slots_for: Callable[[int], int]) -> int:
+    """Give a loaded backend as many streams as memory and time allow here, and return how many those are.
+
+    slots_for: slots that so many streams need.
+    """
     from moshi_stt.models.autosize import sustained_streams
 
-    backend = load(1)
     report = backend.report
     assert report is not None
     most = max(1, min(AUTO_MOST, int(free_bytes(backend) * AUTO_MEMORY_SHARE / report.slot_bytes)))
-    backend.close()
-    backend = load(most)
+    backend.resize(slots_for(most))
     backend.warm_up()
     streams = sustained_streams(backend, most)
     log.info('batch_size = "auto": room for %d streams, and time for %d', most, streams)
     if streams < most:
-        backend.close()
-        backend = load(streams)
-    return backend, streams
+        backend.resize(slots_for(streams))
+    return streams
 
 
 def free_bytes(backend: "KyutaiBackend") -> int:

@@ -64,6 +64,12 @@ class BackendState:
         return sum(ring.slot_bytes() for ring in self.rings) + self.mimi.conv.nbytes // self.slots
 
 
+def make_state(spec: ModelSpec, slots: int, kv_dtype: mx.Dtype) -> BackendState:
+    """State of `slots` slots and the scratch slot."""
+    count = slots + 1
+    return BackendState(LMState(spec.lm, count, kv_dtype), MimiState(spec.mimi, count), count, spec.lm.codebooks)
+
+
 class MLXBackend:
     """See `engine.Backend`. Deterministic: the same frames give the same tokens. For one thread, the one that made it."""
 
@@ -81,8 +87,9 @@ class MLXBackend:
         report: LoadReport | None = None,
     ) -> None:
         """mimi_stream: where Mimi is computed, beside the language model; None computes it behind it.
-        fixed_rows: step so many rows at once, always, padding with the scratch slot, so that no row's rounding can depend
-        on how many others there are; 0 steps the rows that come. seed: of the noise where spec.temperature > 0.
+        fixed_rows: step so many rows at once (all slots, where those are fewer), always, padding with the scratch slot, so
+        that no row's rounding can depend on how many others there are; 0 steps the rows that come. seed: of the noise where
+        spec.temperature > 0.
         """
         self.spec = spec
         self.lm = lm
@@ -101,11 +108,25 @@ class MLXBackend:
         """Tell this recorder of every step, from before `warm_up` on."""
         self.recorder = recorder
 
+    @property
+    def padded_rows(self) -> int:
+        """Rows of every step; 0: those that come."""
+        return min(self.fixed_rows, self.slots)
+
+    def resize(self, slots: int) -> None:
+        """Have so many slots, all of them new, over the same weights."""
+        dtype = self.state.lm.rings[0].dtype
+        del self.state  # the memory of the one is the other's
+        mx.clear_cache()
+        with mx.stream(self.device):
+            self.state = make_state(self.spec, slots, dtype)
+        self.slots = slots
+
     # ---- Backend -----------------------------------------------------------------------------------------------------
 
     def step(self, pcm: NDArray[np.float32], slots: NDArray[np.int64], fresh: NDArray[np.bool_]) -> StepOutput:
         """Step each row once: pcm (B, 1920), slots (B,), fresh (B,). See `engine.Backend.step`."""
-        block = self.fixed_rows or max(len(slots), 1)
+        block = self.padded_rows or max(len(slots), 1)
         outputs = []
         with mx.stream(self.device):
             for start in range(0, len(slots), block):
@@ -158,7 +179,7 @@ class MLXBackend:
     def _step_block(self, pcm: NDArray[np.float32], slots: NDArray[np.int64], fresh: NDArray[np.bool_]) -> NDArray[np.float32]:
         """Pad, step, and back in one copy: float32 (B, 2 + heads + K)."""
         state, rows = self.state, len(slots)
-        spare = max(self.fixed_rows - rows, 0)
+        spare = max(self.padded_rows - rows, 0)
         frames = np.concatenate([np.where(fresh, 0, state.frames[slots]), np.zeros(spare, np.int64)])
         pcm = np.clip(np.nan_to_num(pcm, nan=0.0, posinf=0.0, neginf=0.0), -LOUDEST, LOUDEST)
         pcm = np.concatenate([pcm, np.zeros((spare, FRAME_SAMPLES), np.float32)])

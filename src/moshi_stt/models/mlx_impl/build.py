@@ -7,7 +7,7 @@ import mlx.core as mx
 
 from moshi_stt.config import KyutaiModule
 from moshi_stt.models.affine import choose_scheme, left_unpacked
-from moshi_stt.models.mlx_impl.backend import BackendState, MLXBackend
+from moshi_stt.models.mlx_impl.backend import MLXBackend, make_state
 from moshi_stt.models.mlx_impl.device import (
     DTYPE_NAMES,
     choose_device,
@@ -20,9 +20,9 @@ from moshi_stt.models.mlx_impl.device import (
     setting_notes,
 )
 from moshi_stt.models.mlx_impl.linear import is_row_independent
-from moshi_stt.models.mlx_impl.lm import LanguageModel, LMState
+from moshi_stt.models.mlx_impl.lm import LanguageModel
 from moshi_stt.models.mlx_impl.loader import Precision, load_lm_params, load_mimi_params, weight_bytes
-from moshi_stt.models.mlx_impl.mimi import MimiEncoder, MimiState
+from moshi_stt.models.mlx_impl.mimi import MimiEncoder
 from moshi_stt.models.report import LoadReport
 from moshi_stt.models.spec import ModelSpec
 from moshi_stt.models.weights import plan_lm, plan_mimi
@@ -65,7 +65,7 @@ def load_backend(
         mimi = MimiEncoder(spec.mimi, mimi_params, zero_start=zero_start)
         state = make_state(spec, slots, kv_dtype)
         size = weight_bytes(lm_params) + weight_bytes(mimi_params)
-        fixed_rows = _fixed_rows(target, lm, mimi, slots) if engine.fixed_shapes else 0
+        fixed_rows = _fixed_rows(target, lm, mimi) if engine.fixed_shapes else 0
     report = LoadReport(
         device=device_name(target),
         dtype=f"{scheme}, {DTYPE_NAMES[dtype]}" if scheme else DTYPE_NAMES[dtype],
@@ -88,12 +88,6 @@ def load_backend(
     )
 
 
-def make_state(spec: ModelSpec, slots: int, kv_dtype: mx.Dtype) -> BackendState:
-    """State of `slots` slots and the scratch slot."""
-    count = slots + 1
-    return BackendState(LMState(spec.lm, count, kv_dtype), MimiState(spec.mimi, count), count, spec.lm.codebooks)
-
-
 def rows_independent(lm: LanguageModel, mimi: MimiEncoder) -> bool:
     """Whether a row's result is the same to the last bit beside any other rows, as tried out on one product of each shape."""
     layer = lm.layers[0]
@@ -104,8 +98,8 @@ def rows_independent(lm: LanguageModel, mimi: MimiEncoder) -> bool:
     )
 
 
-def _fixed_rows(device: mx.Device, lm: LanguageModel, mimi: MimiEncoder, slots: int) -> int:
+def _fixed_rows(device: mx.Device, lm: LanguageModel, mimi: MimiEncoder) -> int:
     """Rows of every step under `fixed_shapes`; 0, any number, where rows are independent anyway."""
     if is_gpu(device):
-        return min(FIXED_ROWS, slots)
+        return FIXED_ROWS
     return 0 if rows_independent(lm, mimi) else 1

@@ -19,9 +19,11 @@ from torch import Tensor
 
 from moshi_stt.constants import FRAME_SAMPLES
 from moshi_stt.engine.engine import StepOutput, StepRecorder
+from moshi_stt.errors import ConfigError
 from moshi_stt.models.report import LOUDEST, LoadReport
 from moshi_stt.models.spec import ModelSpec
 from moshi_stt.models.torch_impl.beside import Beside, in_turn
+from moshi_stt.models.torch_impl.device import device_name
 from moshi_stt.models.torch_impl.lm import LanguageModel, LMState
 from moshi_stt.models.torch_impl.mimi import MimiEncoder, MimiState
 from moshi_stt.models.torch_impl.sampling import choose
@@ -56,6 +58,24 @@ class BackendState:
         return sum(tensor[0].numel() * tensor.element_size() for tensor in self.named.values())
 
 
+def make_state(spec: ModelSpec, slots: int, kv_dtype: torch.dtype, device: torch.device) -> BackendState:
+    """State of `slots` slots and the scratch slot. Raises ConfigError where there is no memory for it."""
+    count = slots + 1
+    try:
+        return BackendState(
+            lm=LMState(spec.lm, count, kv_dtype, device),
+            mimi=MimiState(spec.mimi, count, device),
+            frames=torch.zeros(count, dtype=torch.int64, device=device),
+            text=torch.zeros(count, dtype=torch.int64, device=device),
+            codes=torch.zeros(count, spec.lm.codebooks, dtype=torch.int64, device=device),
+        )
+    except RuntimeError as error:  # torch.OutOfMemoryError is one
+        raise ConfigError(
+            f"no memory for the state of {slots} streams on {device_name(device)} beside the weights "
+            f"({str(error).splitlines()[0]}): lower batch_size"
+        ) from error
+
+
 class SlotBackend:
     """What every backend over a `BackendState` has in common."""
 
@@ -84,6 +104,18 @@ class SlotBackend:
         if self.recorder is not None:
             self.recorder.record(slots, fresh, tokens, packed[:, said:].astype(np.int64))
         return StepOutput(tokens, packed[:, 1].copy(), packed[:, 2:said].copy())
+
+    def resize(self, slots: int) -> None:
+        """Have so many slots, all of them new, over the same weights. To be warmed up again.
+
+        Raises ConfigError where there is no memory for them; the backend is of no use then.
+        """
+        kv_dtype = self.state.lm.rings[0].k.dtype
+        del self.state  # the memory of the one is the other's
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        self.state = make_state(self.spec, slots, kv_dtype, self.device)
+        self.slots = slots
 
     def copy(self, source: int, target: int) -> None:
         """Make slot `target`'s state what slot `source`'s is; they go their own ways from there."""

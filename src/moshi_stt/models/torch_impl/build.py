@@ -16,7 +16,7 @@ from moshi_stt.models.affine import Scheme
 from moshi_stt.models.report import LoadReport, memory_note
 from moshi_stt.models.spec import ModelSpec
 from moshi_stt.models.torch_impl.attention import RingAttention, ring_attention, ring_attention_rows
-from moshi_stt.models.torch_impl.backend import BackendState, TorchBackend
+from moshi_stt.models.torch_impl.backend import BackendState, TorchBackend, make_state
 from moshi_stt.models.torch_impl.beside import Beside
 from moshi_stt.models.torch_impl.device import (
     DTYPE_NAMES,
@@ -28,9 +28,9 @@ from moshi_stt.models.torch_impl.device import (
     without_kernels,
 )
 from moshi_stt.models.torch_impl.linear import QuantizedWeights
-from moshi_stt.models.torch_impl.lm import LanguageModel, LMState
+from moshi_stt.models.torch_impl.lm import LanguageModel
 from moshi_stt.models.torch_impl.loader import allocate_lm, fill, load_mimi_params, load_quantized_lm
-from moshi_stt.models.torch_impl.mimi import MimiEncoder, MimiState
+from moshi_stt.models.torch_impl.mimi import MimiEncoder
 from moshi_stt.models.weights import Plan, plan_lm, plan_mimi
 
 if TYPE_CHECKING:
@@ -69,13 +69,7 @@ def load_backend(
         params, quantized = load_lm(lm_plan, spec, hidden, dtype, target, scheme, beside)
         mimi_params = load_mimi_params(mimi_plan, target)
         weight_bytes = _bytes(params) + _bytes(mimi_params) + _quantized_bytes(quantized)
-    try:
-        state = make_state(spec, slots, kv_dtype, target)
-    except RuntimeError as error:  # torch.OutOfMemoryError is one
-        raise ConfigError(
-            f"no memory for the state of {slots} streams on {device_name(target)} beside {weight_bytes / 1e9:.1f} GB of "
-            f"weights ({str(error).splitlines()[0]}): lower batch_size"
-        ) from error
+    state = make_state(spec, slots, kv_dtype, target)
     notes += quantized_notes(quantized, lm_plan, scheme)
     if target.type == "cuda":
         notes += (f"runs on PyTorch's kernels, several times slower than its own: {why_plain}" if why_plain else FUSED_NOTE,)
@@ -194,18 +188,6 @@ def fused_backend(
         lm = FusedLM(spec.lm, params, spec.condition, temperature=spec.temperature, seed=options.seed)
         mimi = FusedMimi(spec.mimi, mimi_params, PRECISIONS[options.mimi_dtype], zero_start=options.zero_start)
     return CudaBackend(spec, lm, mimi, state, fixed_shapes=options.fixed_shapes, report=report, buckets=buckets)
-
-
-def make_state(spec: ModelSpec, slots: int, kv_dtype: torch.dtype, device: torch.device) -> BackendState:
-    """State of `slots` slots and the scratch slot."""
-    count = slots + 1
-    return BackendState(
-        lm=LMState(spec.lm, count, kv_dtype, device),
-        mimi=MimiState(spec.mimi, count, device),
-        frames=torch.zeros(count, dtype=torch.int64, device=device),
-        text=torch.zeros(count, dtype=torch.int64, device=device),
-        codes=torch.zeros(count, spec.lm.codebooks, dtype=torch.int64, device=device),
-    )
 
 
 def rows_independent(lm: LanguageModel, mimi: MimiEncoder) -> bool:

@@ -44,17 +44,18 @@ class CudaBackend(SlotBackend):
         self.lm = lm
         self.mimi = mimi
         self._side = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None  # type: ignore[no-untyped-call]
-        if buckets is None:
-            buckets = (min(FIXED_ROWS, self.slots),) if fixed_shapes else bucket_sizes(self.slots)
+        self._fixed_shapes = fixed_shapes
+        self._buckets = buckets
         self._graphs = graphs
-        self.runner = self._make_runner(buckets)
+        self.runner = self._make_runner()
 
-    def _make_runner(self, buckets: tuple[int, ...]) -> GraphRunner:
+    def _make_runner(self) -> GraphRunner:
+        sizes = (min(FIXED_ROWS, self.slots),) if self._fixed_shapes else bucket_sizes(self.slots)
         return GraphRunner(
             self.step_rows,
             width=self.width,
             scratch=self.slots,
-            buckets=buckets,
+            buckets=self._buckets or sizes,
             device=self.device,
             graphs=self._graphs or CudaGraphs(self.device),
         )
@@ -62,9 +63,14 @@ class CudaBackend(SlotBackend):
     def record_to(self, recorder: StepRecorder) -> None:
         """See `SlotBackend.record_to`. The graphs are captured anew, of wider outputs."""
         super().record_to(recorder)
-        buckets = self.runner.buckets
         del self.runner
-        self.runner = self._make_runner(buckets)
+        self.runner = self._make_runner()
+
+    def resize(self, slots: int) -> None:
+        """See `SlotBackend.resize`."""
+        del self.runner  # its graphs are about the state that goes
+        super().resize(slots)
+        self.runner = self._make_runner()
 
     # ---- Backend -----------------------------------------------------------------------------------------------------
 
