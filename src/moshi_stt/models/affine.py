@@ -19,8 +19,8 @@ SCHEMES: Mapping[int, Scheme] = {8: "int8", 4: "int4"}
 _INT8 = Packing(bits=8, group_size=64)
 _INT4 = Packing(bits=4, group_size=32)
 _SMALLEST_SCALE = np.float32(1e-7)
-_BLOCK = 1 << 22
-"""Numbers worked on at once."""
+_BLOCK = 1 << 18
+"""Numbers worked on at once, few enough to stay in a core's cache."""
 
 
 class Packed(NamedTuple):
@@ -93,7 +93,7 @@ def quantize(weight: NDArray[np.float32], packing: Packing) -> Packed:
 def _quantize_rows(weight: NDArray[np.float32], packing: Packing) -> Packed:
     levels = np.float32((1 << packing.bits) - 1)
     groups = weight.reshape(len(weight), -1, packing.group_size)
-    low, high = groups.min(-1), groups.max(-1)
+    low, high = _folded(np.minimum, groups), _folded(np.maximum, groups)
     # The end that is farther from 0 becomes an exact multiple of the scale, so that 0 itself is one too.
     low_is_farther = np.abs(low) > np.abs(high)
     scale = np.maximum((high - low) / levels, _SMALLEST_SCALE)
@@ -103,10 +103,22 @@ def _quantize_rows(weight: NDArray[np.float32], packing: Packing) -> Packed:
     flat = steps == 0
     scale = np.where(flat, scale, edge / np.where(flat, np.float32(1), steps))
     bias = np.where(flat, np.float32(0), edge)
-    level = np.clip(np.rint((groups - bias[..., None]) / scale[..., None]), 0, levels).astype(np.uint32)
-    per_word = 32 // packing.bits
-    words = level.reshape(len(weight), -1, per_word) << (np.arange(per_word, dtype=np.uint32) * np.uint32(packing.bits))
-    return Packed(np.bitwise_or.reduce(words, axis=-1), scale.astype(np.float32), bias.astype(np.float32))
+    steps = groups - bias[..., None]
+    steps /= scale[..., None]
+    np.rint(steps, out=steps)
+    level = np.clip(steps, 0, levels, out=steps).astype(np.uint8).reshape(len(weight), -1)
+    if packing.bits == 4:
+        level = level[:, ::2] | level[:, 1::2] << np.uint8(4)
+    words = level.view("<u4").astype(np.uint32, copy=False)
+    return Packed(words, scale.astype(np.float32, copy=False), bias.astype(np.float32, copy=False))
+
+
+def _folded(ufunc: np.ufunc, groups: NDArray[np.float32]) -> NDArray[np.float32]:
+    """The least or greatest of each group, (..., size) -> (...), by halves: NumPy reduces short axes number by number."""
+    while (size := groups.shape[-1]) % 2 == 0:
+        groups = ufunc(groups[..., : size // 2], groups[..., size // 2 :])
+    folded: NDArray[np.float32] = groups[..., 0] if size == 1 else ufunc.reduce(groups, axis=-1)
+    return folded
 
 
 def levels_of(weight: NDArray[np.uint32], packing: Packing) -> NDArray[np.uint8]:

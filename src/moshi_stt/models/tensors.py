@@ -69,7 +69,9 @@ def open_tensors(header: Header) -> Iterator[TensorFile]:
 def to_float32(values: Bits, dtype: str) -> NDArray[np.float32]:
     """Stored values, widened (F64: rounded)."""
     if dtype == "BF16":
-        return (values.astype(np.uint32) << 16).view(np.float32)
+        wide = np.zeros((*values.shape, 2), "<u2")  # a float32's upper half
+        wide[..., 1] = values
+        return wide.view("<f4")[..., 0]
     return values.astype(np.float32)
 
 
