@@ -9,6 +9,7 @@ from moshi_stt.models.torch_impl.attention import FP8, Ring, make_ring, rotate_a
 from moshi_stt.models.torch_impl.attention import ring_attention as plain_attention
 from moshi_stt.models.torch_impl.cuda import conv, elementwise
 from moshi_stt.models.torch_impl.cuda.attention import Tiling, ring_attention
+from moshi_stt.models.torch_impl.cuda.gated import gated_product
 from moshi_stt.models.torch_impl.cuda.quantiser import quantise
 from moshi_stt.models.torch_impl.cuda.thin import thin
 from moshi_stt.models.torch_impl.rope import RotaryTable
@@ -133,6 +134,14 @@ def test_thin(rows: int) -> None:
     carried = randn(rows, 40)
     wanted = carried + x @ weight.T
     assert difference(thin(x, weight, carried, shortcut=carried), wanted) < 1e-5
+
+
+@pytest.mark.parametrize("rows", [5, 64])
+def test_gated_product(rows: int) -> None:
+    dtype = torch.float32 if INTERPRETED else torch.bfloat16  # the interpreter multiplies bf16 as if it were integers
+    x, weight = randn(rows, 256, dtype=dtype), randn(2 * 70, 256, dtype=dtype)
+    gate, value = (x.float() @ weight.float().T).chunk(2, -1)
+    assert difference(gated_product(x, weight), F.silu(gate) * value) < (1e-5 if INTERPRETED else 0.01)
 
 
 def test_tails_go_to_their_slot_and_back() -> None:

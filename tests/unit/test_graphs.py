@@ -22,14 +22,14 @@ class Recorder:
         self.captured = 0
         self.seen: list[tuple[list[int], list[bool]]] = []
 
-    def step_rows(self, pcm: "torch.Tensor", slots: "torch.Tensor", fresh: "torch.Tensor") -> "torch.Tensor":
+    def step_rows(self, load: "Callable[[], torch.Tensor]", slots: "torch.Tensor", fresh: "torch.Tensor") -> "torch.Tensor":
         self.sizes.append(len(slots))
         self.seen.append((slots.tolist(), fresh.tolist()))
-        return torch.stack([pcm[:, 0], slots.float(), fresh.float()], dim=1)
+        return torch.stack([load()[:, 0], slots.float(), fresh.float()], dim=1)
 
-    def capture(self, run: Callable[[], None]) -> Callable[[], None]:
+    def capture(self, run: Callable[[], None], *, brief: bool) -> Callable[[], None]:
         self.captured += 1
-        return NoGraphs().capture(run)
+        return NoGraphs().capture(run, brief=brief)
 
     def host(self, count: int) -> "torch.Tensor":
         return NoGraphs().host(count)

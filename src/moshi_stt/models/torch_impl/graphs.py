@@ -1,8 +1,8 @@
 """Steps of fixed sizes, captured once and replayed: `GraphRunner`. Knows no model: it captures a function of three tensors.
 
 A step of n rows runs in the smallest bucket that holds them; spare rows point at the scratch slot and are always fresh.
-Inputs lie in one pinned buffer, which the caller may fill in place, and go over in one copy; the outputs come back in one. Both
-copies are part of the graph, so that a step is one launch and one wait.
+Inputs lie in one pinned buffer, which the caller may fill in place. Slots go over first, the sound beside what needs none;
+the outputs come back in one copy. All copies are part of the graph, so that a step is one launch and one wait.
 """
 
 from collections.abc import Callable
@@ -16,15 +16,24 @@ from torch import Tensor
 from moshi_stt.constants import FRAME_SAMPLES
 from moshi_stt.engine.engine import StepInputs
 
-StepRows = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""(pcm float32 (B, 1920), slots int64 (B,), fresh bool (B,)) -> float32 (B, width): static shapes, no synchronisation."""
+StepRows = Callable[[Callable[[], Tensor], Tensor, Tensor], Tensor]
+"""(load, slots int64 (B,), fresh bool (B,)) -> float32 (B, width): static shapes, no synchronisation.
+
+load: copies the sound to the device, on the stream that is current, and returns it: float32 (B, 1920). To be called once.
+"""
+
+BRIEF_ROWS = 256
+"""A step of so many rows is waited for without sleeping: to be woken takes longer than a tenth of it."""
 
 
 class Capturer(Protocol):
     """Turns a function on fixed tensors into something to replay."""
 
-    def capture(self, run: Callable[[], None]) -> Callable[[], None]:
-        """A call that does what `run` does, on the same tensors, and returns when the results are there."""
+    def capture(self, run: Callable[[], None], *, brief: bool) -> Callable[[], None]:
+        """A call that does what `run` does, on the same tensors, and returns when the results are there.
+
+        brief: whether its end is waited for without sleeping.
+        """
         ...
 
     def host(self, count: int) -> Tensor:
@@ -40,14 +49,14 @@ class CudaGraphs:
         self._pool = torch.cuda.graph_pool_handle()
         self.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
-    def capture(self, run: Callable[[], None]) -> Callable[[], None]:
+    def capture(self, run: Callable[[], None], *, brief: bool) -> Callable[[], None]:
         with torch.cuda.stream(self.stream):
             run()  # compiles kernels and makes handles, which cannot be captured
         self.stream.synchronize()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool, stream=self.stream, capture_error_mode="thread_local"):
             run()
-        done = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
+        done = torch.cuda.Event(blocking=not brief)  # type: ignore[no-untyped-call]
 
         def replay() -> None:
             with torch.cuda.stream(self.stream):
@@ -64,7 +73,7 @@ class CudaGraphs:
 class NoGraphs:
     """A stand-in where there are no graphs: runs the function itself."""
 
-    def capture(self, run: Callable[[], None]) -> Callable[[], None]:
+    def capture(self, run: Callable[[], None], *, brief: bool) -> Callable[[], None]:
         return run
 
     def host(self, count: int) -> Tensor:
@@ -93,7 +102,7 @@ class GraphRunner:
         self._scratch = scratch
         self._graphs = graphs
         largest = buckets[-1]
-        self._host_in = graphs.host(_input_bytes(largest, largest))
+        self._host_in = graphs.host(_header_bytes(largest) + largest * 4 * FRAME_SAMPLES)
         self._host_out = graphs.host(largest * width * 4)
         self._device_in = torch.empty(len(self._host_in), dtype=torch.uint8, device=device)
         pcm, slots, fresh = self._cut(self._host_in, largest)
@@ -130,9 +139,9 @@ class GraphRunner:
 
     def _capture(self, rows: int) -> _Bucket:
         """Capture a step of so many rows, all of them spare."""
-        used = _input_bytes(rows, self.buckets[-1])
-        host, device = self._host_in[:used], self._device_in[:used]
-        pcm, slots, fresh = self._cut(device, rows)
+        header = _header_bytes(self.buckets[-1])
+        pcm, slots, fresh = self._cut(self._device_in, rows)
+        host_pcm = self._cut(self._host_in, rows)[0]
         host_out = self._host_out[: rows * self._width * 4].view(torch.float32).view(rows, self._width)
         parts: tuple[NDArray[Any], ...] = self.inputs
         kept = [part[:rows].copy() for part in parts]
@@ -140,11 +149,14 @@ class GraphRunner:
         self.inputs.slots[:rows] = self._scratch
         self.inputs.fresh[:rows] = True
 
-        def run() -> None:
-            device.copy_(host, non_blocking=True)
-            host_out.copy_(self._step_rows(pcm, slots, fresh), non_blocking=True)
+        def load() -> Tensor:
+            return pcm.copy_(host_pcm, non_blocking=True)
 
-        replay = self._graphs.capture(run)
+        def run() -> None:
+            self._device_in[:header].copy_(self._host_in[:header], non_blocking=True)
+            host_out.copy_(self._step_rows(load, slots, fresh), non_blocking=True)
+
+        replay = self._graphs.capture(run, brief=rows <= BRIEF_ROWS)
         for part, before in zip(parts, kept, strict=True):
             part[:rows] = before
         return _Bucket(host_out.numpy(), replay)
@@ -160,11 +172,6 @@ class GraphRunner:
 def _header_bytes(largest: int) -> int:
     """Slots and fresh of every row lie in front, whatever the bucket, so that the sound always begins at the same place."""
     return -(-9 * largest // 256) * 256
-
-
-def _input_bytes(rows: int, largest: int) -> int:
-    """What a step of `rows` copies: the header and its own sound, one run of bytes."""
-    return _header_bytes(largest) + rows * 4 * FRAME_SAMPLES
 
 
 def bucket_sizes(slots: int) -> tuple[int, ...]:

@@ -3,6 +3,8 @@
 Within the graph, Mimi and the language model run side by side: step n of the language model reads the codes of frame n - 1.
 """
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -122,18 +124,18 @@ class CudaBackend(SlotBackend):
 
     # ---- one step ----------------------------------------------------------------------------------------------------
 
-    def step_rows(self, pcm: Tensor, slots: Tensor, fresh: Tensor) -> Tensor:
-        """The whole step on the device, of static shape and without synchronisation: see `TorchBackend.step_rows`."""
+    def step_rows(self, load: Callable[[], Tensor], slots: Tensor, fresh: Tensor) -> Tensor:
+        """The whole step on the device, of static shape and without synchronisation: see `graphs.StepRows`."""
         state = self.state
         frames = advance(slots, fresh.view(torch.uint8), state.frames)
         x = self.lm.embed(frames, slots, state.text, state.codes)  # reads the codes that Mimi is about to replace
         if self._side is None:
-            self.mimi.step(state.mimi, pcm, frames, slots, state.codes)
+            self.mimi.step(state.mimi, load(), frames, slots, state.codes)
             return self._with_codes(self.lm.step(state.lm, x, frames, slots, state.text), slots)
         stream = torch.cuda.current_stream(self.device)
         self._side.wait_stream(stream)
         with torch.cuda.stream(self._side):
-            self.mimi.step(state.mimi, pcm, frames, slots, state.codes)
+            self.mimi.step(state.mimi, load(), frames, slots, state.codes)
         output = self.lm.step(state.lm, x, frames, slots, state.text)
         stream.wait_stream(self._side)
         return self._with_codes(output, slots)

@@ -7,6 +7,7 @@ from torch import Tensor
 from moshi_stt.models.spec import Condition, LMSpec
 from moshi_stt.models.torch_impl.cuda.attention import ring_attention
 from moshi_stt.models.torch_impl.cuda.elementwise import add_rms, angle_rates, angles, choose, embed, gate
+from moshi_stt.models.torch_impl.cuda.gated import fits, gated_product
 from moshi_stt.models.torch_impl.cuda.thin import thin
 from moshi_stt.models.torch_impl.lm import LMState, condition_vector
 from moshi_stt.models.torch_impl.sampling import choose as sample
@@ -80,7 +81,9 @@ class FusedLM:
         for layer, ring in zip(self.layers, state.rings, strict=True):
             qkv = F.linear(add_rms(x, delta, layer.norm1, eps), layer.in_proj).view(-1, 1, 3, spec.heads, spec.head_dim)
             delta = F.linear(ring_attention(qkv, cos, sin, ring, slots, frames).view(-1, spec.dim), layer.out_proj)
-            delta = F.linear(gate(F.linear(add_rms(x, delta, layer.norm2, eps), layer.linear_in)), layer.linear_out)
+            normed = add_rms(x, delta, layer.norm2, eps)
+            inner = gated_product(normed, layer.linear_in) if fits(normed) else gate(F.linear(normed, layer.linear_in))
+            delta = F.linear(inner, layer.linear_out)
         return F.linear(add_rms(x, delta, self.out_norm, eps), self.head)
 
     def _attend_thin(self, state: LMState, x: Tensor, frames: Tensor, slots: Tensor) -> Tensor:
