@@ -258,7 +258,7 @@ async def test_a_closed_or_finished_stream_says_so(engine: Engine) -> None:
 
 async def test_a_full_inbox_makes_the_writer_wait(kind: Kind, engine: Engine) -> None:
     """Twice and a half of what a stream may hold, offered at once: all of it is heard, and never more is held."""
-    pcm = speech([n % 40 + 3 for n in range(22)])
+    pcm = speech([n % 40 + 3 for n in range(13)])
     assert len(pcm) > 2.3 * LIMITS.inbox_samples
     stream = engine.open()
     task = asyncio.create_task(rest(stream))

@@ -37,7 +37,7 @@ GAP = 0.24
 SETTLED = FRAME_SAMPLES * (DELAY + 1 + HOLD_FRAMES) / SAMPLE_RATE
 """Silence after which a batch engine's early answer to a marker has heard nothing that the stream itself will not hear."""
 
-LIMITS = StreamLimits(inbox_samples=5 * SAMPLE_RATE)
+LIMITS = StreamLimits(inbox_samples=3 * SAMPLE_RATE)
 
 
 def speech(numbers: Sequence[int]) -> NDArray[np.float32]:
