@@ -7,8 +7,9 @@ Codes and tokens of streams stepped together against the same streams stepped al
 program does it on the device, under `fixed_shapes`, and, on a CPU, with plain products instead of repacked ones, without and
 with `fixed_shapes`.
 
-CHECKPOINT as shared/goldens/make_checkpoint.py writes it. FOLDER holds recordings; without one it is noise. Prints a table
-and, as its last line, one JSON document. With random weights the figures are of arithmetic, not of accuracy.
+CHECKPOINT as shared/goldens/make_checkpoint.py or `bench_server.py --checkpoint` write it. FOLDER holds recordings; without one
+it is noise. Prints a table and, as its last line, one JSON document. With random weights the figures are of arithmetic, not of
+accuracy.
 """
 
 import argparse
@@ -29,8 +30,9 @@ from numpy.typing import NDArray
 
 from moshi_stt.audio.decode import read_file
 from moshi_stt.config import EngineConfig, KyutaiModule
+from moshi_stt.config_load import load_config
 from moshi_stt.constants import FRAME_SAMPLES
-from moshi_stt.models.spec import MimiSpec, ModelSpec, lm_spec_from_json
+from moshi_stt.models.spec import MimiSpec, ModelSpec, lm_spec_from_json, spec_from_module
 from moshi_stt.models.torch_impl import linear
 from moshi_stt.models.torch_impl.backend import TorchBackend
 from moshi_stt.models.torch_impl.build import load_backend
@@ -46,22 +48,30 @@ def load(
     device: str = "cpu",
     fixed_shapes: bool = False,
 ) -> TorchBackend:
-    lm = lm_spec_from_json(msgspec.json.decode((checkpoint / "config.json").read_bytes()))
-    module = KyutaiModule(
-        name="asr",
-        path="/",
-        type="BatchedAsr",
-        batch_size=slots,
-        lm_model_file="",
-        text_tokenizer_file="",
-        audio_tokenizer_file="",
-        asr_delay_in_tokens=6,
-        model=None,
-        dtype_override=dtype,  # type: ignore[arg-type]
-        engine=EngineConfig(device=device, fixed_shapes=fixed_shapes),
-    )
-    files = checkpoint / "model.safetensors", checkpoint / "mimi.safetensors"
-    return load_backend(module, *files, ModelSpec(lm, MimiSpec(codebooks=lm.codebooks), 6), slots)
+    toml = checkpoint / "worker.toml"
+    if toml.exists():
+        module = load_config(str(toml)).config.modules[0]
+        assert isinstance(module, KyutaiModule)
+        spec = spec_from_module(module, None)
+    else:
+        lm = lm_spec_from_json(msgspec.json.decode((checkpoint / "config.json").read_bytes()))
+        spec = ModelSpec(lm, MimiSpec(codebooks=lm.codebooks), 6)
+        module = KyutaiModule(
+            name="asr",
+            path="/",
+            type="BatchedAsr",
+            batch_size=slots,
+            lm_model_file="",
+            text_tokenizer_file="",
+            audio_tokenizer_file="",
+            asr_delay_in_tokens=6,
+            model=None,
+        )
+    engine = EngineConfig(device=device, fixed_shapes=fixed_shapes)  # type: ignore[arg-type]
+    module = msgspec.structs.replace(module, dtype_override=dtype, engine=engine)
+    backend = load_backend(module, checkpoint / "model.safetensors", checkpoint / "mimi.safetensors", spec, slots)
+    backend.warm_up()
+    return backend
 
 
 def sound(folder: Path | None, frames: int, streams: int) -> Pcm:
@@ -158,20 +168,29 @@ def main() -> None:
     parser.add_argument("--frames", type=int, default=100_000)
     parser.add_argument("--streams", type=int, default=16)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--out", type=Path, help="a file for the JSON")
     args = parser.parse_args()
     result = neighbours(args)
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
+    here = Path(__file__).parent
+    commit = (
+        os.environ.get("COMMIT")
+        or subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=here).stdout
+    )
+    name = torch.cuda.get_device_name() if args.device.startswith("cuda") else args.device
     document = {
         "benchmark": "neighbours",
         "machine": f"{platform.machine()} {platform.system()}, {os.cpu_count()} cores",
-        "device": args.device,
+        "device": name,
         "weights": "random",
         "checkpoint": args.checkpoint.name,
         "torch": torch.__version__,
-        "commit": commit.stdout.strip(),
+        "commit": commit.strip(),
         **result,
     }
-    print(json.dumps(document))
+    text = json.dumps(document)
+    if args.out:
+        args.out.write_text(text + "\n")
+    print(text)
 
 
 if __name__ == "__main__":

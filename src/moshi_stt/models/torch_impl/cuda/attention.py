@@ -160,14 +160,14 @@ def choose_tiling(rows: int, heads: int, context: int, dtype: torch.dtype) -> Ti
     if dtype is torch.float32:
         if programs * splits < 512 or splits > 1:
             return Tiling(min(splits, 8), 32, 2, 1)
-        return Tiling(1, 32, 2, 3) if programs >= 4_096 else Tiling(1, 64, 2, 2)
+        return Tiling(1, 32, 2, 3)
     if dtype is FP8:
         if splits > 1:
             return Tiling(splits, 64, 2, 3) if splits < 8 else Tiling(splits, 64, 4, 2)
         return Tiling(1, 64, 2, 4 if programs >= 4_096 else 3)
     if splits > 1:
         return Tiling(splits, 64, 4, 3 if splits < 8 else 1)
-    return Tiling(1, 64, 4, 3) if programs >= 4_096 else Tiling(1, 64, 2, 2)
+    return Tiling(1, 64, 4, 3)
 
 
 def ring_attention(
