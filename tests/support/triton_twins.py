@@ -15,6 +15,8 @@ if importlib.util.find_spec("triton") is None:
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
+torch.backends.cudnn.allow_tf32 = False  # the twins' convolutions: what they are compared with is exact
+
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 INTERPRETED = DEVICE.type == "cpu"
