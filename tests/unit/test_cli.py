@@ -62,6 +62,11 @@ def test_version() -> None:
         (("serve",), 2, "moshi-stt: error: argument COMMAND: invalid choice: 'serve'"),
         (("worker", "--port", "http"), 2, "error: argument -p/--port: http is not a port: expected 0 to 65535"),
         (("worker", "--port", "70000"), 2, "error: argument -p/--port: 70000 is not a port: expected 0 to 65535"),
+        (
+            ("worker", "--socket-processes", "65"),
+            2,
+            "error: argument --socket-processes: 65 processes: expected 0 to 64, or auto",
+        ),
         (("worker", "--batch-size", "0"), 2, "error: argument --batch-size: 0 streams: expected a number, at least 1"),
         (("worker", "--colour"), 2, "error: unrecognized arguments: --colour"),
         (
@@ -182,6 +187,8 @@ def test_flags_override_the_file() -> None:
     (module,) = override(config, worker_args("--cpu")).modules
     assert isinstance(module, KyutaiModule)
     assert module.engine.device == "cpu"
+    assert override(config, worker_args("--socket-processes", "3")).limits.socket_processes == 3
+    assert override(config, worker_args("--socket-processes", "auto")).limits.socket_processes == "auto"
     assert override(config, worker_args()) == config
     assert override(embedded_config(), worker_args("--cpu")) == embedded_config()
     assert override(embedded_config(), worker_args("--device", "cpu")) == embedded_config()

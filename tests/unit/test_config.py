@@ -339,6 +339,14 @@ BROKEN: list[tuple[Callable[[], str], str]] = [
     (add("[modules.asr.moshi_stt]\nmarker_wait_seconds = -1\n"), "[modules.asr.moshi_stt] marker_wait_seconds = -1: expected seconds from 0 to 60."),
     (add("[moshi_stt]\ninbox_seconds = 0\n"), "[moshi_stt] inbox_seconds = 0: expected a number above 0"),
     (add("[moshi_stt]\ninbox_seconds = 0.01\n"), "[moshi_stt] inbox_seconds = 0.01: expected at least one frame"),
+    (
+        add("[moshi_stt]\nsocket_processes = 65\n"),
+        '[moshi_stt] socket_processes = 65: expected 0 to 64, or "auto"',
+    ),
+    (
+        add('[moshi_stt]\nsocket_processes = "many"\n'),
+        '[moshi_stt] socket_processes = "many": expected a whole number, 0 or more or "auto"',
+    ),
     (add("[moshi_stt]\nping_seconds = 20\n"), "[moshi_stt] ping_seconds = 20: expected less than silent_seconds (20)"),
     (add("[moshi_stt]\noutbox_events = 1.5\n"), "[moshi_stt] outbox_events = 1.5: expected a whole number"),
 ]  # fmt: skip

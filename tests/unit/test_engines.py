@@ -1,12 +1,13 @@
 """From a configured module to its engine: what is chosen, and what is said where it cannot be had."""
 
 from collections.abc import Callable
+from typing import Literal
 
 import msgspec
 import pytest
 
 from moshi_stt.cli import engines
-from moshi_stt.cli.engines import build_engine, build_engines, framework_of, languages_of
+from moshi_stt.cli.engines import build_engine, build_engines, framework_of, languages_of, processes_for
 from moshi_stt.config import EngineConfig, KyutaiModule, LimitsConfig
 from moshi_stt.config_load import embedded_config, load_config
 from moshi_stt.engine.batch import BatchEngine
@@ -112,3 +113,34 @@ def test_which_framework(
 )
 def test_languages(name: str, languages: tuple[str, ...]) -> None:
     assert languages_of(name) == languages
+
+
+@pytest.mark.parametrize(
+    ("streams", "cores", "setting", "processes"),
+    [
+        (64, 16, "auto", 0),
+        (127, 16, "auto", 0),
+        (128, 16, "auto", 2),
+        (1_024, 16, "auto", 8),
+        (1_024, 4, "auto", 2),
+        (1_024, 1, "auto", 0),
+        (2_048, 64, "auto", 8),
+        (1, 1, 3, 3),
+        (2_048, 64, 0, 0),
+    ],
+)
+def test_socket_processes(
+    monkeypatch: pytest.MonkeyPatch, streams: int, cores: int, setting: Literal["auto"] | int, processes: int
+) -> None:
+    monkeypatch.setattr("os.cpu_count", lambda: cores)
+    assert processes_for(streams, setting) == processes
+
+
+def test_a_system_that_cannot_hand_sockets_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As Windows: `auto` does without, a number is refused."""
+    monkeypatch.delattr("socket.send_fds", raising=False)
+    assert processes_for(1_024, "auto") == 0
+    config = load_config("stt-1b-en_fr").config
+    limits = msgspec.structs.replace(config.limits, socket_processes=2)
+    with pytest.raises(ConfigError, match="socket_processes = 2: this system cannot hand sockets to other processes; use 0"):
+        build_engines(msgspec.structs.replace(config, limits=limits))
