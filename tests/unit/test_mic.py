@@ -227,7 +227,9 @@ def test_portaudio_is_named_where_it_is_missing(monkeypatch: pytest.MonkeyPatch,
     assert "`" in error
 
 
-@pytest.mark.parametrize("args", [["--url", "ws://x", "--cpu"], ["--url", "ws://x", "--config", "y"], ["--key", "k"]])
+@pytest.mark.parametrize(
+    "args", [["--url", "x", "--cpu"], ["--url", "x", "--config", "y"], ["--url", "x", "--quantize", "int4"], ["--key", "k"]]
+)
 def test_wrong_usage(args: list[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         main(["mic", *args])

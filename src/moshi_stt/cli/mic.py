@@ -47,14 +47,15 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     parser.add_argument("--key", help=f"the server's key (default: ${KEY_VARIABLE}, else {PUBLIC_KEY})")
     parser.add_argument("--config", metavar="FILE", help="TOML file or name of a shipped one (see `moshi-stt configs`)")
     parser.add_argument("--cpu", action="store_true", help="run the model on the CPU, whatever else is there")
+    parser.add_argument("--quantize", choices=["none", "int8", "int4"], help="weights of fewer bits (the configuration's)")
     parser.set_defaults(parser=parser)
     return parser
 
 
 def run(args: argparse.Namespace) -> int:
     """Caption until Ctrl-C. Returns 0. Raises MoshiSttError naming what is missing."""
-    if args.url and (args.config or args.cpu):
-        args.parser.error("--url runs the model on the server: leave out --config and --cpu")
+    if args.url and (args.config or args.cpu or args.quantize):
+        args.parser.error("--url runs the model on the server: leave out --config, --cpu and --quantize")
     if args.key and not args.url:
         args.parser.error("--key is the key of a server: add --url")
     library = load_library()
@@ -188,7 +189,7 @@ async def open_live(args: argparse.Namespace) -> AsyncIterator[Live]:
         return
     from moshi_stt.cli.engines import build_engine
 
-    module, limits = load_module(args.config)
+    module, limits = load_module(args.config, 1, args.quantize)
     engine = build_engine(module, limits, force_cpu=args.cpu)
     print("loading the model …", file=sys.stderr)
     await engine.start()
