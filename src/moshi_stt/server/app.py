@@ -20,7 +20,7 @@ from moshi_stt.server import frames, info, upload, ws
 from moshi_stt.server.auth import header_key, query_pairs, query_string
 from moshi_stt.server.metrics import Metrics
 from moshi_stt.server.process import raise_file_limit, run, tune_interpreter
-from moshi_stt.server.service import SERVICE, Served, Service
+from moshi_stt.server.service import Served, Service
 from moshi_stt.server.static import StaticFiles
 
 log = logging.getLogger(__name__)
@@ -43,6 +43,7 @@ FAILURE_SECONDS = 3.0
 """How long its sessions have after an engine's failure."""
 
 MODULE_METHODS = "POST,GET,HEAD"
+SERVICE = web.AppKey("service", Service)
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 

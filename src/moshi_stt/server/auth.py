@@ -4,11 +4,13 @@ import hashlib
 import hmac
 import secrets
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 from urllib.parse import unquote_plus
 
-from aiohttp import web
-
 from moshi_stt.constants import API_KEY_HEADER, API_KEY_QUERY
+
+if TYPE_CHECKING:  # the socket processes, which import this, have no HTTP, and aiohttp takes longer than all else they need
+    from aiohttp import web
 
 
 class DuplicateKey(ValueError):
@@ -39,7 +41,7 @@ class Keys:
         return hashlib.blake2b(key.encode("utf-8", "surrogateescape"), key=self._salt, digest_size=32).digest()
 
 
-def header_key(request: web.BaseRequest) -> str | None:
+def header_key(request: "web.BaseRequest") -> str | None:
     """The key in the header; None without one, and where it has anything but visible ASCII (contract section 1.3)."""
     key = request.headers.get(API_KEY_HEADER)
     if key is None or not all(" " <= char <= "~" or char == "\t" for char in key):
@@ -47,7 +49,7 @@ def header_key(request: web.BaseRequest) -> str | None:
     return key
 
 
-def websocket_key(request: web.BaseRequest) -> str | None:
+def websocket_key(request: "web.BaseRequest") -> str | None:
     """The key of a WebSocket request: the header's if there is that header at all, else the query's.
 
     Raises DuplicateKey, whether or not the header would have counted.
@@ -60,7 +62,7 @@ def websocket_key(request: web.BaseRequest) -> str | None:
     return in_query[0] if in_query else None
 
 
-def query_string(request: web.BaseRequest) -> str:
+def query_string(request: "web.BaseRequest") -> str:
     """The query as it came, still percent-encoded."""
     return request.raw_path.partition("?")[2].partition("#")[0]
 

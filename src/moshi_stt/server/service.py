@@ -5,8 +5,6 @@ import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
-from aiohttp import web
-
 from moshi_stt.config import Module, ServerConfig
 from moshi_stt.engine.batch import BatchEngine
 from moshi_stt.engine.engine import Engine
@@ -144,6 +142,3 @@ class Service:
 
     def __iter__(self) -> Iterator[Served]:
         return iter(self.served)
-
-
-SERVICE = web.AppKey("service", Service)
