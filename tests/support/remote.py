@@ -1,5 +1,7 @@
 """A `RemoteEngine` and the engine that it shares, in one process."""
 
+import asyncio
+
 from moshi_stt.engine.batch import BatchEngine
 from moshi_stt.engine.remote import RemoteEngine
 from moshi_stt.engine.slots import Slot
@@ -11,7 +13,8 @@ class Lent(RemoteEngine):
 
     def __init__(self, owner: BatchEngine, number: int = 0) -> None:
         """owner: started, and stopped by whoever started it."""
-        super().__init__(owner.share(number), owner.connect(), on_freed=self._give_back_lent)
+        self.gone = asyncio.Event()
+        super().__init__(owner.share(number), owner.connect(self.gone.set), on_freed=self._give_back_lent)
         self._owner = owner
         self._lent: dict[int, Slot] = {}
 

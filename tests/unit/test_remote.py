@@ -1,7 +1,10 @@
 """Engines over another's backend: what several of them say beside each other is what each would say alone."""
 
 import asyncio
+import os
 import random
+import socket
+import struct
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 
@@ -14,6 +17,7 @@ from tests.support.serving import until as becomes
 from moshi_stt.constants import FRAME_SAMPLES
 from moshi_stt.engine.batch import BatchEngine
 from moshi_stt.engine.engine import SilentObserver
+from moshi_stt.engine.rows import RowBlock, RowHub, shared_file
 from moshi_stt.engine.slots import spare_share, spare_slots
 from moshi_stt.errors import EngineFailed, NoFreeSlot
 from moshi_stt.events import AnyEvent, Error, Marker
@@ -165,8 +169,6 @@ def test_every_process_has_copies() -> None:
 
 def test_a_frame_is_what_the_rows_hold() -> None:
     """The shared block has room for every stream of the engine at once."""
-    from moshi_stt.engine.rows import RowBlock, shared_file
-
     memory = shared_file(RowBlock.size(5, 4))
     block = RowBlock(memory, 5, 4)
     assert block.inputs.pcm.shape == (5, FRAME_SAMPLES)
@@ -174,3 +176,53 @@ def test_a_frame_is_what_the_rows_hold() -> None:
     block.output.pause[:] = 2
     assert not block.inputs.slots.any()
     assert not block.output.text_token.any()
+
+
+def test_a_wake_up_that_comes_late_is_over_after_one_turn() -> None:
+    """`set` by another thread may write its byte behind the `clear` that forgets it: the hub must not stay awake for ever."""
+    hub = RowHub()
+    hub._wake_out.send(b"w")
+    hub.wait(10)
+    hub.clear()
+    assert not hub._selector.select(0)
+    hub.close()
+
+
+def test_who_comes_to_a_closed_hub_is_told_so() -> None:
+    hub = RowHub()
+    hub.close()
+    here, there = socket.socketpair()
+    gone: list[bool] = []
+    memory = shared_file(RowBlock.size(1, 4))
+    hub.add(RowBlock(memory, 1, 4), here, lambda: gone.append(True))
+    os.close(memory)
+    assert there.recv(1) == b""
+    assert gone == [True]
+    there.close()
+
+
+async def test_the_slots_of_a_process_that_died_rest_until_its_rows_are_done() -> None:
+    """However long that step takes: a row of its last request must not meet the slot's next stream in one step."""
+    async with engine(PseudoModel, 2, processes=1) as owner:
+        memory, signal = owner.connect((gone := asyncio.Event()).set)
+        block = RowBlock(memory, 2, 4)
+        os.close(memory)
+        owner.fake.hang_next = True
+        stream = owner.open()
+        await stream.feed(noise(1))
+        await becomes(lambda: owner.fake.steps > 0 and owner._step_started is not None, "the long step")
+        slot = owner.lend()
+        block.inputs.slots[0] = slot.index
+        signal.sendall(struct.pack("<BII", 1, 1, 0))
+        signal.close()  # it dies, with a step asked for
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(gone.wait(), 0.05)
+        owner.fake.hang_next = False
+        owner.fake.resume.set()
+        await asyncio.wait_for(gone.wait(), 10)
+        owner.take_back(slot)
+        again = owner.open()
+        await again.feed(noise(3))
+        await until(again, lambda e: steps_of(e) == 3)
+        for each in (stream, again):
+            each.close()

@@ -7,6 +7,7 @@ the next one, so a busy engine steps many rows at once without any timer. Ways a
 
 import asyncio
 import logging
+import os
 import socket
 import threading
 import time
@@ -186,13 +187,22 @@ class BatchEngine(Engine):
             limits=self._limits,
         )
 
-    def connect(self) -> Line:
-        """A line to the backend for another process."""
+    def connect(self, on_gone: Callable[[], None]) -> Line:
+        """A line to the backend for another process.
+
+        on_gone: called on the event loop when that process has gone and no row of it is under way any more: its slots can be
+        taken back.
+        """
         assert self._hub is not None, "loaded for this process alone"
         rows, heads = self._loaded.streams, self._backend.heads
         memory = shared_file(RowBlock.size(rows, heads))
-        here, there = socket.socketpair()
-        self._hub.add(RowBlock(memory, rows, heads), here)
+        try:
+            block = RowBlock(memory, rows, heads)
+            here, there = socket.socketpair()
+        except BaseException:
+            os.close(memory)
+            raise
+        self._hub.add(block, here, lambda: self._post(on_gone))
         return Line(memory, there)
 
     def lend(self) -> Slot:

@@ -90,10 +90,11 @@ def _padded(size: int) -> int:
 
 @dataclass(eq=False)
 class _Port:
-    """One client. asked: rows of the step it waits for, 0 when it waits for none."""
+    """One client. asked: rows of the step it waits for, 0 when it waits for none. on_gone: see `RowHub.add`."""
 
     block: RowBlock
     signal: socket.socket
+    on_gone: Callable[[], None]
     asked: int = 0
 
 
@@ -123,11 +124,16 @@ class RowHub:
         self.heard_at = -1e9
         """time.monotonic() when a process last had rows."""
 
-    def add(self, block: RowBlock, signal: socket.socket) -> None:
-        """Take a process in. Any thread. signal: this side's end, which the hub closes."""
+    def add(self, block: RowBlock, signal: socket.socket, on_gone: Callable[[], None]) -> None:
+        """Take a process in. Any thread. signal: this side's end, which the hub closes.
+
+        on_gone: called once, by any thread, when the process has gone and no row of it is under way any more.
+        """
         signal.setblocking(False)
-        self._arriving.append(_Port(block, signal))
+        self._arriving.append(_Port(block, signal, on_gone))
         self.set()
+        if self._closed:
+            self._refuse_arriving()
 
     def set(self) -> None:
         """Wake the model thread. Any thread."""
@@ -146,7 +152,9 @@ class RowHub:
     def wait(self, timeout: float | None = None) -> None:
         """Return when `set` was called, a process has rows, or the time is over."""
         if not self._is_set:
-            self._selector.select(timeout)
+            for key, _ in self._selector.select(timeout):
+                if key.data is None:
+                    self._is_set = True  # its byte may have come behind the `clear` that was meant to take it
 
     def collect(self, copy: Callable[[int, int], None]) -> list[RowRequest]:
         """The steps that are waited for now, and have no answer yet. Requests to copy a slot are done by `copy` on the way."""
@@ -200,6 +208,13 @@ class RowHub:
         self._ports.discard(port)
         self._selector.unregister(port.signal)
         port.signal.close()
+        port.on_gone()
+
+    def _refuse_arriving(self) -> None:
+        while self._arriving:
+            port = self._arriving.popleft()
+            port.signal.close()
+            port.on_gone()
 
     def close(self) -> None:
         """Let every process know that there is no model any more."""
@@ -208,8 +223,7 @@ class RowHub:
         self._closed = True
         for port in list(self._ports):
             self._drop(port)
-        while self._arriving:
-            self._arriving.popleft().signal.close()
+        self._refuse_arriving()
         self._selector.close()
         self._wake_in.close()
         self._wake_out.close()

@@ -20,7 +20,10 @@ _READ_BYTES: Final = 1 << 16
 
 
 class Channel:
-    """One end. Messages arrive at `on_message(message, descriptors)`, which must use each descriptor up or close it."""
+    """One end. Messages arrive at `on_message(message, descriptors)`, which must use each descriptor up or close it.
+
+    Fewer descriptors come than were sent where this process may open no more files.
+    """
 
     def __init__(
         self, sock: socket.socket, on_message: Callable[[Any, list[int]], None], on_closed: Callable[[], None]
@@ -89,14 +92,18 @@ class Channel:
             return
         self._received += data
         start = 0
-        while len(self._received) - start >= _LENGTH.size and not self.closed:
-            end = start + _LENGTH.size + _LENGTH.unpack_from(self._received, start)[0]
-            if len(self._received) < end:
-                break
-            message, count = pickle.loads(memoryview(self._received)[start + _LENGTH.size : end].tobytes())
-            start = end
-            self._on_message(message, [self._descriptors.popleft() for _ in range(count)])
-        del self._received[:start]
+        try:
+            while len(self._received) - start >= _LENGTH.size and not self.closed:
+                body = start + _LENGTH.size
+                end = body + _LENGTH.unpack_from(self._received, start)[0]
+                if len(self._received) < end:
+                    break
+                payload, start = bytes(self._received[body:end]), end
+                message, count = pickle.loads(payload)
+                arrived = min(count, len(self._descriptors))
+                self._on_message(message, [self._descriptors.popleft() for _ in range(arrived)])
+        finally:
+            del self._received[:start]
 
     def _lost(self) -> None:
         if not self.closed:

@@ -49,14 +49,11 @@ class Freed:
 class Count:
     """Say what you have counted."""
 
-    number: int
-
 
 @dataclass(frozen=True)
 class Counted:
     """The answer. queued_samples: by module name."""
 
-    number: int
     families: list[Metric]
     queued_samples: dict[str, int]
 
@@ -73,6 +70,11 @@ class End:
 @dataclass(frozen=True)
 class Ended:
     """The answer: no connection is left."""
+
+
+@dataclass(frozen=True)
+class Failed:
+    """An engine here has failed: no more sockets."""
 
 
 @dataclass(frozen=True)

@@ -97,11 +97,11 @@ class Metrics:
         """
         families = {family.name: family for family in self.registry.collect()}
         for family in others:
-            _add(families[family.name], family)
+            add_samples(families[family.name], family)
         for module, samples in (queued_samples or {}).items():
             family = Metric(_Engines.QUEUED, "", "gauge")
             family.add_sample(_Engines.QUEUED, {"module": module}, samples / SAMPLE_RATE)
-            _add(families[_Engines.QUEUED], family)
+            add_samples(families[_Engines.QUEUED], family)
         return "".join(line for name in sorted(families) for line in _lines(families[name])).encode()
 
 
@@ -121,7 +121,7 @@ class _Plain(Collector):
             yield family
 
 
-def _add(family: Metric, other: Metric) -> None:
+def add_samples(family: Metric, other: Metric) -> None:
     """Add another process's samples to those of the same name and labels."""
     values = {(sample.name, tuple(sorted(sample.labels.items()))): i for i, sample in enumerate(family.samples)}
     for sample in other.samples:

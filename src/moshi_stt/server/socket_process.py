@@ -28,6 +28,9 @@ from moshi_stt.session import Session
 
 log = logging.getLogger(__name__)
 
+MOST_LINES = 1_024
+"""Of the log, that wait for the first process; further ones are dropped, and counted."""
+
 
 class SocketProcess:
     """The state of this process. `run` returns when it is to end."""
@@ -39,7 +42,10 @@ class SocketProcess:
         self._engines: dict[str, RemoteEngine] = {}
         self._served: dict[str, Served] = {}
         self._tasks: set[asyncio.Task[None]] = set()
+        self._arriving: set[asyncio.Task[None]] = set()
+        """Of the tasks, those of sockets that are no connections yet."""
         self._over = asyncio.Event()
+        self._status = 0
 
     async def run(self) -> int:
         await self._over.wait()
@@ -50,7 +56,7 @@ class SocketProcess:
                 await engine.stop()
         await asyncio.sleep(0)  # what they posted last
         self._channel.close()
-        return 0
+        return self._status
 
     def _on_closed(self) -> None:
         """The server is gone."""
@@ -59,10 +65,12 @@ class SocketProcess:
     def _on_message(self, message: Any, descriptors: list[int]) -> None:
         match message:
             case handover.Take():
-                self._begin(self._take(message, socket.socket(fileno=descriptors[0])))
+                task = self._begin(self._take(message, descriptors))
+                self._arriving.add(task)
+                task.add_done_callback(self._arriving.discard)
             case handover.Count():
                 queued = {name: engine.queued_samples for name, engine in self._engines.items()}
-                self._channel.send(handover.Counted(message.number, self._metrics.families(), queued))
+                self._channel.send(handover.Counted(self._metrics.families(), queued))
             case handover.SetUp():
                 self._begin(self._set_up(message, descriptors))
             case handover.End():
@@ -70,15 +78,17 @@ class SocketProcess:
             case handover.Stop():
                 self._over.set()
 
-    def _begin(self, work: Coroutine[Any, Any, None]) -> None:
+    def _begin(self, work: Coroutine[Any, Any, None]) -> "asyncio.Task[None]":
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._done)
+        return task
 
     def _done(self, task: "asyncio.Task[None]") -> None:
         self._tasks.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
             log.error("a process of sockets failed", exc_info=error)
+            self._status = 1
             self._over.set()
 
     # ---- the server's orders -----------------------------------------------------------------------------------------
@@ -92,7 +102,8 @@ class SocketProcess:
             self._engines[name] = engine
             self._served[name] = Served(modules[name], engine)
             await engine.start()
-        service = Service(message.config, tuple(self._served.values()), self._metrics, Keys(message.config.authorized_ids))
+            self._begin(self._watch(engine))
+        service = Service(message.config, tuple(self._served.values()), self._metrics, Keys(()))
         service.started.set()
         self._service = service
         self._begin(service.tick())
@@ -101,26 +112,47 @@ class SocketProcess:
     def _freed(self, name: str) -> Any:
         return lambda slot: self._channel.send(handover.Freed(name, slot))
 
-    async def _take(self, message: handover.Take, sock: socket.socket) -> None:
+    async def _watch(self, engine: RemoteEngine) -> None:
+        await engine.wait_failed()
+        self._channel.send(handover.Failed())
+
+    async def _take(self, message: handover.Take, descriptors: list[int]) -> None:
         """Carry this socket from here on."""
         assert self._service is not None
-        sock.setblocking(False)
         engine = self._engines[message.module]
         arrival = _Arrival(self._service, engine, message)
+        sock: socket.socket | None = None
         try:
+            sock = _socket_of(descriptors)
             await asyncio.get_running_loop().connect_accepted_socket(lambda: arrival, sock)
         except OSError as error:  # the client is gone already
-            log.debug("%s: lost on its way: %s", message.peer, error)
-            sock.close()
+            log.info("%s: lost on its way: %s", message.peer, error)
+            if sock is not None:
+                sock.close()
         if not arrival.arrived:
             self._channel.send(handover.Freed(message.module, message.slot))
         elif (unused := engine.withdraw()) is not None:
             self._channel.send(handover.Freed(message.module, unused))
 
     async def _end(self, message: handover.End) -> None:
+        if self._arriving:
+            await asyncio.wait(self._arriving, timeout=0.5)
         if self._service is not None:
             await self._service.close_connections(message.sentence, message.code, message.within_seconds)
         self._channel.send(handover.Ended())
+
+
+def _socket_of(descriptors: list[int]) -> socket.socket:
+    """Raises OSError where none came along, or it is the socket of a client that is gone (macOS)."""
+    if not descriptors:
+        raise OSError("no descriptor came along; too many files are open")
+    try:
+        sock = socket.socket(fileno=descriptors[0])
+    except OSError:
+        os.close(descriptors[0])
+        raise
+    sock.setblocking(False)
+    return sock
 
 
 class _Arrival(asyncio.Protocol):
@@ -140,14 +172,19 @@ class _Arrival(asyncio.Protocol):
             service.config.limits,
             service.metrics,
             peer=message.peer,
-            on_lost=lambda connection, _: service.disconnected(connection),
+            on_lost=self._lost,
             on_blocked=service.watch.add,
         )
         service.connected(connection)
         connection.start(cast(asyncio.Transport, transport), message.early)  # uvloop's is of no such class
+        log.debug("%s: connected", connection.peer)
         self._engine.grant(message.slot)
         self.arrived = True
         connection.open()
+
+    def _lost(self, connection: Connection, exc: Exception | None) -> None:
+        self._service.disconnected(connection)
+        log.debug("%s: disconnected", connection.peer)
 
 
 class _ChannelHandler(logging.Handler):
@@ -157,12 +194,21 @@ class _ChannelHandler(logging.Handler):
         super().__init__()
         self._channel = channel
         self._loop = asyncio.get_running_loop()
+        self._dropped = 0
 
     def emit(self, record: logging.LogRecord) -> None:
+        try:
+            self._loop.call_soon_threadsafe(self._send, self._plain(record))
+        except RuntimeError:  # the loop is closed
+            pass
+        except Exception:  # as every handler of Python does
+            self.handleError(record)
+
+    def _plain(self, record: logging.LogRecord) -> dict[str, Any]:
         text = record.getMessage()
         if record.exc_info:
             text += "\n" + logging.Formatter().formatException(record.exc_info)
-        plain = {
+        return {
             "name": record.name,
             "levelno": record.levelno,
             "levelname": record.levelname,
@@ -171,8 +217,15 @@ class _ChannelHandler(logging.Handler):
             "created": record.created,
             "msg": text,
         }
-        with suppress(RuntimeError):  # the loop is closed
-            self._loop.call_soon_threadsafe(self._channel.send, handover.Logged(plain))
+
+    def _send(self, plain: dict[str, Any]) -> None:
+        if self._channel.backlog >= MOST_LINES:
+            self._dropped += 1
+            return
+        if self._dropped:
+            plain["msg"] += f" ({self._dropped} lines before this one were dropped: the server did not read them in time)"
+            self._dropped = 0
+        self._channel.send(handover.Logged(plain))
 
 
 def log_to(channel: Channel, level: int) -> None:
