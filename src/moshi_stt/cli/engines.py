@@ -170,7 +170,8 @@ def processes_for(streams: int, setting: int | Literal["auto"]) -> int:
         return setting
     if streams < 2 * STREAMS_A_PROCESS or not hasattr(socket, "send_fds"):
         return 0
-    return min(streams // STREAMS_A_PROCESS, (os.cpu_count() or 1) // 2, MOST_AUTO_PROCESSES)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(streams // STREAMS_A_PROCESS, cores // 2, MOST_AUTO_PROCESSES)
 
 
 def load_kyutai(
