@@ -1,0 +1,60 @@
+"""A server whose WebSockets are carried by further processes. For tests of those."""
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import aiohttp
+import numpy as np
+import pytest
+from tests.support.level_speech import pause, say
+from tests.support.scripted_backend import FakeBackend, LevelModel, loader, spell_level
+from tests.support.serving import Running, serving
+
+from moshi_stt.engine.batch import BatchEngine
+from moshi_stt.server import processes as server_processes
+from moshi_stt.server.processes import SocketProcesses
+
+PROCESSES = 2
+GAP = 0.24
+
+
+class Model:
+    """The engine's backend, once it is loaded."""
+
+    backend: FakeBackend
+
+
+@asynccontextmanager
+async def served(monkeypatch: pytest.MonkeyPatch, streams: int = 8) -> AsyncIterator[tuple[Running, SocketProcesses, Model]]:
+    """A server whose sockets are elsewhere."""
+    monkeypatch.setattr(server_processes, "FIRST_PAUSE_SECONDS", 0.01)
+    model = Model()
+
+    def make(slots: int) -> FakeBackend:
+        model.backend = LevelModel(slots)
+        return model.backend
+
+    engine = BatchEngine(loader(make, streams, spell_level, PROCESSES), delay_frames=6, marker_wait_seconds=0.05)
+    async with serving(engine) as running:
+        processes = running.server.service.processes
+        assert processes is not None
+        yield running, processes, model
+    for child in processes._children:
+        assert child.process is not None
+        assert child.process.returncode == 0
+
+
+def speech(numbers: list[int]) -> np.ndarray:
+    return np.concatenate([say(numbers, gap=GAP), pause(0.5)])
+
+
+def lent(processes: SocketProcesses) -> list[int]:
+    """How many streams each process carries."""
+    return [len(child.lent) for child in processes._children]
+
+
+async def counts(running: Running) -> dict[str, float]:
+    """The samples of /metrics."""
+    async with aiohttp.ClientSession() as http, http.get(running.http + "/metrics") as answer:
+        lines = (await answer.text()).splitlines()
+    return {name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines if not line.startswith("#"))}
