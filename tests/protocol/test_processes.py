@@ -5,13 +5,16 @@ import os
 import signal
 import socket
 
+import msgspec
 import pytest
 from tests.support.batch import noise
 from tests.support.client_flows import FLOWS
 from tests.support.raw_ws import RawClient
-from tests.support.serving import Running, until
+from tests.support.scripted_backend import LevelModel, loader, spell_level
+from tests.support.serving import Running, server_config, serving, until
 from tests.support.socket_processes import counts, lent, served, speech
 
+from moshi_stt.engine.batch import BatchEngine
 from moshi_stt.server import processes as server_processes
 from moshi_stt.server.processes import SocketProcesses
 
@@ -132,3 +135,29 @@ async def test_a_socket_that_cannot_be_sent_stays(monkeypatch: pytest.MonkeyPatc
         assert lent(processes) == [0, 0]
         await until(lambda: running.server.service.served[0].engine.used_slots == 0, "the slot")
         assert (await FLOWS["mac"](running.ws, speech([3]))).text == "w3."
+
+
+async def test_several_modules() -> None:
+    """Two that share their processes, and one that this process keeps for itself."""
+
+    def made(shared: int) -> BatchEngine:
+        return BatchEngine(loader(LevelModel, 4, spell_level, shared), delay_frames=6, marker_wait_seconds=0.05)
+
+    config = server_config()
+    names = {"asr": 2, "second": 1, "alone": 0}
+    modules = tuple(msgspec.structs.replace(config.modules[0], name=name, path=f"/api/{name}") for name in names)
+    engines = {name: made(shared) for name, shared in names.items()}
+    async with serving(engines, msgspec.structs.replace(config, modules=modules)) as running:
+        processes = running.server.service.processes
+        assert processes is not None
+        for name, shared in names.items():
+            async with await RawClient.connect(running.port, f"/api/{name}") as client:
+                assert (await client.receive_event())["type"] == "Ready"
+                assert sum(lent(processes)) == (shared > 0)
+                assert running.connections() == (shared == 0)
+                assert [each for each, engine in engines.items() if engine.used_slots] == [name]
+                client.audio(noise(1))
+                assert (await client.receive_event())["type"] == "Step"
+                client.close()
+                await client.rest()
+            await until(lambda: not any(engine.used_slots for engine in engines.values()), "giving back")
