@@ -135,6 +135,8 @@ def test_socket_processes(
     monkeypatch.setattr("os.cpu_count", lambda: 128)
     monkeypatch.setattr("os.sched_getaffinity", lambda _: range(cores), raising=False)  # of a container that may use fewer
     assert processes_for(streams, setting) == processes
+    monkeypatch.setattr("sys.platform", "darwin")
+    assert processes_for(streams, setting) == (0 if setting == "auto" else processes)
 
 
 def test_a_system_that_cannot_hand_sockets_over(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -168,8 +168,8 @@ def processes_for(streams: int, setting: int | Literal["auto"]) -> int:
     """How many further processes carry the WebSockets of so many streams."""
     if setting != "auto":
         return setting
-    if streams < 2 * STREAMS_A_PROCESS or not hasattr(socket, "send_fds"):
-        return 0
+    if streams < 2 * STREAMS_A_PROCESS or not hasattr(socket, "send_fds") or sys.platform == "darwin":
+        return 0  # macOS may lose a descriptor whose sender closes it before the receiver has it
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(streams // STREAMS_A_PROCESS, cores // 2, MOST_AUTO_PROCESSES)
 
