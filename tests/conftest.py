@@ -1,10 +1,14 @@
 """Fixtures that tests of several folders use."""
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
 from tests.support.checkpoints import Checkpoint, save, shared_checkpoint, small_spec, small_tensors
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # in a shell's background: programs that tests start would inherit it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 SHARED = Path(os.environ.get("MOSHI_STT_SHARED") or Path(__file__).parents[2] / "shared")
 """Recordings, audio and the contract, which are not part of the repository."""
