@@ -76,14 +76,6 @@ class InlineEngine(BatchEngine):
     def _post(self, call: Callable[..., object], *args: object) -> None:
         self.kept.append((call, args))
 
-    def turn(self) -> int:
-        """One turn of the model thread; how many rows it stepped."""
-        now = time.monotonic()
-        self._drain(now)
-        lanes = self._gather(now)
-        self._scatter(lanes, self._step(len(lanes)))
-        return len(lanes)
-
 
 async def measure(rows: int, seconds: float) -> dict[str, float]:
     """Microseconds per row and step of the model thread and of the event loop."""
@@ -100,7 +92,7 @@ async def measure(rows: int, seconds: float) -> dict[str, float]:
             await stream.feed(frame)
         fed = time.thread_time()
         backend.seconds = 0.0
-        stepped += engine.turn()
+        stepped += engine._turn(time.monotonic())
         turned = time.thread_time()
         for call, args in engine.kept:
             call(*args)

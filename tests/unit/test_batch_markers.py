@@ -64,15 +64,15 @@ async def test_audio_behind_an_answered_marker() -> None:
 async def test_a_marker_in_the_middle_of_speech_changes_no_word() -> None:
     """As long as audio goes on, a marker comes in the stream's own time, behind the word under way, and that is all."""
     pcm = noise(120, seed=3)
-    async with engine(marker_wait=30.0) as started:
+    roomy = StreamLimits(outbox_events=4_096)  # where a quarter of them wait, `Step`s are merged
+    async with engine(marker_wait=30.0, limits=roomy) as started:
         plain = without_timing(await transcribe(started, pcm))
         stream = started.open()
-        reading = asyncio.create_task(rest(stream))  # meanwhile: where many events wait, `Step`s are merged
         for mark in range(120):
             await stream.feed(pcm[mark * FRAME_SAMPLES : (mark + 1) * FRAME_SAMPLES])
             await stream.mark(mark)
         await stream.finish()
-        events = without_timing(await reading)
+        events = without_timing(await rest(stream))
         assert [e for e in events if not isinstance(e, Marker)] == plain
         assert [e.id for e in events if isinstance(e, Marker)] == list(range(120))
         stream.close()

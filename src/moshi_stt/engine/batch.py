@@ -303,23 +303,26 @@ class BatchEngine(Engine):
                 recorder.stop()
 
     def _run(self) -> None:
-        """Gather, step, scatter."""
+        """Turn, and wait where there is nothing to do."""
         while not self._stopping and self.failure is None:
             self._wake.clear()
             now = time.monotonic()
-            self._drain(now)
-            requests = self._hub.collect(self._backend.copy) if self._hub is not None else []
-            lanes = self._gather(now, sum(request.rows for request in requests))
-            if lanes or requests:
-                output = self._step(len(lanes), requests)
-                if self._hub is not None and requests:
-                    self._hub.answer(requests, output, len(lanes))
-                    output = StepOutput(
-                        output.text_token[: len(lanes)], output.logprob[: len(lanes)], output.pause[: len(lanes)]
-                    )
-                self._scatter(lanes, output)
-            else:
+            if not self._turn(now):
                 self._wake.wait(self._idle_seconds(now))
+
+    def _turn(self, now: float) -> int:
+        """Gather, step, scatter. How many rows were stepped."""
+        self._drain(now)
+        requests = self._hub.collect(self._backend.copy) if self._hub is not None else []
+        others = sum(request.rows for request in requests)
+        lanes = self._gather(now, others)
+        if lanes or requests:
+            output = self._step(len(lanes), requests)
+            if self._hub is not None and requests:
+                self._hub.answer(requests, output, len(lanes))
+                output = output.rows(0, len(lanes))
+            self._scatter(lanes, output)
+        return len(lanes) + others
 
     def _drain(self, now: float) -> None:
         """Take every pending command of every stream that has some, so that small packets cost no turns."""
