@@ -25,8 +25,9 @@ from numpy.typing import NDArray
 
 from moshi_stt.audio.decode import read_file
 from moshi_stt.constants import FRAME_SAMPLES, FRAME_SECONDS, SAMPLE_RATE
+from moshi_stt.cores import usable_cores
 from moshi_stt.engine.engine import SilentObserver
-from moshi_stt.engine.segment import SegmentEngine, available_cores
+from moshi_stt.engine.segment import SegmentEngine
 from moshi_stt.events import AnyEvent, EndWord, Marker, Ready, Word
 from moshi_stt.models.embedded import load_embedded, moonshine_file
 
@@ -103,7 +104,7 @@ async def watch_memory(samples: list[float]) -> None:
 async def bench(args: argparse.Namespace) -> None:
     recording = read_file(moonshine_file("two_cities.wav"))
     lags = Lags()
-    threads = args.threads or available_cores()
+    threads = args.threads or usable_cores()
     engine = SegmentEngine(partial(load_embedded, threads), slots=args.streams, threads=threads, observer=lags)
     await engine.start()
     count = round(args.seconds * SAMPLE_RATE)

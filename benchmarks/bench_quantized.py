@@ -39,10 +39,10 @@ import numpy as np
 from bench_wer import errors, normalise, read_pcm
 from numpy.typing import NDArray
 
-from moshi_stt.cli.engines import build_engine, framework_of
 from moshi_stt.config import EngineConfig, KyutaiModule, LimitsConfig
 from moshi_stt.config_load import load_config
 from moshi_stt.constants import FRAME_SAMPLES, SAMPLE_RATE
+from moshi_stt.engines import build_engine, framework_of
 from moshi_stt.events import Word
 from moshi_stt.models.spec import MimiSpec, ModelSpec, lm_spec_from_json
 from moshi_stt.text.tokenizer import TextTokenizer

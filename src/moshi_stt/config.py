@@ -128,7 +128,7 @@ class EmbeddedModule(msgspec.Struct, frozen=True, kw_only=True):
     batch_size: int = 64
     """Streams at once."""
     threads: int = 0
-    """Recogniser threads; 0 takes one for each core."""
+    """Recogniser threads; 0 takes one for each usable core."""
 
 
 Module = KyutaiModule | EmbeddedModule

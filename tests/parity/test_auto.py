@@ -8,7 +8,7 @@ from tests.support.checkpoints import Checkpoint
 from tests.support.frameworks import FRAMEWORKS, loader
 from tests.support.stepping import drive, noise
 
-from moshi_stt.cli import engines
+from moshi_stt import engines
 from moshi_stt.engine.slots import spare_slots
 
 both = pytest.mark.parametrize("framework", FRAMEWORKS)

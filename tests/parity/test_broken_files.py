@@ -15,10 +15,10 @@ import pytest
 from tests.support.frameworks import FRAMEWORKS, need
 from tests.support.local_hub import local_hub
 
-from moshi_stt.cli.engines import Framework, load_kyutai
 from moshi_stt.config import KyutaiModule
 from moshi_stt.config_load import parse_config, shipped_text
 from moshi_stt.engine.engine import Backend
+from moshi_stt.engines import Framework, load_kyutai
 from moshi_stt.errors import CheckpointError, ConfigError, DownloadError, MoshiSttError
 from moshi_stt.models.spec import LMSpec, MimiSpec
 from moshi_stt.models.weights import lm_table, mimi_table

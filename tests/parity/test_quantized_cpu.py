@@ -13,7 +13,6 @@ from tests.support.checkpoints import Checkpoint, module, save, small_spec, smal
 from tests.support.frameworks import poison
 from tests.support.stepping import drive, noise, step_rows
 
-from moshi_stt.cli.engines import build_engine
 from moshi_stt.cli.quantize import quantize_file
 from moshi_stt.config import LimitsConfig
 from moshi_stt.constants import FRAME_SAMPLES
@@ -21,6 +20,7 @@ from moshi_stt.engine.batch import BatchEngine, LoadedModel
 from moshi_stt.engine.engine import EngineInfo
 from moshi_stt.engine.slots import spare_slots
 from moshi_stt.engine.stream import StreamLimits
+from moshi_stt.engines import build_engine
 from moshi_stt.errors import CheckpointError, ConfigError
 from moshi_stt.models.affine import SCHEMES, Packed, Scheme, dequantize, quantize
 from moshi_stt.models.tensors import open_tensors, to_float32, to_stored, write_tensors

@@ -12,8 +12,8 @@ from tests.support.serving import Running, serving
 from moshi_stt import protocol
 from moshi_stt.audio.decode import read_file
 from moshi_stt.audio.opus import OpusEncoder
-from moshi_stt.cli.engines import EMBEDDED_PACKAGES, build_engine, missing_packages
 from moshi_stt.config_load import embedded_config
+from moshi_stt.engines import EMBEDDED_PACKAGES, build_engine, missing_packages
 from moshi_stt.events import AnyEvent, EndWord, Marker, Word
 from moshi_stt.sample import sample_path
 from moshi_stt.text.subtitles import TimedWord, pair_words

@@ -6,11 +6,11 @@ from typing import Literal
 import msgspec
 import pytest
 
-from moshi_stt.cli import engines
-from moshi_stt.cli.engines import build_engine, build_engines, framework_of, languages_of, processes_for
+from moshi_stt import engines
 from moshi_stt.config import EngineConfig, KyutaiModule, LimitsConfig
 from moshi_stt.config_load import embedded_config, load_config
 from moshi_stt.engine.batch import BatchEngine
+from moshi_stt.engines import build_engine, build_engines, framework_of, languages_of, processes_for
 from moshi_stt.errors import ConfigError
 
 

@@ -17,7 +17,8 @@ from tests.support.media import noise
 from tests.support.scripted_engine import ScriptedEngine, counting
 from tests.support.serving import serving
 
-from moshi_stt.cli import engines, main, mic
+from moshi_stt import engines
+from moshi_stt.cli import main, mic
 from moshi_stt.cli.mic import Captions, Live, Microphone, caption, device_lines
 from moshi_stt.errors import ConfigError, EngineError
 from moshi_stt.events import AnyEvent, EndWord, Ready, Step, Word

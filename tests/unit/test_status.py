@@ -98,7 +98,7 @@ def test_the_doctor_names_what_is_missing(monkeypatch: pytest.MonkeyPatch, capsy
         return version(name)
 
     monkeypatch.setattr(importlib.metadata, "version", without_soxr)
-    monkeypatch.setattr("moshi_stt.cli.engines.missing_packages", lambda names: ["pocketsphinx"])
+    monkeypatch.setattr("moshi_stt.engines.missing_packages", lambda names: ["pocketsphinx"])
     assert doctor.run(argparse.Namespace(port=0)) == 1
     out = capsys.readouterr().out
     assert "MISSING packages: not installed: soxr\n        pip install --upgrade moshi-stt\n" in out

@@ -18,7 +18,8 @@ import pytest
 from tests.support.media import encode
 from tests.support.written import Reader, written
 
-from moshi_stt.cli import engines, main
+from moshi_stt import engines
+from moshi_stt.cli import main
 from moshi_stt.cli.transcribe import Source, _report, prefix_seconds_of
 from moshi_stt.config import EmbeddedModule, KyutaiModule, LimitsConfig, Module
 from moshi_stt.config_load import load_config
@@ -281,7 +282,8 @@ def test_no_bar_in_a_pipe_and_one_on_a_terminal(
 
 PROGRAM = """
 import sys
-from moshi_stt.cli import engines, main
+from moshi_stt import engines
+from moshi_stt.cli import main
 from tests.support.written import Reader
 engines.build_engine = lambda *args, **more: Reader()
 sys.exit(main(["transcribe", *sys.argv[1:]]))

@@ -74,7 +74,7 @@ def absent(names: Iterator[str]) -> list[str]:
 
 
 def packages() -> Iterator[Finding]:
-    from moshi_stt.cli.engines import EMBEDDED_PACKAGES
+    from moshi_stt.engines import EMBEDDED_PACKAGES
 
     names = absent(distributions(None))
     needed = [name for name in names if name not in EMBEDDED_PACKAGES]
@@ -85,7 +85,7 @@ def packages() -> Iterator[Finding]:
 
 
 def embedded_model() -> Iterator[Finding]:
-    from moshi_stt.cli.engines import EMBEDDED_PACKAGES, missing_packages
+    from moshi_stt.engines import EMBEDDED_PACKAGES, missing_packages
 
     names = missing_packages(EMBEDDED_PACKAGES)
     if names:

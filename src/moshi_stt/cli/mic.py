@@ -187,7 +187,7 @@ async def open_live(args: argparse.Namespace) -> AsyncIterator[Live]:
         async with Client(args.url, args.key or os.environ.get(KEY_VARIABLE) or PUBLIC_KEY) as client:
             yield _OnServer(client)
         return
-    from moshi_stt.cli.engines import build_engine
+    from moshi_stt.engines import build_engine
 
     module, limits = load_module(args.config, 1, args.quantize)
     engine = build_engine(module, limits, force_cpu=args.cpu)

@@ -26,6 +26,7 @@ from moshi_stt.audio.cut import CutRule
 from moshi_stt.audio.decode import decode_file, probe
 from moshi_stt.config import EmbeddedModule, Module, with_quantize
 from moshi_stt.constants import PUBLIC_KEY, SAMPLE_RATE
+from moshi_stt.cores import usable_cores
 from moshi_stt.errors import AudioError, MoshiSttError
 from moshi_stt.text.subtitles import FORMATS, SUFFIXES, TimedWord, format_json
 
@@ -238,13 +239,13 @@ class OnServer(Transcriber):
 
 class InProcess(Transcriber):
     def __init__(self, module: Module, prefix_seconds: float | None, *, limits: Any, force_cpu: bool) -> None:
-        from moshi_stt.cli.engines import build_engine
+        from moshi_stt.engines import build_engine
 
         self._module = module
         self._engine = build_engine(module, limits, force_cpu=force_cpu)
         embedded = isinstance(module, EmbeddedModule)
         self._rule = None if embedded else CutRule()
-        self.jobs = min(os.cpu_count() or 1, 8) if embedded else 1
+        self.jobs = min(usable_cores(), 8) if embedded else 1
         self._prefix_seconds = prefix_seconds_of(module) if prefix_seconds is None else prefix_seconds
 
     async def __aenter__(self) -> Self:

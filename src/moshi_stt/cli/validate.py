@@ -83,7 +83,7 @@ def find_files(module: KyutaiModule) -> list[FileCheck]:
 
 def check_fit(module: KyutaiModule, found: dict[str, Path]) -> None:
     """Check the files that are there against the module's shape: names and shapes of tensors, size of the vocabulary."""
-    from moshi_stt.cli.engines import read_json
+    from moshi_stt.engines import read_json
     from moshi_stt.models.spec import spec_from_module
     from moshi_stt.models.weights import plan_lm, plan_mimi
 
@@ -100,7 +100,7 @@ def check_fit(module: KyutaiModule, found: dict[str, Path]) -> None:
 
 def check_tokenizer(path: Path, text_card: int) -> None:
     """Needs sentencepiece, which comes with the model extras; without it the check is left out, as nothing could run anyway."""
-    from moshi_stt.cli.engines import missing_packages
+    from moshi_stt.engines import missing_packages
 
     if not missing_packages(("sentencepiece",)):
         from moshi_stt.text.tokenizer import TextTokenizer

@@ -43,9 +43,9 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
 
 def run(args: argparse.Namespace) -> int:
     """Serve until a signal or a failure. Returns the server's exit status; raises ConfigError before it has begun."""
-    from moshi_stt.cli.engines import build_engines
     from moshi_stt.cli.logs import parse_level, set_up_logging
     from moshi_stt.config_load import LoadedConfig, embedded_config, load_config
+    from moshi_stt.engines import build_engines
 
     level = parse_level(args.log)
     host = parse_address(args.addr)

@@ -8,7 +8,6 @@ its audio alone, and one that sends faster than the machine can follow fills its
 
 import asyncio
 import logging
-import os
 import threading
 import time
 from collections import deque
@@ -20,6 +19,7 @@ import numpy as np
 
 from moshi_stt.audio.resample import StreamingResampler
 from moshi_stt.constants import SAMPLE_RATE
+from moshi_stt.cores import usable_cores
 from moshi_stt.engine.engine import Engine, EngineInfo, EngineObserver
 from moshi_stt.engine.recogniser import RECOGNISER_RATE, Recogniser
 from moshi_stt.engine.segmenter import Segmenter, SegmentSettings
@@ -105,11 +105,11 @@ class SegmentEngine(Engine):
         observer: EngineObserver | None = None,
         settings: SegmentSettings | None = None,
     ) -> None:
-        """load: called once, on another thread, by `start`. slots: streams at once. threads: 0 takes one for each core."""
+        """load: called once, on another thread, by `start`. slots: streams at once. threads: 0 for every usable core."""
         super().__init__(observer)
         self.info = EngineInfo("embedded", "", "", (), "cpu", "int8", slots)
         self._load = load
-        self._threads_wanted = threads or available_cores()
+        self._threads_wanted = threads or usable_cores()
         self._limits = limits or StreamLimits()
         self._settings = settings or SegmentSettings()
         self._recogniser: Recogniser | None = None
@@ -149,7 +149,7 @@ class SegmentEngine(Engine):
         self._ready = True
 
     def _describe(self, recogniser: Recogniser, load_seconds: float, cost: float) -> dict[str, str]:
-        held = int(min(self._threads_wanted, available_cores()) / cost)
+        held = int(min(self._threads_wanted, usable_cores()) / cost)
         return {
             "loaded in": f"{load_seconds:.1f} s",
             "recogniser threads": str(self._threads_wanted),
@@ -319,13 +319,6 @@ class SegmentEngine(Engine):
         """Run on the event loop; nothing when that is closed already."""
         with suppress(RuntimeError):
             self._loop.call_soon_threadsafe(call, *args)
-
-
-def available_cores() -> int:
-    """Cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def measure(recogniser: Recogniser, settings: SegmentSettings) -> float:

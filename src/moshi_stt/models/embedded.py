@@ -5,7 +5,6 @@ Knows where the installed wheels keep their models; knows nothing of streams, en
 
 import importlib.metadata
 import math
-import os
 import wave
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
 
+from moshi_stt.cores import usable_cores
 from moshi_stt.engine.recogniser import RECOGNISER_RATE, Hypothesis, Span, Spoken
 from moshi_stt.errors import CheckpointError
 from moshi_stt.models.alignment import Aligner
@@ -271,7 +271,7 @@ def _tokens(words: Iterable[Spoken]) -> list[int]:
 def load_embedded(threads: int = 0) -> EmbeddedRecogniser:
     """Load the embedded model from the installed wheels: about 0.3 s.
 
-    threads: how many callers there may be at once; 0 takes one for each core. Raises CheckpointError.
+    threads: how many callers there may be at once; 0 takes one for each usable core. Raises CheckpointError.
     """
     encoder, decoder, tokens = (
         moonshine_file(f"tiny-en/{name}") for name in ("encoder_model.ort", "decoder_model_merged.ort", "tokenizer.bin")
@@ -284,6 +284,6 @@ def load_embedded(threads: int = 0) -> EmbeddedRecogniser:
         Moonshine(encoder, decoder, tokenizer.may_follow()),
         tokenizer,
         SileroVad(vad),
-        Aligner(threads or os.cpu_count() or 1),
+        Aligner(threads or usable_cores()),
         read_wav(moonshine_file(SAMPLE_FILE))[: SAMPLE_SECONDS * RECOGNISER_RATE],
     )

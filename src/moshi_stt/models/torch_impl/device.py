@@ -4,10 +4,10 @@ Every choice that was not asked for and that its user should know of comes back 
 """
 
 import importlib.util
-import os
 
 import torch
 
+from moshi_stt.cores import usable_cores
 from moshi_stt.errors import ConfigError
 from moshi_stt.models.spec import LMSpec
 from moshi_stt.models.torch_impl.beside import Beside
@@ -47,8 +47,7 @@ def choose_threads(setting: int) -> Beside:
     setting: threads in all; 0 takes every core this process may use, up to four, since a few stream the weights as fast as
     the memory gives them. From two on, Mimi has one of them and the language model the others.
     """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return Beside((setting or min(cores, 4)) - 1, 1)
+    return Beside((setting or min(usable_cores(), 4)) - 1, 1)
 
 
 def choose_dtype(override: str | None, device: torch.device) -> torch.dtype:

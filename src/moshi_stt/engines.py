@@ -1,4 +1,4 @@
-"""Configured modules to engines that are not started yet. The one place that knows which model runs on which framework.
+"""Configured modules to engines that are not started yet: the one place that knows which model runs on which framework.
 
 No framework is imported before an engine of it is asked for; weights are found, fetched and loaded when the engine starts.
 """
@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import msgspec
 
 from moshi_stt.config import EmbeddedModule, KyutaiModule, LimitsConfig, Module, ServerConfig, inbox_samples
+from moshi_stt.cores import usable_cores
 from moshi_stt.engine.batch import BatchEngine, LoadedModel
 from moshi_stt.engine.engine import Engine, EngineInfo, EngineObserver
 from moshi_stt.engine.slots import spare_slots
@@ -170,8 +171,7 @@ def processes_for(streams: int, setting: int | Literal["auto"]) -> int:
         return setting
     if streams < 2 * STREAMS_A_PROCESS or not hasattr(socket, "send_fds") or sys.platform == "darwin":
         return 0  # macOS may lose a descriptor whose sender closes it before the receiver has it
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(streams // STREAMS_A_PROCESS, cores // 2, MOST_AUTO_PROCESSES)
+    return min(streams // STREAMS_A_PROCESS, usable_cores() // 2, MOST_AUTO_PROCESSES)
 
 
 def load_kyutai(
