@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from moshi_stt.engine.costs import step_seconds
 from moshi_stt.engine.engine import StepOutput
 from moshi_stt.models.autosize import sustained_streams
 
@@ -54,3 +55,12 @@ def test_no_more_is_measured_than_needed() -> None:
     backend = TimedBackend(1024, 1.0, 10.0)
     sustained_streams(backend, 1024, clock=lambda: backend.now)
     assert max(backend.rows) == 8
+
+
+def test_a_step_is_timed_without_its_first_turn_and_within_its_time() -> None:
+    backend = TimedBackend(4, 5.0, 1.0)
+    assert step_seconds(backend, 2, clock=lambda: backend.now) == pytest.approx(0.007)
+    assert backend.rows == [2] * 6
+    slow = TimedBackend(4, 50.0, 0.0)
+    assert step_seconds(slow, 4, clock=lambda: slow.now, deadline=0.04) == pytest.approx(0.05)
+    assert slow.rows == [4]

@@ -1,6 +1,8 @@
 """What a step takes, by its number of rows: measured at start, asked while running. Knows backends only by their interface."""
 
+import math
 import time
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -47,22 +49,34 @@ def measure(backend: Backend, streams: int, budget_seconds: float = MEASURING_SE
     With full contexts, where the backend can pretend them. Leaves every slot's state undefined until `fresh`.
     """
     costs: list[tuple[int, float]] = []
-    begun = time.monotonic()
+    deadline = time.perf_counter() + budget_seconds
     for rows in sorted({1, min(8, streams), streams}):
         if costs and costs[-1][1] * rows / costs[-1][0] > budget_seconds:
             break
-        pcm = np.zeros((rows, FRAME_SAMPLES), np.float32)
-        slots = np.arange(rows, dtype=np.int64)
-        taken: list[float] = []
-        for turn in range(TURNS):
-            step_begun = time.monotonic()
-            backend.step(pcm, slots, np.full(rows, turn == 0))
-            taken.append(time.monotonic() - step_begun)
-            if turn == 0 and isinstance(backend, Ages):
-                backend.age()
-            if time.monotonic() - begun > budget_seconds:
-                break
-        costs.append((rows, sorted(taken)[len(taken) // 2]))
-        if time.monotonic() - begun > budget_seconds:
+        costs.append((rows, step_seconds(backend, rows, deadline=deadline)))
+        if time.perf_counter() > deadline:
             break
     return StepCosts(*zip(*costs, strict=True))
+
+
+def step_seconds(
+    backend: Backend, rows: int, *, clock: Callable[[], float] = time.perf_counter, deadline: float = math.inf
+) -> float:
+    """Median seconds of a step of so many rows, with full contexts where the backend can pretend them.
+
+    The first step gives the slots fresh states and counts only where there is no time for another. deadline: on `clock`; no
+    step begins after it. Leaves the state of slots 0 .. rows - 1 undefined until `fresh`.
+    """
+    pcm = np.zeros((rows, FRAME_SAMPLES), np.float32)
+    slots = np.arange(rows, dtype=np.int64)
+    taken: list[float] = []
+    for turn in range(TURNS + 1):
+        begun = clock()
+        backend.step(pcm, slots, np.full(rows, turn == 0))
+        taken.append(clock() - begun)
+        if turn == 0 and isinstance(backend, Ages):
+            backend.age()
+        if clock() > deadline:
+            break
+    counted = sorted(taken[1:] or taken)
+    return counted[len(counted) // 2]
