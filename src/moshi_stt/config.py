@@ -71,6 +71,22 @@ class ExtraHeadsConfig(msgspec.Struct, frozen=True, kw_only=True):
     dim: int
 
 
+class LutConfig(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="Lut"):
+    """`[modules.NAME.model.conditioners.NAME]` of type "Lut"."""
+
+    n_bins: int
+    dim: int
+    possible_values: list[str]
+
+
+class ContinuousConfig(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="ContinuousAttribute"):
+    """`[modules.NAME.model.conditioners.NAME]` of type "ContinuousAttribute"."""
+
+    dim: int
+    scale_factor: float
+    max_period: float
+
+
 class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
     """`[modules.NAME.model]` (contract section 4.4)."""
 
@@ -80,7 +96,7 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
     audio_codebooks: int
     transformer: TransformerConfig
     extra_heads: ExtraHeadsConfig | None = None
-    conditioners: dict[str, dict[str, object]] | None = None
+    conditioners: dict[str, LutConfig | ContinuousConfig] | None = None
 
 
 class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):

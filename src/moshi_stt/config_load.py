@@ -1,10 +1,11 @@
 """A TOML file, or the name of a shipped one, to a checked `ServerConfig`. Fetches nothing and starts nothing.
 
+Types are read here; what a model table may say is the law of `models/spec.py`.
+
 The tables are read as moshi-server reads them (contract section 4). Where that server panics, hangs or looks the other way,
 this one says what is wrong; what is merely odd is a warning.
 """
 
-import math
 import os
 import re
 import tomllib
@@ -15,11 +16,13 @@ from typing import Any, Literal, NamedTuple, cast
 
 from moshi_stt.config import (
     MOST_SOCKET_PROCESSES,
+    ContinuousConfig,
     EmbeddedModule,
     EngineConfig,
     ExtraHeadsConfig,
     KyutaiModule,
     LimitsConfig,
+    LutConfig,
     ModelConfig,
     Module,
     ServerConfig,
@@ -28,17 +31,12 @@ from moshi_stt.config import (
 from moshi_stt.config_table import Table, did_you_mean, show
 from moshi_stt.constants import DEFAULT_PATH, FRAME_RATE, PUBLIC_KEY
 from moshi_stt.errors import ConfigError
+from moshi_stt.models.spec import conditioner_specs, driving_faults, table_faults
 
 OTHER_KINDS = ("Tts", "Lm", "Mimi", "Py", "PyPost")
 """What else moshi-server can load."""
 
 FIXED_ROUTES = ("/api/build_info", "/api/modules_info", "/metrics", "/health", "/ready")
-
-MIMI_ENTRIES = 2_048
-"""Entries of each Mimi codebook, without the pad."""
-
-MIMI_CODEBOOKS = 32
-"""Codebooks of Mimi that the speech-to-text models can use."""
 
 ASR_SLOTS = 16
 """Streams at once of a module of type `Asr`, which has no `batch_size` of its own."""
@@ -289,11 +287,7 @@ def _batched(table: Table, name: str, path: str) -> KyutaiModule:
     delay = cast(int, table.get("asr_delay_in_tokens", int, hint="6 for the 1B model, 32 for the 2.6B."))
     conditioning_delay = table.get("conditioning_delay", float, None)
     learnt_padding = table.get("conditioning_learnt_padding", bool, False)
-    _check_conditioning(table, kind, model, conditioning_delay, learnt_padding)
-    if conditioning_delay is not None and kind == "BatchedAsr":
-        delay = math.floor(conditioning_delay * FRAME_RATE) + 1
-    _check_delay(table, delay, model.transformer.context)
-    return KyutaiModule(
+    module = KyutaiModule(
         name=name,
         path=path,
         type=kind,
@@ -310,6 +304,8 @@ def _batched(table: Table, name: str, path: str) -> KyutaiModule:
         log_frequency_s=_log_frequency(table),
         engine=_engine(table),
     )
+    _check_law(table, module, model)
+    return module
 
 
 def _log_frequency(table: Table) -> float | None:
@@ -319,31 +315,20 @@ def _log_frequency(table: Table) -> float | None:
     return seconds
 
 
-def _check_delay(table: Table, delay: int, context: int) -> None:
-    if delay >= context:
-        key = "conditioning_delay" if table.data.get("conditioning_delay") is not None else "asr_delay_in_tokens"
-        table.fail(
-            key,
-            f"a delay of {delay} frames makes no sense with a context of {context}; "
-            "expected less than the context. It is 6 for the 1B model and 32 for the 2.6B.",
-        )
-
-
-def _check_conditioning(table: Table, kind: str, model: ModelConfig, delay: float | None, learnt_padding: bool) -> None:
-    """The rules of contract section 4.3."""
-    if delay is not None and delay < 0:
-        table.fail("conditioning_delay", "expected seconds, 0 or more.")
-    if not model.conditioners:
+def _check_law(table: Table, module: KyutaiModule, model: ModelConfig) -> None:
+    """Raise ConfigError for every value that no model can have, each at its place."""
+    faults = [*table_faults(model), *driving_faults(module, model.transformer.context, conditioner_specs(model))]
+    if not faults:
         return
-    if "delay" not in model.conditioners:
-        table.fail(None, 'model.conditioners has no conditioner named "delay"; it is the only one that this server can set.')
-    if delay is not None and learnt_padding and kind == "BatchedAsr":
-        table.fail("conditioning_delay", "expected either this or conditioning_learnt_padding = true, not both. Remove one.")
-    if delay is None and (not learnt_padding or kind == "Asr"):
-        also = "" if kind == "Asr" else " or conditioning_learnt_padding = true"
-        table.fail("conditioning_delay", f"the model has conditioners, so expected conditioning_delay = SECONDS{also}. Add it.")
-    if delay is not None and model.conditioners["delay"]["type"] != "ContinuousAttribute":
-        table.fail("conditioning_delay", 'the conditioner named "delay" is of type "Lut"; expected "ContinuousAttribute".')
+    messages = []
+    for fault in faults:
+        at: Table | None = table
+        for name in fault.table:
+            assert at is not None
+            at = at.table(name)
+        assert at is not None
+        messages.append(at.message(fault.key, fault.expected))
+    raise ConfigError("\n".join(messages))
 
 
 # ---- PyBatchedAsr ----------------------------------------------------------------------------------------------------
@@ -424,73 +409,21 @@ def _model(table: Table) -> ModelConfig:
     assert transformer_table is not None
     heads_table = table.table("extra_heads")
     heads = heads_table.struct(ExtraHeadsConfig) if heads_table else None
-    if heads is not None and heads_table is not None:
-        _at_least_one(heads_table, heads, "num_heads", "dim")
-    model = table.struct(
+    return table.struct(
         ModelConfig,
-        transformer=_transformer(transformer_table),
+        transformer=transformer_table.struct(TransformerConfig),
         extra_heads=heads,
         conditioners=_conditioners(table.table("conditioners")),
     )
-    if model.text_in_vocab_size != model.text_out_vocab_size + 1:
-        table.fail(
-            "text_in_vocab_size",
-            f"expected text_out_vocab_size + 1 = {model.text_out_vocab_size + 1} (the last id is the start token).",
-        )
-    if model.audio_vocab_size != MIMI_ENTRIES + 1:
-        table.fail("audio_vocab_size", f"expected {MIMI_ENTRIES + 1}: Mimi has {MIMI_ENTRIES} entries, the last id is the pad.")
-    if not 1 <= model.audio_codebooks <= MIMI_CODEBOOKS:
-        table.fail("audio_codebooks", f"expected 1 to {MIMI_CODEBOOKS}, the codebooks that Mimi has.")
-    return model
 
 
-def _at_least_one(table: Table, values: object, *keys: str) -> None:
-    for key in keys:
-        if getattr(values, key) < 1:
-            table.fail(key, "expected at least 1.")
-
-
-def _transformer(table: Table) -> TransformerConfig:
-    t = table.struct(TransformerConfig)
-    _at_least_one(table, t, "d_model", "num_heads", "num_layers", "dim_feedforward", "context")
-    supported = "No published speech-to-text model has another value, and this server cannot run one."
-    for key, value in (
-        ("causal", True),
-        ("norm_first", True),
-        ("use_conv_block", False),
-        ("kv_repeat", 1),
-        ("cross_attention", False),
-        ("shared_cross_attn", False),
-        ("positional_embedding", "Rope"),
-        ("bias_ff", False),
-        ("bias_attn", False),
-        ("norm", "RmsNorm"),
-        ("gating", "silu"),
-        ("layer_scale", None),
-    ):
-        if getattr(t, key) != value:
-            what = "the key to be absent" if value is None else show(value)
-            missing = "" if key in table.data else " (the key is absent)"
-            table.fail(key, f"expected {what}{missing}. {supported}")
-    if t.d_model % t.num_heads or (t.d_model // t.num_heads) % 2:
-        table.fail("num_heads", f"expected a divisor of d_model = {t.d_model} that leaves an even head size.")
-    if t.max_period <= 1:
-        table.fail("max_period", "expected a number above 1, usually 100000.")
-    return t
-
-
-def _conditioners(table: Table | None) -> dict[str, dict[str, object]] | None:
+def _conditioners(table: Table | None) -> dict[str, LutConfig | ContinuousConfig] | None:
     if table is None:
         return None
-    kinds: dict[str, dict[str, Any]] = {
-        "Lut": {"n_bins": int, "dim": int, "possible_values": list[str]},
-        "ContinuousAttribute": {"dim": int, "scale_factor": float, "max_period": float},
-    }
-    read: dict[str, dict[str, object]] = {}
+    read: dict[str, LutConfig | ContinuousConfig] = {}
     for name in table.data:
         conditioner = table.table(name)
         assert conditioner is not None
         kind = conditioner.get("type", Literal["Lut", "ContinuousAttribute"])
-        read[name] = {"type": kind} | {key: conditioner.get(key, t) for key, t in kinds[kind].items()}
-        conditioner.warn_unknown()
+        read[name] = conditioner.struct(LutConfig) if kind == "Lut" else conditioner.struct(ContinuousConfig)
     return read

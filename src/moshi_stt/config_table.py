@@ -69,22 +69,15 @@ def expected(kind: Any) -> str:
 
 def fits(value: object, kind: Any) -> bool:
     """Whether a TOML value is of the type. A whole number is good where a float is asked for, as in moshi-server."""
-    origin = get_origin(kind)
-    if origin is Literal:
-        return any(value == v and type(value) is type(v) for v in get_args(kind))
-    if origin in (Union, types.UnionType):
-        return any(fits(value, k) for k in get_args(kind) if k is not types.NoneType)
-    if origin is list:
-        return isinstance(value, list) and all(fits(v, get_args(kind)[0]) for v in value)
-    if kind is bool or isinstance(value, bool):
-        return kind is bool and isinstance(value, bool)
-    if kind is int:
-        return isinstance(value, int) and value >= 0
-    if kind is float:  # TOML has nan and inf; no key of ours has a use for them
-        return isinstance(value, int | float) and math.isfinite(value)
-    if kind is str:
-        return isinstance(value, str)
-    return isinstance(value, dict)
+    if kind is dict:
+        return isinstance(value, dict)
+    try:
+        read = msgspec.convert(value, kind)
+    except msgspec.ValidationError:
+        return False
+    if isinstance(read, float):
+        return math.isfinite(read)  # TOML has nan and inf; no key of ours has a use for them
+    return not isinstance(read, int) or read >= 0
 
 
 @dataclass
@@ -102,10 +95,14 @@ class Table:
         table = f" [{self.name}]" if self.name else ""
         return f"{self.file}:{table}{f' {key}' if key else ''}"
 
-    def fail(self, key: str | None, message: str) -> NoReturn:
-        """Raise ConfigError for this place; with a key that is there, its value comes along."""
+    def message(self, key: str | None, text: str) -> str:
+        """`text`, said of this place; with a key that is there, its value comes along."""
         value = f" = {show(self.data[key])}" if key is not None and key in self.data else ""
-        raise ConfigError(f"{self.place(key)}{value}: {message}")
+        return f"{self.place(key)}{value}: {text}"
+
+    def fail(self, key: str | None, text: str) -> NoReturn:
+        """Raise ConfigError with `message`."""
+        raise ConfigError(self.message(key, text))
 
     def warn(self, key: str | None, message: str) -> None:
         """Note something that the user should know and that stops nothing."""

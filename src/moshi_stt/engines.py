@@ -26,6 +26,7 @@ from moshi_stt.engine.engine import Engine, EngineInfo, EngineObserver
 from moshi_stt.engine.slots import spare_slots
 from moshi_stt.engine.stream import StreamLimits
 from moshi_stt.errors import CheckpointError, ConfigError
+from moshi_stt.models.spec import delay_frames
 
 if TYPE_CHECKING:
     from moshi_stt.models.mlx_impl.backend import MLXBackend
@@ -142,7 +143,7 @@ def _kyutai(
         )
     return BatchEngine(
         partial(load_kyutai, module, framework, processes, token_logs),
-        delay_frames=module.asr_delay_in_tokens,
+        delay_frames=delay_frames(module),
         marker_wait_seconds=module.engine.marker_wait_seconds,
         limits=limits,
         observer=observer,
@@ -225,6 +226,7 @@ def load_kyutai(
         device=report.device,
         dtype=report.dtype,
         total_slots=streams,
+        prefix_silence_seconds=spec.prefix_silence_seconds,
         details=details,
     )
     recorder = None

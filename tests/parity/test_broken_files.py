@@ -175,7 +175,7 @@ BROKEN: dict[str, tuple[Damage, type[MoshiSttError], list[str]]] = {
     "negative delay": (settings(asr_delay_in_tokens=-1), ConfigError, ["asr_delay_in_tokens = -1: expected a whole number, 0"]),
     "context of one frame": (settings(context=1), ConfigError, ["a delay of 6 frames makes no sense with a context of 1"]),
     "context of one frame, and no delay": (settings(context=1, asr_delay_in_tokens=0), ConfigError, ["context = 1"]),
-    "no context": (settings(context=0), ConfigError, ["context = 0: expected at least 1"]),
+    "no context": (settings(context=0), ConfigError, ["context = 0: expected at least 2"]),
     "layers that the file has not": (settings(num_layers=2), CheckpointError, ["missing: transformer.layers.1."]),
     "codebooks that the file has not": (settings(audio_codebooks=3), CheckpointError, ["missing: emb.2.weight [2049, 16]"]),
 }

@@ -31,7 +31,7 @@ from moshi_stt.engine.batch import BatchEngine, LoadedModel
 from moshi_stt.engine.engine import EngineInfo
 from moshi_stt.engine.slots import spare_slots
 from moshi_stt.events import AnyEvent, EndWord, Marker, Ready, Step, Word
-from moshi_stt.models.spec import spec_from_module
+from moshi_stt.models.spec import delay_frames, spec_from_module
 from moshi_stt.models.torch_impl.build import load_backend
 from moshi_stt.text.tokenizer import TextTokenizer
 
@@ -76,7 +76,7 @@ async def server(tiny: Path, name: str, marker_wait: float = 600.0) -> AsyncIter
         info = EngineInfo("batched_asr", name, "", (), "cpu", "f32", STREAMS)
         return LoadedModel(backend, TextTokenizer(Path(module.text_tokenizer_file)).decode, info, STREAMS)
 
-    engine = BatchEngine(load, delay_frames=module.asr_delay_in_tokens, marker_wait_seconds=marker_wait)
+    engine = BatchEngine(load, delay_frames=delay_frames(module), marker_wait_seconds=marker_wait)
     async with serving(engine) as running:
         yield running
 

@@ -30,9 +30,10 @@ class Reader(Engine):
         fail_on: int | None = None,
         wait_for_all: bool = False,
         files_only: bool = True,
+        prefix_silence_seconds: float = 0.0,
     ) -> None:
         super().__init__()
-        self.info = EngineInfo("batched_asr", "reader", "", ("en",), "cpu", "float32", slots)
+        self.info = EngineInfo("batched_asr", "reader", "", ("en",), "cpu", "float32", slots, prefix_silence_seconds)
         self._jitter = jitter_seconds
         self._random = random.Random(0)
         self._open: set[Stream] = set()
@@ -42,6 +43,8 @@ class Reader(Engine):
         self._finished: list[Stream] = []
         self._heard: dict[Stream, list[np.ndarray]] = {}
         self.streams = 0
+        self.samples: list[int] = []
+        """How many each finished stream brought."""
         self.read: list[np.ndarray] = []
         """What each marker stood behind, from its stream's start."""
         self._ends = 0
@@ -90,6 +93,7 @@ class Reader(Engine):
                 stream.deliver([*self._read(pcm), Marker(command.id)])
             elif isinstance(command, Finish):
                 self._ends += 1
+                self.samples.append(sum(map(len, self._heard[stream])))
                 if self._ends == self._fail_on:
                     stream.fail("the model step failed")
                     continue

@@ -13,6 +13,7 @@ from moshi_stt.config import EmbeddedModule, EngineConfig, KyutaiModule, LimitsC
 from moshi_stt.config_load import embedded_config, expand, load_config, parse_config, shipped_names, shipped_text
 from moshi_stt.constants import DEFAULT_PATH, FRAME_RATE
 from moshi_stt.errors import ConfigError
+from moshi_stt.models.spec import delay_frames
 
 ROOT = Path(__file__).parents[2]
 ONE_B = shipped_text("stt-1b-en_fr")
@@ -183,8 +184,8 @@ LEARNT = "conditioning_learnt_padding = true"
 @pytest.mark.parametrize("seconds", [0.0, 0.5, 1.0, 2.56])
 def test_conditioning_delay_sets_the_delay_of_a_batched_module(seconds: float) -> None:
     text = replaced(LEARNT, f"conditioning_delay = {seconds}")
-    assert kyutai(text).asr_delay_in_tokens == math.floor(seconds * FRAME_RATE) + 1
-    assert kyutai(text.replace('"BatchedAsr"', '"Asr"')).asr_delay_in_tokens == 6
+    assert delay_frames(kyutai(text)) == math.floor(seconds * FRAME_RATE) + 1
+    assert delay_frames(kyutai(text.replace('"BatchedAsr"', '"Asr"'))) == 6
 
 
 @pytest.mark.parametrize(
@@ -321,7 +322,7 @@ BROKEN: list[tuple[Callable[[], str], str]] = [
     (change("causal = true", "causal = true\ncross_attention = true"), "cross_attention = true: expected false"),
     (change("num_heads = 16", "num_heads = 15"), "num_heads = 15: expected a divisor of d_model = 2048"),
     (change("num_layers = 16", "num_layers = 0"), "num_layers = 0: expected at least 1."),
-    (change("context = 750", "context = 0"), "context = 0: expected at least 1."),
+    (change("context = 750", "context = 0"), "context = 0: expected at least 2."),
     (change("max_period = 100000", "max_period = 1"), "max_period = 1: expected a number above 1"),
     (change("dim = 6", "dim = 0"), "[modules.asr.model.extra_heads] dim = 0: expected at least 1."),
     (add('[modules.asr.model.conditioners.x]\ntype = "Lut"\nn_bins = 2\ndim = 4\npossible_values = ["a"]\n'), 'no conditioner named "delay"'),
@@ -358,6 +359,18 @@ def test_a_broken_file_is_refused_by_name_and_remedy(text: Callable[[], str], me
         parse_config(text(), "test.toml")
     assert str(raised.value).startswith("test.toml: ")
     assert message in str(raised.value)
+
+
+def test_everything_wrong_with_a_model_is_named_at_once() -> None:
+    text = replaced("causal = true", "causal = false", replaced("asr_delay_in_tokens = 6", "asr_delay_in_tokens = 750"))
+    with pytest.raises(ConfigError) as raised:
+        parse_config(replaced("audio_codebooks = 32", "audio_codebooks = 99", text), "test.toml")
+    lines = str(raised.value).splitlines()
+    assert [line.split(":")[1] for line in lines] == [
+        " [modules.asr.model.transformer] causal = false",
+        " [modules.asr.model] audio_codebooks = 99",
+        " [modules.asr] asr_delay_in_tokens = 750",
+    ]
 
 
 def as_documented(default: object) -> str:

@@ -20,9 +20,8 @@ from tests.support.written import Reader, written
 
 from moshi_stt import engines
 from moshi_stt.cli import main
-from moshi_stt.cli.transcribe import Source, _report, prefix_seconds_of
+from moshi_stt.cli.transcribe import Source, _report
 from moshi_stt.config import EmbeddedModule, KyutaiModule, LimitsConfig, Module
-from moshi_stt.config_load import load_config
 from moshi_stt.engine.engine import Engine
 from moshi_stt.errors import CheckpointError
 from moshi_stt.sample import sample_path
@@ -255,9 +254,22 @@ def test_weights_of_fewer_bits_are_for_kyutais_models(
     assert len(engine) == built
 
 
-@pytest.mark.parametrize(("name", "seconds"), [("stt-1b-en_fr", 0.0), ("stt-2.6b-en", 1.0), ("embedded", 0.0)])
-def test_only_the_large_model_gets_silence_before(name: str, seconds: float) -> None:
-    assert prefix_seconds_of(load_config(name).config.modules[0]) == seconds
+@pytest.mark.parametrize(
+    ("flags", "seconds"), [((), 1.5), (("--prefix-seconds", "0.5"), 0.5), (("--prefix-seconds", "0"), 0.0)]
+)
+def test_silence_before_is_what_the_model_needs_or_what_is_asked(
+    recording: Recording,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    flags: tuple[str, ...],
+    seconds: float,
+) -> None:
+    """It reaches the model, and not the times."""
+    reader = Reader(prefix_silence_seconds=1.5)
+    monkeypatch.setattr(engines, "build_engine", lambda *args, **more: reader)
+    assert main(["transcribe", "-f", "words", *flags, str(recording())]) == 0
+    assert capsys.readouterr().out.startswith("0.500\t0.800\tw0\n")
+    assert reader.samples == [round((2.5 + seconds) * 24_000)]
 
 
 def test_no_bar_in_a_pipe_and_one_on_a_terminal(

@@ -34,8 +34,6 @@ if TYPE_CHECKING:
     from tqdm import tqdm
 
 KEY_VARIABLE = "MOSHI_STT_KEY"
-LONG_DELAY_FRAMES = 25
-"""Models with a delay of two seconds or more (the 2.6B) mis-hear the first word without silence before it."""
 
 _USAGE, _FAILED, _DONE = 2, 1, 0
 
@@ -246,7 +244,7 @@ class InProcess(Transcriber):
         embedded = isinstance(module, EmbeddedModule)
         self._rule = None if embedded else CutRule()
         self.jobs = min(usable_cores(), 8) if embedded else 1
-        self._prefix_seconds = prefix_seconds_of(module) if prefix_seconds is None else prefix_seconds
+        self._prefix_seconds = prefix_seconds
 
     async def __aenter__(self) -> Self:
         await self._engine.start()
@@ -260,14 +258,10 @@ class InProcess(Transcriber):
     async def words(self, source: Source, on_progress: Callable[[float], None]) -> list[TimedWord]:
         from moshi_stt.engine.recording import transcribe_recording
 
+        prefix = self._engine.info.prefix_silence_seconds if self._prefix_seconds is None else self._prefix_seconds
         return await transcribe_recording(
-            self._engine, source.audio(), rule=self._rule, prefix_seconds=self._prefix_seconds, on_progress=on_progress
+            self._engine, source.audio(), rule=self._rule, prefix_seconds=prefix, on_progress=on_progress
         )
-
-
-def prefix_seconds_of(module: Module) -> float:
-    """Silence that a model needs before the first word."""
-    return 0.0 if isinstance(module, EmbeddedModule) or module.asr_delay_in_tokens < LONG_DELAY_FRAMES else 1.0
 
 
 def build_transcriber(args: argparse.Namespace) -> Transcriber:

@@ -151,6 +151,8 @@ class EngineInfo:
     device: str
     dtype: str
     total_slots: int
+    prefix_silence_seconds: float = 0.0
+    """Silence that a recording needs before its first sound. Clients of the native WebSocket send it themselves."""
     details: dict[str, str] = field(default_factory=dict)
     """More lines for the start-up log: measured step time, load time, real-time streams this means."""
 

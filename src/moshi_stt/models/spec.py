@@ -1,19 +1,25 @@
 """What a Kyutai speech-to-text model is, as frozen data, from a TOML `model` table or a repository's config.json.
 
-Knows nothing of tensors, files or frameworks. What makes no sense is reported all at once, each thing by its key.
+The law of these tables stands here alone: `config_load` reads their types and asks `table_faults` and `driving_faults`. What
+makes no sense is reported all at once, each thing by its key.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NamedTuple
 
-from moshi_stt.config import KyutaiModule, ModelConfig
+import msgspec
+
+from moshi_stt.config import KyutaiModule, LutConfig, ModelConfig
 from moshi_stt.constants import FRAME_RATE, FRAME_SAMPLES
 from moshi_stt.errors import CheckpointError, ConfigError, MoshiSttError
 
 MAX_CODEBOOKS = 32
 """Codebooks in the Mimi file: one semantic, 31 acoustic."""
+
+CODEBOOK_ENTRIES = 2_048
+"""Entries of each codebook, without the pad."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +43,7 @@ class MimiSpec:
     """The Mimi encoder. Only the number of codebooks varies; the rest is the one published file (contract section 5.1)."""
 
     codebooks: int = MAX_CODEBOOKS
-    codebook_size: int = 2_048
+    codebook_size: int = CODEBOOK_ENTRIES
     codebook_dim: int = 256
     dim: int = 512
     heads: int = 8
@@ -129,7 +135,7 @@ class LMSpec:
     text_card: int
     """Text tokens that come out; the start token, text_card, goes in besides."""
     codebooks: int
-    audio_card: int = 2_048
+    audio_card: int = CODEBOOK_ENTRIES
     """Codes of each codebook; the pad, audio_card, goes in besides."""
     extra_heads: int = 0
     extra_head_dim: int = 6
@@ -171,6 +177,23 @@ class ModelSpec:
     """What was decided on the way, for the start-up log."""
 
 
+class Fault(NamedTuple):
+    """A value that cannot be used.
+
+    table: names of the tables it stands in, below the module's (or below config.json). key: None means the table itself.
+    expected: a sentence: what was expected, and what to do.
+    """
+
+    table: tuple[str, ...]
+    key: str | None
+    value: object
+    expected: str
+
+    def __str__(self) -> str:
+        place = ".".join((*self.table, *([self.key] if self.key else [])))
+        return f"{place} = {_shown(self.value)}: {self.expected}" if self.value is not None else f"{place}: {self.expected}"
+
+
 def spec_from_module(module: KyutaiModule, config_json: Mapping[str, object] | None = None) -> ModelSpec:
     """The spec of a configured module.
 
@@ -186,13 +209,10 @@ def spec_from_module(module: KyutaiModule, config_json: Mapping[str, object] | N
         raise ConfigError(
             f"modules.{module.name} has no [modules.{module.name}.model] table and the repository's config.json was not given"
         )
-    delay, notes = _delay_frames(module)
-    wrong: list[str] = []
-    if not 0 <= delay <= lm.context:
-        wrong.append(f"a delay of {delay} frames is outside 0 .. context = {lm.context}")
-    if not math.isfinite(module.temperature):
-        wrong.append(f"temperature = {module.temperature} is no number")
-    _raise_all(ConfigError, f"modules.{module.name}", wrong)
+    _raise_all(ConfigError, f"modules.{module.name}", driving_faults(module, lm.context, lm.conditioners))
+    delay = delay_frames(module)
+    given = module.asr_delay_in_tokens
+    note = f"conditioning_delay = {module.conditioning_delay} makes the delay {delay} frames instead of {given}"
     return ModelSpec(
         lm=lm,
         mimi=MimiSpec(codebooks=lm.codebooks),
@@ -200,208 +220,262 @@ def spec_from_module(module: KyutaiModule, config_json: Mapping[str, object] | N
         prefix_silence_seconds=_prefix_silence(lm, config_json),
         condition=_condition(module, lm),
         temperature=module.temperature,
-        notes=notes,
+        notes=() if delay == given else (note,),
     )
 
 
 def lm_spec_from_toml(model: ModelConfig) -> LMSpec:
     """The spec of `[modules.NAME.model]` (contract section 4.4). Raises ConfigError naming every key that cannot be used."""
-    t = model.transformer
-    wrong: list[str] = []
-
-    def must(key: str, got: object, wanted: object) -> None:
-        if got != wanted:
-            wrong.append(f"transformer.{key} = {_toml(got)}: only {_toml(wanted)} is supported")
-
-    must("causal", t.causal, True)
-    must("norm_first", t.norm_first, True)
-    must("bias_ff", t.bias_ff, False)
-    must("bias_attn", t.bias_attn, False)
-    must("use_conv_block", t.use_conv_block, False)
-    must("kv_repeat", t.kv_repeat, 1)
-    must("norm", t.norm, "RmsNorm")
-    must("positional_embedding", t.positional_embedding, "Rope")
-    must("gating", t.gating, "silu")
-    must("layer_scale", t.layer_scale, None)
-    must("cross_attention", t.cross_attention, False)
-    must("shared_cross_attn", t.shared_cross_attn, False)
-    if model.text_in_vocab_size != model.text_out_vocab_size + 1:
-        wrong.append(
-            f"text_in_vocab_size = {model.text_in_vocab_size} must be text_out_vocab_size + 1 = {model.text_out_vocab_size + 1}"
-        )
-    wrong += _shape_errors(
-        "transformer.d_model", t.d_model, "transformer.num_heads", t.num_heads, "transformer.num_layers", t.num_layers
-    )
-    wrong += _common_errors(
-        t.context, t.max_period, model.text_out_vocab_size, model.audio_codebooks, model.audio_vocab_size - 1, "transformer."
-    )
+    _raise_all(ConfigError, "the model table", (fault._replace(table=fault.table[1:]) for fault in table_faults(model)))
     heads = model.extra_heads
-    if heads is not None and (heads.num_heads < 1 or heads.dim < 1):
-        wrong.append(f"extra_heads = {{num_heads = {heads.num_heads}, dim = {heads.dim}}} must be positive")
-    conditioners = tuple(_conditioner(name, table, wrong) for name, table in sorted((model.conditioners or {}).items()))
-    _raise_all(ConfigError, "the model table", wrong)
     return LMSpec(
-        dim=t.d_model,
-        heads=t.num_heads,
-        layers=t.num_layers,
-        context=t.context,
-        max_period=float(t.max_period),
+        dim=model.transformer.d_model,
+        heads=model.transformer.num_heads,
+        layers=model.transformer.num_layers,
+        context=model.transformer.context,
+        max_period=float(model.transformer.max_period),
         text_card=model.text_out_vocab_size,
         codebooks=model.audio_codebooks,
         audio_card=model.audio_vocab_size - 1,
         extra_heads=heads.num_heads if heads else 0,
         extra_head_dim=heads.dim if heads else 6,
-        conditioners=conditioners,
+        conditioners=conditioner_specs(model),
     )
-
-
-_JSON_INTS = ("card", "n_q", "dim", "num_heads", "num_layers", "text_card", "context")
-_JSON_FIXED: dict[str, tuple[object, ...]] = {
-    "dep_q": (0,),
-    "gating": ("silu",),
-    "norm": ("rms_norm_f32",),
-    "causal": (True,),
-    "layer_scale": (None,),
-    "positional_embedding": ("rope",),
-    "cross_attention": (False,),
-    "model_type": ("stt",),
-}
 
 
 def lm_spec_from_json(config: Mapping[str, object]) -> LMSpec:
     """The spec of a repository's config.json (contract section 6.4). Raises CheckpointError naming every key that is wrong."""
-    wrong: list[str] = []
-    ints: dict[str, int] = {}
-    for key in _JSON_INTS:
-        value = config.get(key)
-        if isinstance(value, int) and not isinstance(value, bool):
-            ints[key] = value
-        else:
-            wrong.append(f"{key} = {value!r}: a whole number is needed")
-            ints[key] = 0
-    for key, allowed in _JSON_FIXED.items():
-        if key in config and config[key] not in allowed:
-            wrong.append(f"{key} = {config[key]!r}: only {allowed[0]!r} is supported")
-    delays = config.get("delays", [])
-    if not isinstance(delays, list) or any(delays):
-        wrong.append(f"delays = {delays!r}: only zeros are supported")
-    if config.get("conditioners"):
-        wrong.append("conditioners: only an empty table is supported in config.json; give them in the TOML `model` table")
-    period = config.get("max_period")
-    if isinstance(period, bool) or not isinstance(period, int | float):
-        wrong.append(f"max_period = {period!r}: a number is needed")
-        period = math.nan
-    heads, head_dim = config.get("extra_heads_num_heads", 0), config.get("extra_heads_dim", 6)
-    if not isinstance(heads, int) or not isinstance(head_dim, int) or heads < 0 or head_dim < 1:
-        wrong.append(f"extra_heads_num_heads = {heads!r}, extra_heads_dim = {head_dim!r}: whole numbers are needed")
-        heads, head_dim = 0, 6
-    if not wrong:
-        wrong += _shape_errors("dim", ints["dim"], "num_heads", ints["num_heads"], "num_layers", ints["num_layers"])
-        wrong += _common_errors(ints["context"], period, ints["text_card"], ints["n_q"], ints["card"], "")
-    _raise_all(CheckpointError, "config.json", wrong)
+    try:
+        read = msgspec.convert({key: value for key, value in config.items() if value is not None}, _ConfigJson)
+    except msgspec.ValidationError as error:
+        raise CheckpointError(f"config.json: {error}") from None
+    _raise_all(CheckpointError, "config.json", _json_faults(config, read))
     return LMSpec(
-        dim=ints["dim"],
-        heads=ints["num_heads"],
-        layers=ints["num_layers"],
-        context=ints["context"],
-        max_period=float(period),
-        text_card=ints["text_card"],
-        codebooks=ints["n_q"],
-        audio_card=ints["card"],
-        extra_heads=heads,
-        extra_head_dim=head_dim,
+        dim=read.dim,
+        heads=read.num_heads,
+        layers=read.num_layers,
+        context=read.context,
+        max_period=read.max_period,
+        text_card=read.text_card,
+        codebooks=read.n_q,
+        audio_card=read.card,
+        extra_heads=read.extra_heads_num_heads,
+        extra_head_dim=read.extra_heads_dim,
     )
 
 
-# ---- the parts -----------------------------------------------------------------------------------------------------------
+def delay_frames(module: KyutaiModule) -> int:
+    """Frames between a sound and its token: as configured, or what `conditioning_delay` makes it (contract section 4.3)."""
+    seconds = module.conditioning_delay
+    if seconds is None or module.type != "BatchedAsr":
+        return module.asr_delay_in_tokens
+    return math.floor(seconds * FRAME_RATE) + 1
 
 
-def _shape_errors(dim_key: str, dim: int, heads_key: str, heads: int, layers_key: str, layers: int) -> list[str]:
-    wrong = [
-        f"{key} = {value} must be positive"
-        for key, value in ((dim_key, dim), (heads_key, heads), (layers_key, layers))
-        if value < 1
+# ---- the law -------------------------------------------------------------------------------------------------------------
+
+_SUPPORTED = "No published speech-to-text model has another value, and this server cannot run one."
+_TOML_FIXED: dict[str, object] = {
+    "causal": True,
+    "norm_first": True,
+    "bias_ff": False,
+    "bias_attn": False,
+    "use_conv_block": False,
+    "kv_repeat": 1,
+    "norm": "RmsNorm",
+    "positional_embedding": "Rope",
+    "gating": "silu",
+    "layer_scale": None,
+    "cross_attention": False,
+    "shared_cross_attn": False,
+}
+_JSON_FIXED: dict[str, object] = {
+    "dep_q": 0,
+    "gating": "silu",
+    "norm": "rms_norm_f32",
+    "causal": True,
+    "layer_scale": None,
+    "positional_embedding": "rope",
+    "cross_attention": False,
+    "model_type": "stt",
+}
+
+
+class _Shape(NamedTuple):
+    """The numbers of a model, and of each where it stands: tables and key."""
+
+    values: dict[str, float]
+    places: dict[str, tuple[tuple[str, ...], str]]
+
+    def fault(self, name: str, expected: str) -> Fault:
+        table, key = self.places[name]
+        return Fault(table, key, self.values[name], expected)
+
+
+def table_faults(model: ModelConfig) -> list[Fault]:
+    """Everything in `[modules.NAME.model]` that cannot be used. Tables begin with `model`."""
+    t, top, inner = model.transformer, ("model",), ("model", "transformer")
+    faults = [
+        Fault(inner, key, got, f"expected {_wanted(value)}{'' if got is not None else ' (the key is absent)'}. {_SUPPORTED}")
+        for key, value in _TOML_FIXED.items()
+        if (got := getattr(t, key)) != value
     ]
-    if not wrong and (dim % heads or (dim // heads) % 2):
-        wrong.append(f"{dim_key} = {dim} must be {heads_key} = {heads} times an even number")
-    return wrong
+    if t.dim_feedforward < 1:
+        faults.append(Fault(inner, "dim_feedforward", t.dim_feedforward, "expected at least 1."))
+    if model.text_in_vocab_size != model.text_out_vocab_size + 1:
+        expected = f"expected text_out_vocab_size + 1 = {model.text_out_vocab_size + 1} (the last id is the start token)."
+        faults.append(Fault(top, "text_in_vocab_size", model.text_in_vocab_size, expected))
+    if model.audio_vocab_size != CODEBOOK_ENTRIES + 1:
+        expected = f"expected {CODEBOOK_ENTRIES + 1}: Mimi has {CODEBOOK_ENTRIES} entries, the last id is the pad."
+        faults.append(Fault(top, "audio_vocab_size", model.audio_vocab_size, expected))
+    heads = model.extra_heads
+    if heads is not None:
+        wrong = [key for key in ("num_heads", "dim") if getattr(heads, key) < 1]
+        faults += [Fault(("model", "extra_heads"), key, getattr(heads, key), "expected at least 1.") for key in wrong]
+    for name, conditioner in (model.conditioners or {}).items():
+        if conditioner.dim < 4 or conditioner.dim % 2:
+            faults.append(Fault(("model", "conditioners", name), "dim", conditioner.dim, "expected an even number, 4 or more."))
+    numbers = {
+        "dim": (t.d_model, inner, "d_model"),
+        "heads": (t.num_heads, inner, "num_heads"),
+        "layers": (t.num_layers, inner, "num_layers"),
+        "context": (t.context, inner, "context"),
+        "max_period": (t.max_period, inner, "max_period"),
+        "text_card": (model.text_out_vocab_size, top, "text_out_vocab_size"),
+        "codebooks": (model.audio_codebooks, top, "audio_codebooks"),
+    }
+    return faults + _shape_faults(_shape(numbers))
 
 
-def _common_errors(context: int, max_period: float, text_card: int, codebooks: int, audio_card: int, prefix: str) -> list[str]:
-    wrong = []
-    if context < 2:
-        wrong.append(f"{prefix}context = {context} must be at least 2")
-    if not (math.isfinite(max_period) and max_period > 1):
-        wrong.append(f"{prefix}max_period = {max_period} must be above 1")
-    if text_card < 4:
-        wrong.append(f"a text vocabulary of {text_card} has no room for the padding token 3")
-    if not 1 <= codebooks <= MAX_CODEBOOKS:
-        wrong.append(f"{codebooks} audio codebooks: Mimi has 1 to {MAX_CODEBOOKS}")
-    if audio_card != 2_048:
-        wrong.append(
-            f"an audio vocabulary of {audio_card} codes: Mimi's codebooks have 2048 (audio_vocab_size 2049, card 2048)"
+class _ConfigJson(msgspec.Struct):
+    """The keys of config.json that the model needs; the rest is looked at in `_json_faults`."""
+
+    card: int
+    n_q: int
+    dim: int
+    num_heads: int
+    num_layers: int
+    text_card: int
+    context: int
+    max_period: float
+    extra_heads_num_heads: int = 0
+    extra_heads_dim: int = 6
+
+
+def _json_faults(config: Mapping[str, object], read: _ConfigJson) -> list[Fault]:
+    faults = [
+        Fault((), key, config[key], f"expected {_wanted(value)}. {_SUPPORTED}")
+        for key, value in _JSON_FIXED.items()
+        if key in config and config[key] != value
+    ]
+    delays = config.get("delays", [])
+    if not isinstance(delays, list) or any(delays):
+        faults.append(Fault((), "delays", delays, "expected only zeros."))
+    if config.get("conditioners"):
+        faults.append(Fault((), "conditioners", None, "expected an empty table; give them in the TOML `model` table."))
+    if read.card != CODEBOOK_ENTRIES:
+        faults.append(Fault((), "card", read.card, f"expected {CODEBOOK_ENTRIES}, the entries of Mimi's codebooks."))
+    for key, least in (("extra_heads_num_heads", 0), ("extra_heads_dim", 1)):
+        if getattr(read, key) < least:
+            faults.append(Fault((), key, getattr(read, key), f"expected at least {least}."))
+    keys = {
+        "dim": "dim",
+        "heads": "num_heads",
+        "layers": "num_layers",
+        "context": "context",
+        "max_period": "max_period",
+        "text_card": "text_card",
+        "codebooks": "n_q",
+    }
+    return faults + _shape_faults(_shape({name: (getattr(read, key), (), key) for name, key in keys.items()}))
+
+
+def _shape(numbers: Mapping[str, tuple[float, tuple[str, ...], str]]) -> _Shape:
+    return _Shape(
+        {name: value for name, (value, _, _) in numbers.items()},
+        {name: (table, key) for name, (_, table, key) in numbers.items()},
+    )
+
+
+def _shape_faults(shape: _Shape) -> list[Fault]:
+    """What holds of every model, wherever its numbers come from."""
+    dim, heads, _, context, max_period, text_card, codebooks = shape.values.values()
+    faults = [shape.fault(name, "expected at least 1.") for name in ("dim", "heads", "layers") if shape.values[name] < 1]
+    if not faults and (dim % heads or (dim // heads) % 2):
+        faults.append(
+            shape.fault("heads", f"expected a divisor of {shape.places['dim'][1]} = {dim} that leaves an even head size.")
         )
-    return wrong
+    if context < 2:
+        faults.append(shape.fault("context", "expected at least 2."))
+    if not (math.isfinite(max_period) and max_period > 1):
+        faults.append(shape.fault("max_period", "expected a number above 1, usually 100000."))
+    if text_card < 4:
+        faults.append(shape.fault("text_card", "expected at least 4: token 3 is the padding."))
+    if not 1 <= codebooks <= MAX_CODEBOOKS:
+        faults.append(shape.fault("codebooks", f"expected 1 to {MAX_CODEBOOKS}, the codebooks that Mimi has."))
+    return faults
 
 
-def _conditioner(name: str, table: Mapping[str, object], wrong: list[str]) -> ConditionerSpec:
-    """One conditioner; what cannot be used is added to `wrong`."""
-    kind = table.get("type")
+def driving_faults(module: KyutaiModule, context: int, conditioners: Sequence[ConditionerSpec]) -> list[Fault]:
+    """What is wrong with how the module drives a model of this context and these conditioners (contract section 4.3)."""
+    faults: list[Fault] = []
+    seconds, learnt = module.conditioning_delay, module.conditioning_learnt_padding
 
-    def number(key: str) -> float:
-        value = table.get(key)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-            wrong.append(f"conditioners.{name}.{key} = {value!r}: a number is needed")
-            return 4.0
-        return value
+    def wrong(key: str | None, value: object, expected: str) -> None:
+        faults.append(Fault((), key, value, expected))
 
-    dim = int(number("dim"))
-    if dim < 4 or dim % 2:
-        wrong.append(f"conditioners.{name}.dim = {dim} must be even and at least 4")
-    if kind == "ContinuousAttribute":
-        return ConditionerSpec(name, kind, dim, scale_factor=number("scale_factor"), max_period=number("max_period"))
-    if kind != "Lut":
-        wrong.append(f'conditioners.{name}.type = {kind!r}: must be "Lut" or "ContinuousAttribute"')
-        return ConditionerSpec(name, "Lut", dim)
-    values = table.get("possible_values")
-    if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
-        wrong.append(f"conditioners.{name}.possible_values = {values!r}: a list of strings is needed")
-        values = []
-    return ConditionerSpec(name, kind, dim, bins=int(number("n_bins")), possible_values=tuple(values))
+    if not math.isfinite(module.temperature):
+        wrong("temperature", module.temperature, "expected a number.")
+    if seconds is not None and not (math.isfinite(seconds) and seconds >= 0):
+        wrong("conditioning_delay", seconds, "expected seconds, 0 or more.")
+    elif not 0 <= delay_frames(module) < context:
+        key = "asr_delay_in_tokens" if delay_frames(module) == module.asr_delay_in_tokens else "conditioning_delay"
+        wrong(
+            key,
+            getattr(module, key),
+            f"a delay of {delay_frames(module)} frames makes no sense with a context of {context}; "
+            "expected less than the context. It is 6 for the 1B model and 32 for the 2.6B.",
+        )
+    if not conditioners:
+        return faults  # both keys are without effect on the input, as in moshi-server
+    named = {conditioner.name: conditioner for conditioner in conditioners}
+    either = module.type != "Asr"
+    if "delay" not in named:
+        wrong(None, None, 'model.conditioners has no conditioner named "delay"; it is the only one that this server can set.')
+    elif seconds is None and not (learnt and either):
+        also = " or conditioning_learnt_padding = true" if either else ""
+        wrong(
+            "conditioning_delay", None, f"the model has conditioners, so expected conditioning_delay = SECONDS{also}. Add it."
+        )
+    elif seconds is not None and learnt and either:
+        wrong(
+            "conditioning_delay", seconds, "expected either this or conditioning_learnt_padding = true, not both. Remove one."
+        )
+    elif seconds is not None and named["delay"].kind != "ContinuousAttribute":
+        expected = 'the conditioner named "delay" is of type "Lut"; expected "ContinuousAttribute".'
+        wrong("conditioning_delay", seconds, expected)
+    return faults
+
+
+def conditioner_specs(model: ModelConfig) -> tuple[ConditionerSpec, ...]:
+    """The conditioners of a `model` table, by name."""
+    specs = []
+    for name, c in sorted((model.conditioners or {}).items()):
+        if isinstance(c, LutConfig):
+            specs.append(ConditionerSpec(name, "Lut", c.dim, bins=c.n_bins, possible_values=tuple(c.possible_values)))
+        else:
+            specs.append(
+                ConditionerSpec(name, "ContinuousAttribute", c.dim, scale_factor=c.scale_factor, max_period=c.max_period)
+            )
+    return tuple(specs)
 
 
 def _condition(module: KyutaiModule, lm: LMSpec) -> Condition | None:
-    """The table of contract section 4.3: which condition the two `conditioning_*` keys mean."""
+    """Which condition the two `conditioning_*` keys mean; the law has been checked."""
     if not lm.conditioners:
-        return None  # both keys are without effect on the input, as in moshi-server
-    where = f"modules.{module.name}: the model has conditioners, so"
-    named = {conditioner.name: conditioner for conditioner in lm.conditioners}
-    if "delay" not in named:
-        raise ConfigError(f"{where} one named `delay` is needed; there are {', '.join(named)}")
-    conditioner, learnt, value = named["delay"], module.conditioning_learnt_padding, module.conditioning_delay
-    if value is None:
-        if learnt and module.type != "Asr":
-            return Condition(conditioner)
-        wanted = "conditioning_delay" if module.type == "Asr" else "conditioning_delay or conditioning_learnt_padding = true"
-        raise ConfigError(f"{where} {wanted} is needed")
-    if learnt and module.type != "Asr":
-        raise ConfigError(f"{where} conditioning_delay and conditioning_learnt_padding = true exclude each other")
-    if conditioner.kind != "ContinuousAttribute":
-        raise ConfigError(f"{where} conditioning_delay needs a ContinuousAttribute; `delay` is a {conditioner.kind}")
-    return Condition(conditioner, -value)
-
-
-def _delay_frames(module: KyutaiModule) -> tuple[int, tuple[str, ...]]:
-    """The delay, and a note where `conditioning_delay` overrides the configured one (contract section 4.3)."""
-    value = module.conditioning_delay
-    if value is None or module.type != "BatchedAsr":
-        return module.asr_delay_in_tokens, ()
-    if not math.isfinite(value):
-        raise ConfigError(f"modules.{module.name}: conditioning_delay = {value} is no number of seconds")
-    delay = math.floor(value * FRAME_RATE) + 1
-    if delay == module.asr_delay_in_tokens:
-        return delay, ()
-    return delay, (f"conditioning_delay = {value:g} makes the delay {delay} frames instead of {module.asr_delay_in_tokens}",)
+        return None
+    (conditioner,) = (conditioner for conditioner in lm.conditioners if conditioner.name == "delay")
+    return Condition(conditioner, None if module.conditioning_delay is None else -module.conditioning_delay)
 
 
 def _prefix_silence(lm: LMSpec, config: Mapping[str, object] | None) -> float:
@@ -419,12 +493,14 @@ def _stt_number(config: Mapping[str, object], key: str) -> float:
     return float(value)
 
 
-def _raise_all(error: type[MoshiSttError], where: str, wrong: list[str]) -> None:
-    if wrong:
-        raise error(f"{where}: " + "; ".join(wrong))
+def _raise_all(error: type[MoshiSttError], where: str, faults: Iterable[Fault]) -> None:
+    if found := [str(fault) for fault in faults]:
+        raise error(f"{where}: " + "; ".join(found))
 
 
-def _toml(value: object) -> str:
-    if value is None:
-        return "(absent)"
+def _wanted(value: object) -> str:
+    return "the key to be absent" if value is None else _shown(value)
+
+
+def _shown(value: object) -> str:
     return str(value).lower() if isinstance(value, bool) else f'"{value}"' if isinstance(value, str) else str(value)
