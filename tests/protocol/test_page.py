@@ -1,7 +1,8 @@
 """The parts of the browser page that can be run without a browser, by Node where there is one."""
 
-import asyncio
 import json
+import random
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -9,13 +10,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tests.support.raw_ws import RawClient
-from tests.support.scripted_engine import ScriptedEngine, counting
-from tests.support.serving import KEY, Running, serving, until
 
 from moshi_stt import protocol
 from moshi_stt.events import EndWord, Error, Marker, Ready, Step, Word
 from moshi_stt.server.static import PACKAGED
+from moshi_stt.text import subtitles
+from moshi_stt.text.subtitles import TimedWord
 
 NODE = shutil.which("node")
 pytestmark = pytest.mark.skipif(NODE is None, reason="no node: the page's scripts are not run")
@@ -33,6 +33,10 @@ def run(script: str) -> Any:
 
 def module(name: str) -> str:
     return json.dumps((PACKAGED / name).as_uri())
+
+
+def support(name: str) -> str:
+    return json.dumps((Path(__file__).parents[1] / "support" / name).as_uri())
 
 
 def test_page_encodes_what_the_server_decodes() -> None:
@@ -100,75 +104,112 @@ def test_page_resamples_any_rate(rate: int) -> None:
     np.testing.assert_allclose(cut, tone, atol=1e-9)
 
 
-async def browse(running: Running, key: str, seconds: float, source: str = "file") -> dict[str, Any]:
-    """What the page shows after a file was dropped on it, or the microphone was used, in a stand-in for a browser."""
-    script = Path(__file__).parents[1] / "support" / "fake_browser.mjs"
-    assert NODE is not None
-    process = await asyncio.create_subprocess_exec(
-        *(
-            NODE,
-            "--no-warnings",
-            "--experimental-websocket",
-            str(script),
-            str(PACKAGED),
-            running.http,
-            key,
-            str(seconds),
-            source,
-        ),
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.PIPE,
-    )
-    output, errors = await asyncio.wait_for(process.communicate(), 30)
-    assert process.returncode == 0, errors.decode()
-    shown: dict[str, Any] = json.loads(output)
-    return shown
+def spoken(seed: int) -> list[TimedWord]:
+    """Words as models give them: sentences, clauses, pauses, quotes, long and odd words, times that touch."""
+    rng = random.Random(seed)
+    ends = ["", "", "", "", ",", ".", "?", ';"', ".”", "…"]
+    bodies = ["a", "the", "<b>", "of", "times", "incredulity", "naïve", "-->", "x" * 50, "R&D", "😀", "two  words", " "]
+    at, words = 0.0, []
+    for _ in range(rng.randrange(0, 120)):
+        at += rng.choice([0.0, 0.01, 0.1, 0.3, 0.9, 2.5])
+        end = at + rng.choice([0.0, 0.08, 0.25, 0.6, 3.0])
+        words.append(TimedWord(rng.choice(bodies) + rng.choice(ends), round(at, 3), round(end, 3)))
+        at = end
+    return words
 
 
-def has_websocket() -> bool:
-    """Node has a WebSocket of its own from 20.10 on."""
-    if NODE is None:
-        return False
-    arguments = [NODE, "--no-warnings", "--experimental-websocket", "-p", "typeof WebSocket"]
-    return subprocess.run(arguments, capture_output=True, text=True, check=False).stdout.strip() == "function"
+def test_page_saves_the_same_files_as_the_command() -> None:
+    """Text, SRT and WebVTT equal to the byte, JSON to the value, over 200 seeded transcripts."""
+    transcripts = [spoken(seed) for seed in range(200)]
+    given = [[{"text": word.text, "start": word.start, "end": word.end} for word in words] for words in transcripts]
+    saved = run(f"""
+        import {{ FORMATS }} from {module("subtitles.js")};
+        const all = {json.dumps(given)};
+        const kinds = ["txt", "srt", "vtt", "json"];
+        console.log(JSON.stringify(all.map((words) => kinds.map((kind) => FORMATS[kind].format(words)))));
+    """)
+    for words, (text, srt, vtt, document) in zip(transcripts, saved, strict=True):
+        assert text == subtitles.format_text(words)
+        assert srt == subtitles.format_srt(words)
+        assert vtt == subtitles.format_vtt(words)
+        assert json.loads(document) == json.loads(subtitles.format_json(words))
 
 
-@pytest.mark.skipif(not has_websocket(), reason="no node with a WebSocket")
-@pytest.mark.parametrize("source", ["file", "microphone"])
-async def test_page_shows_the_words(source: str) -> None:
-    """Its own session against the real server, to the last word; what was said before the server was ready is not lost."""
-    engine = ScriptedEngine(counting(20), delay_frames=6)
-    async with serving(engine) as running:
-        shown = await browse(running, KEY, 4.0, source)
-    assert shown["error"] == ""
-    assert (shown["state"], shown["microphones"]) == ("Done.", 0)
-    assert shown["words"] == [f"w{i}" for i in range(20)]
-    assert shown["server"] == "scripted on cpu, language: en; 0 of 4 places taken"
-    assert engine.samples == [4 * 24_000]
+def test_page_keeps_cues_in_order_over_several_recordings_and_speakers() -> None:
+    """A second recording begins after the first; two speakers at once each keep their cues."""
+    words, srt = run(f"""
+        import {{ Transcript }} from {module("transcript.js")};
+        import {{ formatSrt }} from {module("subtitles.js")};
+        const transcript = new Transcript();
+        const first = transcript.begin();
+        first.add({{ text: "One", start: 1, end: 1.5 }});
+        first.add({{ text: "two.", start: 5, end: 5.68 }});
+        first.lasted(7);
+        const offset = transcript.end;
+        const you = transcript.begin({{ speaker: "You", offset }});
+        const tab = transcript.begin({{ speaker: "Tab", offset }});
+        tab.add({{ text: "Hello", start: 1, end: 1.4 }});
+        you.add({{ text: "Three", start: 0.2, end: null }});
+        tab.add({{ text: "there.", start: 1.5, end: 2 }});
+        console.log(JSON.stringify([transcript.words.map((word) => [word.text, word.start]), formatSrt(transcript.words)]));
+    """)
+    assert words == [["One", 1], ["two.", 5], ["Three", 7.2], ["Hello", 8], ["there.", 8.5]]
+    assert "Tab: Hello there." in srt
+    assert "You: Three" in srt
+    stamps = re.findall(r"(\S+) --> (\S+)", srt)
+    flat = [stamp for pair in stamps for stamp in pair]
+    assert flat == sorted(flat)
 
 
-@pytest.mark.skipif(not has_websocket(), reason="no node with a WebSocket")
-@pytest.mark.parametrize(
-    ("case", "said"),
-    [
-        ("wrong key", "The server refused the connection. Is the key right?"),
-        ("full", "Every place on the server is taken."),
-        ("failing", "The model failed: the device is gone."),
-    ],
-)
-async def test_page_says_in_plain_words_what_is_wrong(case: str, said: str) -> None:
-    engine = ScriptedEngine(slots=1)
-    async with serving(engine) as running:
-        if case == "full":
-            async with await RawClient.connect(running.port) as client:
-                await client.receive_event()
-                shown = await browse(running, KEY, 1.0)
-        elif case == "failing":
-            engine.hold()
-            browsing = asyncio.create_task(browse(running, KEY, 1.0))
-            await until(lambda: engine.used_slots == 1)
-            engine.release_failing("the device is gone")
-            shown = await browsing
-        else:
-            shown = await browse(running, "wrong", 1.0)
-    assert shown["error"].startswith(said)
+@pytest.mark.parametrize("resumes", [True, False])
+def test_page_loses_no_word_and_says_none_twice_when_connections_break(resumes: bool) -> None:
+    """Connections break at any moment, connecting fails at times, and the server forgets its streams: 30 seeded sessions."""
+    outcomes = run(f"""
+        import {{ sessions }} from {support("page_sessions.mjs")};
+        console.log(JSON.stringify(await sessions({module("")}, {json.dumps(resumes)}, 30)));
+    """)
+    for outcome in outcomes:
+        assert outcome["words"] == [f"w{i}" for i in range(200 * 1920 // 12_000)]
+        np.testing.assert_allclose(outcome["starts"], [i * 0.5 for i in range(32)], atol=1e-6)
+        assert (outcome["ended"], outcome["problem"]) == (1, None)
+    assert max(outcome["connects"] for outcome in outcomes) > 10
+
+
+def test_page_gives_up_where_trying_again_cannot_help() -> None:
+    """Before the first Ready, and after a violation of the protocol, the reason is told at once."""
+    endings = run(f"""
+        import {{ endings }} from {support("page_sessions.mjs")};
+        console.log(JSON.stringify(await endings({module("")})));
+        process.exit(0);
+    """)
+    assert endings == {
+        "refused": 1006,
+        "full": 1013,
+        "violation": 1008,
+        "lost": "tries again",
+        "shutting down": "tries again",
+    }
+
+
+def test_page_warns_of_sound_that_is_too_quiet_or_too_loud() -> None:
+    verdicts = run(f"""
+        import {{ Level }} from {module("sound.js")};
+        const after = (amplitude, frames) => {{
+          const level = new Level();
+          let last;
+          for (let i = 0; i < frames; i++) last = level.feed(new Float32Array(1920).fill(amplitude));
+          return last.verdict;
+        }};
+        console.log(JSON.stringify([after(0.1, 200), after(0.0001, 200), after(0.0001, 20), after(1, 40)]));
+    """)
+    assert verdicts == ["", "too quiet", "", "too loud"]
+
+
+def test_page_has_no_inline_script_or_style_and_no_other_host() -> None:
+    """So that the strict Content-Security-Policy holds, and the page works without the internet."""
+    page = (PACKAGED / "index.html").read_text()
+    assert re.findall(r"<script(?![^>]*\bsrc=)", page) == []
+    assert re.findall(r"<style|\sstyle=|\son\w+=", page) == []
+    for file in PACKAGED.iterdir():
+        if file.suffix in (".js", ".css", ".html"):
+            assert re.findall(r"https?://(?!www\.w3\.org|localhost)[a-z]", file.read_text()) == [], file.name

@@ -1,4 +1,4 @@
-"""The page and its files, as moshi-server serves a directory (contract section 1.6). Knows nothing but files."""
+"""Serves the page, or a directory of the user's, as moshi-server does (contract section 1.6)."""
 
 import asyncio
 from pathlib import Path
@@ -8,6 +8,25 @@ from aiohttp import hdrs, web
 
 PACKAGED = Path(__file__).resolve().parent / "static"
 """The page that comes with the package."""
+
+PAGE_HEADERS = {
+    "Content-Security-Policy": "; ".join(
+        (
+            "default-src 'none'",
+            "script-src 'self'",
+            "style-src 'self'",
+            "img-src 'self' data:",
+            "connect-src 'self'",
+            "base-uri 'none'",
+            "form-action 'none'",
+            "frame-ancestors 'self'",
+        )
+    ),
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cache-Control": "no-cache",
+}
+"""Sent with the packaged page only: a directory of the user's own may need more. The page has no inline script or style."""
 
 
 class StaticFiles:
@@ -27,7 +46,7 @@ class StaticFiles:
             location = quote(unquote(target), safe="/") + "/"
             return web.Response(status=307, headers={hdrs.LOCATION: "/" + location.lstrip("/")})
         if kind == "file":
-            return web.FileResponse(path)
+            return web.FileResponse(path, headers=PAGE_HEADERS if self._root == PACKAGED else None)
         return web.Response(status=404)
 
     def _find(self, target: str) -> tuple[str, Path]:
