@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 from moshi_stt.audio.decode import read_file
 from moshi_stt.constants import FRAME_SAMPLES, FRAME_SECONDS, SAMPLE_RATE
 from moshi_stt.cores import usable_cores
+from moshi_stt.engine.commands import Audio, Mark
 from moshi_stt.engine.engine import SilentObserver
 from moshi_stt.engine.segment import SegmentEngine
 from moshi_stt.events import AnyEvent, EndWord, Marker, Ready, Word
@@ -71,8 +72,8 @@ async def one(engine: SegmentEngine, audio: NDArray[np.float32], begun: float, p
     for index, start in enumerate(range(0, len(audio), FRAME_SAMPLES)):
         if paced:
             await asyncio.sleep(max(0.0, begun + (index + 1) * FRAME_SECONDS - time.monotonic()))
-        await stream.feed(audio[start : start + FRAME_SAMPLES])
-    await stream.mark(1)
+        await stream.send(Audio(audio[start : start + FRAME_SAMPLES]))
+    await stream.send(Mark(1))
     await reading
     stream.close()
     return Outcome(events, first, time.monotonic() - begun)

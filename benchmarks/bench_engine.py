@@ -33,6 +33,7 @@ from numpy.typing import NDArray
 
 from moshi_stt.constants import FRAME_SAMPLES, FRAME_SECONDS
 from moshi_stt.engine.batch import BatchEngine, LoadedModel
+from moshi_stt.engine.commands import Audio, Finish
 from moshi_stt.engine.engine import EngineInfo, SilentObserver
 from moshi_stt.engine.remote import RemoteEngine
 from moshi_stt.engine.share import Line, Share
@@ -91,7 +92,7 @@ class Speaker:
 
     def send(self, pcm: NDArray[np.float32], due: float) -> None:
         """A frame that was complete at `due`."""
-        self.stream.offer(pcm, due)
+        self.stream.offer(Audio(pcm, due))
         self._due.append(due)
         self.sent += 1
 
@@ -103,7 +104,7 @@ class Speaker:
     def read(self) -> None:
         """Take what has come."""
         self._reading = False
-        for event in self.stream.take_now():
+        for event in self.stream.take():
             if type(event) is Step:
                 self.heard += 1
                 if self._due and self._lags is not None:
@@ -171,7 +172,7 @@ class Crowd:
                 speaker.send(sounds[(speaker.number + speaker.sent) & 63], due)
             elif not speaker.finishing:
                 speaker.finishing = True
-                await speaker.stream.finish()
+                await speaker.stream.send(Finish())
             elif speaker.stream.ended:
                 group.remove(speaker)
                 self.leave(speaker)
@@ -188,7 +189,7 @@ class Crowd:
         """Let everybody finish, and count what came."""
         speakers = [speaker for group in self.groups for speaker in group]
         for speaker in speakers:
-            await speaker.stream.finish()
+            await speaker.stream.send(Finish())
         async with asyncio.timeout(30):
             for speaker in speakers:
                 await speaker.over.wait()

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from moshi_stt.constants import FRAME_SAMPLES
 from moshi_stt.engine.batch import BatchEngine, LoadedModel
+from moshi_stt.engine.commands import Audio
 from moshi_stt.engine.engine import EngineInfo, StepOutput
 from moshi_stt.engine.slots import spare_slots
 from moshi_stt.engine.stream import Stream
@@ -89,7 +90,7 @@ async def measure(rows: int, seconds: float) -> dict[str, float]:
     while time.thread_time() - begun < seconds:
         start = time.thread_time()
         for stream in streams:
-            await stream.feed(frame)
+            await stream.send(Audio(frame))
         fed = time.thread_time()
         backend.seconds = 0.0
         stepped += engine._turn(time.monotonic())
@@ -98,7 +99,7 @@ async def measure(rows: int, seconds: float) -> dict[str, float]:
             call(*args)
         engine.kept.clear()
         for stream in streams:
-            await stream.take()
+            stream.take()
         model += turned - fed - backend.seconds
         loop += fed - start + time.thread_time() - turned
     return {"rows": rows, "model_thread_us": 1e6 * model / stepped, "event_loop_us": 1e6 * loop / stepped, "steps": stepped}

@@ -68,8 +68,9 @@ async def serve_ours() -> int:
     """Our whole server over an engine that answers each frame with a `Step`, on the event loop itself."""
     from moshi_stt.audio import watch
     from moshi_stt.config import EmbeddedModule, ServerConfig
-    from moshi_stt.engine.engine import Engine, EngineInfo
-    from moshi_stt.engine.stream import Delivery, Pcm, Stream, StreamLimits, deliver_all
+    from moshi_stt.engine.commands import Audio
+    from moshi_stt.engine.engine import NO_EXTRAS, Engine, EngineInfo, StreamOptions
+    from moshi_stt.engine.stream import Delivery, Stream, StreamLimits, deliver_all
     from moshi_stt.events import Ready
     from moshi_stt.server.app import Server
 
@@ -88,8 +89,8 @@ async def serve_ours() -> int:
             for stream in list(self._streams):
                 stream.fail("stopped", 1001)
 
-        def open(self, *, live: bool = True) -> Stream:
-            stream = Stream(StreamLimits(), live=live, wake=lambda: self._wake(stream), release=self._streams.pop)
+        def open(self, *, live: bool = True, options: StreamOptions = NO_EXTRAS) -> Stream:
+            stream = Stream(StreamLimits(), live=live, wake=self._wake, release=self._streams.pop)
             self._streams[stream] = 0
             stream.deliver([Ready()])
             return stream
@@ -107,7 +108,7 @@ async def serve_ours() -> int:
             for stream in woken:
                 events = []
                 for command in stream.drain():
-                    if isinstance(command, Pcm):
+                    if isinstance(command, Audio):
                         stream.stepped(len(command.samples))
                         events.append(Step(1000, (0.5, 0.25, 0.125, 0.0625), 0))
                 deliveries.append(Delivery(stream, events))

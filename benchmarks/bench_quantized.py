@@ -42,6 +42,7 @@ from numpy.typing import NDArray
 from moshi_stt.config import EngineConfig, KyutaiModule, LimitsConfig
 from moshi_stt.config_load import load_config
 from moshi_stt.constants import FRAME_SAMPLES, SAMPLE_RATE
+from moshi_stt.engine.commands import Audio, Finish
 from moshi_stt.engines import build_engine, framework_of
 from moshi_stt.events import Word
 from moshi_stt.models.spec import MimiSpec, ModelSpec, lm_spec_from_json
@@ -247,8 +248,8 @@ async def transcribe_all(module: KyutaiModule, sounds: Sequence[NDArray[np.float
 
 async def feed(stream: Any, pcm: NDArray[np.float32]) -> None:
     for start in range(0, len(pcm), SAMPLE_RATE):
-        await stream.feed(pcm[start : start + SAMPLE_RATE])
-    await stream.finish()
+        await stream.send(Audio(pcm[start : start + SAMPLE_RATE]))
+    await stream.send(Finish())
 
 
 def wer(args: argparse.Namespace) -> dict[str, Any]:

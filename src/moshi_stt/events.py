@@ -1,6 +1,7 @@
-"""What a stream says, as tagged structs. Knows nothing of engines, sockets or encodings.
+"""What a stream says, as tagged structs.
 
-Field names and their order are those of the wire (contract section 2.1). Times are seconds from the stream's first sample.
+Field names and their order are those of the wire (contract section 2.1). Times are seconds from the stream's first sample. The
+second group comes only to a stream that asked for it (`StreamOptions`).
 """
 
 import msgspec
@@ -11,7 +12,12 @@ class Event(msgspec.Struct, frozen=True, tag_field="type", tag=True, omit_defaul
 
 
 class Ready(Event, frozen=True, tag=True):
-    """The stream has its slot and its state is fresh. Always the first event; comes again after a reset."""
+    """The stream has its slot and its state is fresh. Always the first event; comes again after a reset.
+
+    token: names the stream for a client that may come back to it after a lost connection; None unless it asked for that.
+    """
+
+    token: str | None = None
 
 
 class Step(Event, frozen=True, tag=True):
@@ -30,12 +36,12 @@ class Step(Event, frozen=True, tag=True):
 class Word(Event, frozen=True, tag=True):
     """A completed word.
 
-    logprob: natural-log probability of the word's tokens, summed; None where the engine has none. Not on the default wire.
+    confidence: probability of the word's tokens, in [0, 1]; None unless asked for, or where the engine has none.
     """
 
     text: str
     start_time: float
-    logprob: float | None = None
+    confidence: float | None = None
 
 
 class EndWord(Event, frozen=True, tag=True):
@@ -45,7 +51,7 @@ class EndWord(Event, frozen=True, tag=True):
 
 
 class Marker(Event, frozen=True, tag=True):
-    """Everything fed before `mark(id)` has been transcribed and sent."""
+    """Everything fed before the mark of this id has been transcribed and sent."""
 
     id: int
 
@@ -57,4 +63,46 @@ class Error(Event, frozen=True, tag=True):
     close_code: int | None = None
 
 
-AnyEvent = Ready | Step | Word | EndWord | Marker | Error
+# ---- on request ----------------------------------------------------------------------------------------------------------
+
+
+class Interim(Event, frozen=True, tag=True):
+    """What is heard so far and may still change: everything after the last `Word`. Replaced by the next `Interim` or `Word`."""
+
+    text: str
+    start_time: float
+
+
+class SpeechStarted(Event, frozen=True, tag=True):
+    """Somebody began to speak at `time`."""
+
+    time: float
+
+
+class EndOfTurn(Event, frozen=True, tag=True):
+    """Whoever spoke has finished. confidence: in [0, 1]."""
+
+    time: float
+    confidence: float
+
+
+class TurnResumed(Event, frozen=True, tag=True):
+    """The `EndOfTurn` before this came too early: the same turn goes on."""
+
+    time: float
+
+
+class Ack(Event, frozen=True, tag=True):
+    """So many samples have been taken since the stream's first: a client need not keep them to send them again."""
+
+    samples: int
+
+
+class Warning(Event, frozen=True, tag=True):  # noqa: A001 - the name is that of the wire
+    """The stream goes on, but the client should know of something. code: a stable name; message: a sentence."""
+
+    code: str
+    message: str
+
+
+AnyEvent = Ready | Step | Word | EndWord | Marker | Error | Interim | SpeechStarted | EndOfTurn | TurnResumed | Ack | Warning

@@ -78,8 +78,12 @@ _MARKER = _head(2, "Marker", "id")
 _ERROR = _head(2, "Error", "message")
 
 
+_encode_extra: Final[Callable[[Any], bytes]] = msgspec.msgpack.Encoder().encode
+"""Of what comes on request alone."""
+
+
 def _encode_ready(event: Ready) -> bytes:
-    return _READY
+    return _READY if event.token is None else _encode_extra(event)
 
 
 def _encode_step(event: Step) -> bytes:
@@ -92,6 +96,8 @@ def _encode_step(event: Step) -> bytes:
 
 
 def _encode_word(event: Word) -> bytes:
+    if event.confidence is not None:
+        return _encode_extra(event)
     return _WORD + packed.text(event.text) + _START_TIME + _FLOAT64(event.start_time)
 
 
@@ -120,9 +126,9 @@ _ENCODERS: Final[dict[type[Event], Callable[[Any], bytes]]] = {
 def encode(event: AnyEvent) -> bytes:
     """One event as one binary message, byte for byte as moshi-server packs it (contract section 2.1).
 
-    `Word.logprob` and `Error.close_code` are not on this wire. Raises ValueError for an integer beyond 64 bits.
+    `Error.close_code` is not on this wire. Raises ValueError for an integer beyond 64 bits.
     """
-    return _ENCODERS[type(event)](event)
+    return _ENCODERS.get(type(event), _encode_extra)(event)
 
 
 # ---- the server's side, inbound ------------------------------------------------------------------------------------------

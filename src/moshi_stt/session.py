@@ -5,7 +5,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Generic, NamedTuple, TypeVar
+from typing import Generic, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,6 +14,7 @@ from moshi_stt import protocol
 from moshi_stt.audio.opus import OpusStream
 from moshi_stt.audio.watch import AudioWatch
 from moshi_stt.constants import FRAME_SAMPLES
+from moshi_stt.engine.commands import Audio, Command, Mark, Reset
 from moshi_stt.errors import AudioError, ProtocolError
 from moshi_stt.events import AnyEvent, Word
 
@@ -21,23 +22,7 @@ LOUDEST = float(1 << 31)
 """No sample format has larger values: beyond it, as for NaN and inf, a sample is taken for 0."""
 
 
-class Feed(NamedTuple):
-    """Audio for the stream. pcm: float32 (S,), finite, 24 kHz mono, aliased by nothing."""
-
-    pcm: NDArray[np.float32]
-
-
-class Mark(NamedTuple):
-    """A marker behind all audio so far."""
-
-    id: int
-
-
-class Reset(NamedTuple):
-    """Start the model state anew behind all audio so far."""
-
-
-Action = Feed | Mark | Reset
+Action = Command
 
 MessageT = TypeVar("MessageT", bytes, str, bytes | str)
 
@@ -127,13 +112,13 @@ class Session(Protocol[bytes]):
         except AudioError as error:
             raise ProtocolError(f"OggOpus: {error}", protocol.MALFORMED) from None
 
-    def _feed(self, pcm: NDArray[np.float32]) -> Feed:
+    def _feed(self, pcm: NDArray[np.float32]) -> Audio:
         with np.errstate(all="ignore"):
             energy = float(np.dot(pcm, pcm))
         if not energy <= LOUDEST * LOUDEST:  # neither is NaN
             self._silence(pcm)
         self._news += self._watch.feed(pcm)
-        return Feed(pcm)
+        return Audio(pcm)
 
     def _silence(self, pcm: NDArray[np.float32]) -> None:
         """Set to 0, in place, what is no sample: it would make the stream's state NaN for good."""

@@ -7,6 +7,7 @@ from tests.support.batch import engine, noise, rest, steps_of, transcribe, until
 from tests.support.scripted_backend import PseudoModel, Scripted
 
 from moshi_stt.engine.batch import BatchEngine, LoadedModel
+from moshi_stt.engine.commands import Audio, Finish, Mark, Reset
 from moshi_stt.engine.engine import EngineInfo, SilentObserver
 from moshi_stt.errors import CheckpointError, EngineError, EngineFailed
 from moshi_stt.events import Error
@@ -24,17 +25,17 @@ async def test_a_step_that_raises_ends_every_stream() -> None:
     observer = Observer()
     async with engine(observer=observer) as started:
         idle, busy = started.open(), started.open()
-        await busy.feed(noise(3))
+        await busy.send(Audio(noise(3)))
         await until(busy, lambda e: steps_of(e) == 3)
         started.fake.raise_next = True
-        await busy.feed(noise(3))
+        await busy.send(Audio(noise(3)))
         async with asyncio.timeout(10):
             failure = await started.wait_failed()
         assert "RuntimeError: device-side assert triggered" in str(failure)
         for stream in (idle, busy):
             last = (await rest(stream))[-1]
             assert last == Error(str(failure), 1011)
-        await busy.feed(noise(3))  # returns without effect
+        await busy.send(Audio(noise(3)))  # returns without effect
         assert not started.ready
         assert observer.errors == 2
         with pytest.raises(EngineFailed, match="device-side assert"):
@@ -54,7 +55,7 @@ async def test_a_failure_is_told_to_who_waits_for_a_slot() -> None:
         waiting = asyncio.create_task(started.open_when_free(1_000))
         await asyncio.sleep(0)
         started.fake.raise_next = True
-        await stream.feed(noise(3))
+        await stream.send(Audio(noise(3)))
         async with asyncio.timeout(10):
             with pytest.raises(EngineFailed, match="device-side assert"):
                 await waiting
@@ -65,7 +66,7 @@ async def test_a_step_that_hangs_is_noticed() -> None:
     async with engine(hang=0.2) as started:
         stream = started.open()
         started.fake.hang_next = True
-        await stream.feed(noise(3))
+        await stream.send(Audio(noise(3)))
         async with asyncio.timeout(10):
             failure = await started.wait_failed()
         assert "has not come back for 0.2 s" in str(failure)
@@ -88,7 +89,7 @@ async def test_a_backend_that_answers_wrongly_fails_the_engine(output: str) -> N
     async with engine(Wrong) as started:
         stream = started.open()
         started.fake.wrong = True  # type: ignore[attr-defined]
-        await stream.feed(noise(1))
+        await stream.send(Audio(noise(1)))
         assert (await rest(stream))[-1].close_code == 1011
         stream.close()
 
@@ -142,7 +143,7 @@ async def test_a_model_that_fails_while_it_warms_up_is_freed() -> None:
 async def test_stop_ends_every_stream_and_frees_the_model() -> None:
     async with engine() as started:
         stream = started.open()
-        await stream.feed(noise(3))
+        await stream.send(Audio(noise(3)))
     assert (await rest(stream))[-1] == Error("the server is shutting down", 1001)
     stream.close()
     assert started.fake.closed
@@ -159,13 +160,13 @@ async def test_closing_at_any_moment() -> None:
 
         async def leave(after: float, kind: int) -> None:
             stream = await started.open_when_free(20)
-            await stream.feed(noise(9))
+            await stream.send(Audio(noise(9)))
             if kind == 1:
-                await stream.mark(1)
+                await stream.send(Mark(1))
             elif kind == 2:
-                await stream.finish()
+                await stream.send(Finish())
             elif kind == 3:
-                await stream.reset()
+                await stream.send(Reset())
             await asyncio.sleep(after)
             stream.close()
 
@@ -181,6 +182,6 @@ async def test_a_writer_that_waits_is_woken_by_the_failure() -> None:
         stream = started.open()
         started.fake.raise_next = True
         async with asyncio.timeout(10):
-            await stream.feed(noise(2_000))
+            await stream.send(Audio(noise(2_000)))
         assert (await rest(stream))[-1].close_code == 1011
         stream.close()

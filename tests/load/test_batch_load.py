@@ -7,6 +7,7 @@ from tests.support.batch import engine, noise, rest
 from tests.support.scripted_backend import Scripted
 
 from moshi_stt.constants import FRAME_SAMPLES
+from moshi_stt.engine.commands import Audio, Finish
 from moshi_stt.engine.stream import StreamLimits
 from moshi_stt.events import Step, Word
 
@@ -24,10 +25,10 @@ async def test_1024_streams_at_once() -> None:
         stream = started.open()
         task = asyncio.create_task(rest(stream))
         for packet in range(FRAMES * 4):
-            await stream.feed(packets[packet % 4].copy())
+            await stream.send(Audio(packets[packet % 4].copy()))
             if packet % 8 == number % 8:
                 await asyncio.sleep(0)
-        await stream.finish()
+        await stream.send(Finish())
         events = await task
         stream.close()
         return sum(isinstance(e, Step) for e in events), [e.text for e in events if isinstance(e, Word)].count("9")

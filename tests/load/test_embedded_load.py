@@ -11,6 +11,7 @@ from tests.support.level_speech import LevelRecogniser, pause, say
 
 from moshi_stt.audio.decode import read_file
 from moshi_stt.constants import SAMPLE_RATE
+from moshi_stt.engine.commands import Audio, Mark
 from moshi_stt.engine.segment import SegmentEngine
 from moshi_stt.engine.stream import StreamLimits
 from moshi_stt.events import AnyEvent, EndWord, Marker, Ready, Word
@@ -32,8 +33,8 @@ async def send(engine: SegmentEngine, audio: NDArray[np.float32]) -> list[AnyEve
 
     reading = asyncio.create_task(read())
     for start in range(0, len(audio), 480):
-        await stream.feed(audio[start : start + 480])
-    await stream.mark(1)
+        await stream.send(Audio(audio[start : start + 480]))
+    await stream.send(Mark(1))
     async with asyncio.timeout(DEADLINE):
         await reading
     stream.close()
@@ -85,8 +86,8 @@ async def test_every_stream_advances_while_all_wait_for_two_threads() -> None:
         audio = np.concatenate([say(range(10, 40)), pause(2.0)])
         streams = [engine.open() for _ in range(STREAMS)]
         for stream in streams:
-            await stream.feed(audio)
-            await stream.mark(1)
+            await stream.send(Audio(audio))
+            await stream.send(Mark(1))
         left: list[int] = []
 
         async def read(index: int) -> int:

@@ -13,6 +13,7 @@ from moshi_stt.config import KyutaiModule
 from moshi_stt.config_load import parse_config
 from moshi_stt.constants import FRAME_SAMPLES
 from moshi_stt.engine.batch import BatchEngine, LoadedModel
+from moshi_stt.engine.commands import Audio, Finish
 from moshi_stt.engine.engine import EngineInfo
 from moshi_stt.engine.slots import spare_slots
 from moshi_stt.models.spec import spec_from_module
@@ -79,8 +80,8 @@ async def test_the_log_is_moshi_servers(tiny: Path, shared: Path, speech: NDArra
     engine = BatchEngine(load, delay_frames=6)
     await engine.start()
     stream = engine.open(live=False)
-    await stream.feed(np.concatenate([speech, np.zeros(len(text) * FRAME_SAMPLES - len(speech), np.float32)]))
-    await stream.finish()
+    await stream.send(Audio(np.concatenate([speech, np.zeros(len(text) * FRAME_SAMPLES - len(speech), np.float32)])))
+    await stream.send(Finish())
     async for _ in stream:
         pass
     stream.close()

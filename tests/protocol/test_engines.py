@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from tests.support.engines import GAP, LIMITS, SETTLED, STREAMS, Kind, speech
 from tests.support.level_speech import pause, say
 
+from moshi_stt.engine.commands import Audio, Finish, Mark, Reset
 from moshi_stt.engine.engine import Engine, SilentObserver
 from moshi_stt.engine.stream import Stream
 from moshi_stt.errors import EngineError, NoFreeSlot
@@ -53,8 +54,8 @@ async def until(stream: Stream, event: AnyEvent) -> list[AnyEvent]:
 async def transcribe(engine: Engine, pcm: NDArray[np.float32], *, live: bool = True) -> list[AnyEvent]:
     stream = engine.open(live=live)
     task = asyncio.create_task(rest(stream))
-    await stream.feed(pcm)
-    await stream.finish()
+    await stream.send(Audio(pcm))
+    await stream.send(Finish())
     events = await task
     stream.close()
     return events
@@ -94,8 +95,8 @@ async def test_any_chunking(engine: Engine, size: int) -> None:
     stream = engine.open()
     task = asyncio.create_task(rest(stream))
     for start in range(0, len(pcm), size):
-        await stream.feed(pcm[start : start + size])
-    await stream.finish()
+        await stream.send(Audio(pcm[start : start + size]))
+    await stream.send(Finish())
     assert [e for e in await task if isinstance(e, Word | EndWord)] == whole
     stream.close()
 
@@ -111,14 +112,14 @@ async def test_a_marker_needs_nothing_behind_it(kind: Kind, engine: Engine) -> N
     first, second = speech([3, 9, 5]), np.concatenate([pause(SETTLED), speech([20, 31])])
     whole = kind.words(np.concatenate([first, second]))
     stream = engine.open()
-    await stream.feed(first)
-    await stream.mark(7)
+    await stream.send(Audio(first))
+    await stream.send(Mark(7))
     before = await until(stream, Marker(7))
     assert heard(before) == kind.texts(first) != []
-    await stream.mark(-1)
+    await stream.send(Mark(-1))
     assert heard(await until(stream, Marker(-1))) == []
-    await stream.feed(second)
-    await stream.finish()
+    await stream.send(Audio(second))
+    await stream.send(Finish())
     after = await rest(stream)
     assert heard([*before, *after]) == [word.text for word in whole]
     assert_times(kind, pair_words([*before, *after]), whole, longest=5.0)  # a word may last until the next one
@@ -130,10 +131,10 @@ async def test_markers_come_once_and_in_order(kind: Kind, engine: Engine) -> Non
     stream = engine.open()
     task = asyncio.create_task(rest(stream))
     for mark, piece in enumerate(pieces):
-        await stream.feed(piece)
-        await stream.mark(mark)
-    await stream.mark(12)
-    await stream.finish()
+        await stream.send(Audio(piece))
+        await stream.send(Mark(mark))
+    await stream.send(Mark(12))
+    await stream.send(Finish())
     events = await task
     assert [e.id for e in events if isinstance(e, Marker)] == list(range(13))
     assert heard(events) == kind.texts(np.concatenate(pieces))
@@ -144,11 +145,11 @@ async def test_a_reset_begins_at_zero(kind: Kind, engine: Engine) -> None:
     first, second = np.concatenate([speech([3, 9, 5]), pause(1.6)]), speech([20, 31])
     stream = engine.open()
     task = asyncio.create_task(rest(stream))
-    await stream.feed(first)
-    await stream.mark(1)
-    await stream.reset()
-    await stream.feed(second)
-    await stream.finish()
+    await stream.send(Audio(first))
+    await stream.send(Mark(1))
+    await stream.send(Reset())
+    await stream.send(Audio(second))
+    await stream.send(Finish())
     events = await task
     again = max(i for i, e in enumerate(events) if e == Ready())
     assert again > events.index(Marker(1))
@@ -167,13 +168,13 @@ async def test_streams_do_not_hear_each_other(kind: Kind, engine: Engine) -> Non
         stream = await engine.open_when_free(DEADLINE)
         task = asyncio.create_task(rest(stream))
         for part in np.array_split(said[seed], chance.randint(1, 30)):
-            await stream.feed(part)
+            await stream.send(Audio(part))
             await asyncio.sleep(chance.choice([0, 0, 0.002]))
         if seed % 4 == 3:
             stream.close()
             await task
             return
-        await stream.finish()
+        await stream.send(Finish())
         assert heard(await task) == expected[seed]
         stream.close()
 
@@ -247,13 +248,13 @@ async def test_a_free_slot_is_not_lost_with_who_gave_up(engine: Engine) -> None:
 
 async def test_a_closed_or_finished_stream_says_so(engine: Engine) -> None:
     stream = engine.open()
-    await stream.finish()
-    await stream.finish()
+    await stream.send(Finish())
+    await stream.send(Finish())
     with pytest.raises(EngineError, match="cannot feed: the stream is finished"):
-        await stream.feed(pause(0.1))
+        await stream.send(Audio(pause(0.1)))
     stream.close()
     with pytest.raises(EngineError, match="cannot mark: the stream is closed"):
-        await stream.mark(1)
+        await stream.send(Mark(1))
 
 
 async def test_a_full_inbox_makes_the_writer_wait(kind: Kind, engine: Engine) -> None:
@@ -262,18 +263,18 @@ async def test_a_full_inbox_makes_the_writer_wait(kind: Kind, engine: Engine) ->
     assert len(pcm) > 2.3 * LIMITS.inbox_samples
     stream = engine.open()
     task = asyncio.create_task(rest(stream))
-    writer = asyncio.create_task(stream.feed(pcm))
+    writer = asyncio.create_task(stream.send(Audio(pcm)))
     while not writer.done():
         assert stream.pending_samples <= LIMITS.inbox_samples
         await asyncio.sleep(0.001)
-    await stream.finish()
+    await stream.send(Finish())
     assert heard(await task) == kind.texts(pcm)
     stream.close()
 
 
 async def test_stop_ends_every_stream(engine: Engine) -> None:
     stream = engine.open()
-    await stream.feed(speech([3]))
+    await stream.send(Audio(speech([3])))
     await engine.stop()
     last = (await rest(stream))[-1]
     assert isinstance(last, Error)

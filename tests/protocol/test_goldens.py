@@ -58,7 +58,6 @@ def test_nan_pause_is_the_golden_nan() -> None:
 
 
 def test_what_is_not_on_this_wire_is_left_out() -> None:
-    assert encode(Word("a", 0.0, logprob=-0.5)) == encode(Word("a", 0.0))
     assert encode(Error("x", close_code=1008)) == encode(Error("x"))
 
 

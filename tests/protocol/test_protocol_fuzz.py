@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 
 from moshi_stt.audio.opus import OpusEncoder
+from moshi_stt.engine.commands import Audio, Mark, Reset
 from moshi_stt.errors import ProtocolError
 from moshi_stt.events import Marker, Ready, Step, Word
 from moshi_stt.protocol import decode, decode_event, encode, encode_audio, encode_init, encode_marker, encode_opus
-from moshi_stt.session import Feed, Mark, Reset, Session
+from moshi_stt.session import Session
 
 MESSAGES = 120_000
 
@@ -106,10 +107,10 @@ def test_random_messages_raise_nothing_but_protocol_errors() -> None:
         try:
             for action in session.receive(message):
                 outcomes[type(action)] += 1
-                if isinstance(action, Feed):
-                    assert action.pcm.dtype == np.float32
-                    assert len(action.pcm) <= max(len(message), 24_000)
-                    assert np.isfinite(action.pcm).all()
+                if isinstance(action, Audio):
+                    assert action.samples.dtype == np.float32
+                    assert len(action.samples) <= max(len(message), 24_000)
+                    assert np.isfinite(action.samples).all()
         except ProtocolError as error:
             outcomes[error.close_code] += 1
             assert str(error).isprintable()  # noqa: PT017 - what was raised is random
@@ -117,7 +118,7 @@ def test_random_messages_raise_nothing_but_protocol_errors() -> None:
     marker = encode_marker(7)
     assert list(session.receive(marker)) == [Mark(7)]
     reached = {outcome for outcome, count in outcomes.items() if count >= 20}
-    assert reached == {Feed, Mark, Reset, 1003, 1007, 1008}, outcomes
+    assert reached == {Audio, Mark, Reset, 1003, 1007, 1008}, outcomes
 
 
 def test_random_events_raise_nothing_but_protocol_errors() -> None:
@@ -157,8 +158,8 @@ def test_mutated_opus_raises_nothing_but_protocol_errors() -> None:
         try:
             for start in range(0, len(data), step):
                 for action in session.receive(encode_opus(bytes(data[start : start + step]))):
-                    assert isinstance(action, Feed)
-                    assert np.isfinite(action.pcm).all()
+                    assert isinstance(action, Audio)
+                    assert np.isfinite(action.samples).all()
             list(session.end_of_input())
         except ProtocolError:
             refused += 1
@@ -192,7 +193,7 @@ def test_no_message_takes_many_times_its_size(name: str) -> None:
     try:
         session = Session()
         for action in session.receive(message):
-            assert isinstance(action, Feed | Mark | Reset)
+            assert isinstance(action, Audio | Mark | Reset)
     except ProtocolError:
         pass
     finally:

@@ -14,15 +14,16 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from moshi_stt.audio.opus import OpusEncoder
+from moshi_stt.engine.commands import Audio, Mark, Reset
 from moshi_stt.errors import ProtocolError
 from moshi_stt.events import EndWord, Error, Marker, Ready, Step, Word
 from moshi_stt.protocol import decode_event, encode, encode_audio, encode_init, encode_marker, encode_opus
-from moshi_stt.session import LOUDEST, Action, Feed, Mark, Protocol, Reset, Session
+from moshi_stt.session import LOUDEST, Action, Protocol, Session
 
 
 def fed(actions: Iterable[Action]) -> NDArray[np.float32]:
     """All audio among the actions, (S,)."""
-    return np.concatenate([np.empty(0, np.float32), *(action.pcm for action in actions if isinstance(action, Feed))])
+    return np.concatenate([np.empty(0, np.float32), *(action.samples for action in actions if isinstance(action, Audio))])
 
 
 def run(session: Session, messages: Iterable[bytes]) -> list[Action]:
@@ -34,7 +35,7 @@ def run(session: Session, messages: Iterable[bytes]) -> list[Action]:
 def outline(actions: Iterable[Action]) -> list[object]:
     """Actions with neighbouring audio joined: comparable whatever the cuts."""
     lines: list[object] = []
-    for is_audio, group in itertools.groupby(actions, lambda action: isinstance(action, Feed)):
+    for is_audio, group in itertools.groupby(actions, lambda action: isinstance(action, Audio)):
         if is_audio:
             samples = fed(group).tolist()
             lines += [samples] if samples else []
@@ -61,8 +62,8 @@ def speech() -> tuple[bytes, NDArray[np.float32]]:
 def test_each_message_becomes_its_action() -> None:
     session = Session()
     (feed,) = session.receive(encode_audio([0.5, -0.25]))
-    assert isinstance(feed, Feed)
-    assert feed.pcm.tolist() == [0.5, -0.25]
+    assert isinstance(feed, Audio)
+    assert feed.samples.tolist() == [0.5, -0.25]
     assert list(session.receive(encode_marker(-7))) == [Mark(-7)]
     assert list(session.receive(encode_init())) == [Reset()]
     assert list(session.end_of_input()) == []
@@ -77,8 +78,8 @@ def test_session_is_a_protocol_and_sends_the_wire() -> None:
 
 def test_empty_audio_is_an_action_too() -> None:
     (feed,) = Session().receive(encode_audio([]))
-    assert isinstance(feed, Feed)
-    assert len(feed.pcm) == 0
+    assert isinstance(feed, Audio)
+    assert len(feed.samples) == 0
 
 
 @given(st.lists(st.integers(0, 3_000), max_size=12), st.booleans())
@@ -117,7 +118,7 @@ def test_order_is_kept(plan: list[int | str]) -> None:
             expected.append(Reset())
         else:
             messages.append(encode_audio([number] * int(step)))
-            expected.append(Feed(np.full(int(step), number, np.float32)))
+            expected.append(Audio(np.full(int(step), number, np.float32)))
     assert outline(run(Session(), messages)) == outline(expected)
 
 
@@ -177,8 +178,8 @@ def test_what_is_no_sample_becomes_silence_and_is_said_once() -> None:
     pcm = np.array([0.5, np.nan, np.inf, -np.inf, 3e38, -3e38, LOUDEST, -0.5], np.float32)
     for _ in range(3):
         (feed,) = session.receive(encode_audio(pcm))
-        assert isinstance(feed, Feed)
-        assert feed.pcm.tolist() == [0.5, 0, 0, 0, 0, 0, LOUDEST, -0.5]
+        assert isinstance(feed, Audio)
+        assert feed.samples.tolist() == [0.5, 0, 0, 0, 0, 0, LOUDEST, -0.5]
     assert session.silenced_samples == 15
     news = session.warnings(0)
     assert sum("5 of 8 samples are NaN" in line for line in news) == 1
@@ -188,10 +189,10 @@ def test_what_is_no_sample_becomes_silence_and_is_said_once() -> None:
 @given(st.lists(st.floats(width=32), max_size=40))
 def test_fed_audio_is_always_finite(values: list[float]) -> None:
     (feed,) = Session().receive(encode_audio(values))
-    assert isinstance(feed, Feed)
-    assert np.isfinite(feed.pcm).all()
+    assert isinstance(feed, Audio)
+    assert np.isfinite(feed.samples).all()
     kept = np.abs(np.array(values, np.float32)) <= LOUDEST
-    np.testing.assert_array_equal(feed.pcm[kept], np.array(values, np.float32)[kept])
+    np.testing.assert_array_equal(feed.samples[kept], np.array(values, np.float32)[kept])
 
 
 def test_integer_samples_sent_as_they_are_get_a_warning() -> None:
@@ -199,8 +200,8 @@ def test_integer_samples_sent_as_they_are_get_a_warning() -> None:
     tone = (20_000 * np.sin(np.arange(4_800) / 10)).astype(np.float32)
     for _ in range(4):
         (feed,) = session.receive(encode_audio(tone))
-        assert isinstance(feed, Feed)
-        np.testing.assert_array_equal(feed.pcm, tone)
+        assert isinstance(feed, Audio)
+        np.testing.assert_array_equal(feed.samples, tone)
     news = session.warnings(0)
     assert len([line for line in news if "32768" in line]) == 1
 

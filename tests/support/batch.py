@@ -7,9 +7,11 @@ from contextlib import asynccontextmanager
 import numpy as np
 from numpy.typing import NDArray
 from tests.support.scripted_backend import FakeBackend, PseudoModel, loader
+from tests.support.streams import some
 
 from moshi_stt.constants import FRAME_SAMPLES
 from moshi_stt.engine.batch import BatchEngine
+from moshi_stt.engine.commands import Audio, Finish
 from moshi_stt.engine.engine import EngineObserver
 from moshi_stt.engine.stream import Stream, StreamLimits
 from moshi_stt.events import AnyEvent, EndWord, Step, Word
@@ -70,9 +72,9 @@ async def feed_in_pieces(stream: Stream, pcm: NDArray[np.float32], sizes: Iterab
     """Feed pcm in pieces of these sizes; what is left over comes last."""
     start = 0
     for size in sizes:
-        await stream.feed(pcm[start : start + size])
+        await stream.send(Audio(pcm[start : start + size]))
         start += size
-    await stream.feed(pcm[start:])
+    await stream.send(Audio(pcm[start:]))
 
 
 async def until(stream: Stream, last: Callable[[list[AnyEvent]], bool]) -> list[AnyEvent]:
@@ -80,7 +82,7 @@ async def until(stream: Stream, last: Callable[[list[AnyEvent]], bool]) -> list[
     events: list[AnyEvent] = []
     async with asyncio.timeout(DEADLINE):
         while not last(events):
-            taken = await stream.take()
+            taken = await some(stream)
             assert taken, f"the stream ended at {events[-3:]}"
             events += taken
     return events
@@ -95,8 +97,8 @@ async def rest(stream: Stream) -> list[AnyEvent]:
 async def transcribe(started: BatchEngine, pcm: NDArray[np.float32], *, live: bool = True) -> list[AnyEvent]:
     """All events of one stream with this audio."""
     stream = started.open(live=live)
-    await stream.feed(pcm)
-    await stream.finish()
+    await stream.send(Audio(pcm))
+    await stream.send(Finish())
     events = await rest(stream)
     stream.close()
     return events

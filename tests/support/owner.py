@@ -16,7 +16,7 @@ class Owner:
         self.released: list[Stream] = []
         self.event = threading.Event()
 
-    def wake(self) -> None:
+    def wake(self, _stream: Stream) -> None:
         self.wakes += 1
         self.event.set()
 

@@ -3,6 +3,7 @@
 import asyncio
 
 from moshi_stt.engine.batch import BatchEngine
+from moshi_stt.engine.engine import NO_EXTRAS, StreamOptions
 from moshi_stt.engine.remote import RemoteEngine
 from moshi_stt.engine.slots import Slot
 from moshi_stt.engine.stream import Stream
@@ -18,11 +19,11 @@ class Lent(RemoteEngine):
         self._owner = owner
         self._lent: dict[int, Slot] = {}
 
-    def open(self, *, live: bool = True) -> Stream:
+    def open(self, *, live: bool = True, options: StreamOptions = NO_EXTRAS) -> Stream:
         slot = self._owner.lend()
         self._lent[slot.index] = slot
         self.grant(slot.index)
-        return super().open(live=live)
+        return super().open(live=live, options=options)
 
     def _give_back_lent(self, index: int) -> None:
         self._owner.take_back(self._lent.pop(index))

@@ -12,8 +12,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from moshi_stt.constants import FRAME_SAMPLES, FRAME_SECONDS
-from moshi_stt.engine.engine import Engine, EngineInfo, EngineObserver
-from moshi_stt.engine.stream import Delivery, Finish, Mark, Pcm, Reset, Stream, StreamLimits, deliver_all
+from moshi_stt.engine.commands import Audio, Finish, Mark, Reset
+from moshi_stt.engine.engine import NO_EXTRAS, Engine, EngineInfo, EngineObserver, StreamOptions
+from moshi_stt.engine.stream import Delivery, Stream, StreamLimits, deliver_all
 from moshi_stt.errors import EngineError, EngineFailed, NoFreeSlot
 from moshi_stt.events import AnyEvent, EndWord, Marker, Ready, Step, Word
 
@@ -127,7 +128,7 @@ class ScriptedEngine(Engine):
         for stream in list(self._slots):
             stream.fail("the server is shutting down", 1001)
 
-    def open(self, *, live: bool = True) -> Stream:
+    def open(self, *, live: bool = True, options: StreamOptions = NO_EXTRAS) -> Stream:
         if self.failure is not None:
             raise self.failure
         if self._thread is None:
@@ -135,7 +136,7 @@ class ScriptedEngine(Engine):
         if len(self._slots) >= self.info.total_slots:
             self.observer.refused()
             raise NoFreeSlot
-        stream = Stream(self.limits, live=live, wake=self._wake, release=self._free)
+        stream = Stream(self.limits, live=live, wake=lambda _: self._wake(), release=self._free)
         with self._lock:
             self._slots[stream] = _Slot(stream)
         self.streams_opened += 1
@@ -198,7 +199,7 @@ class ScriptedEngine(Engine):
             if not slot.stream.writable:
                 continue
             for command in slot.stream.drain():
-                if isinstance(command, Pcm):
+                if isinstance(command, Audio):
                     slot.commands.append(len(command.samples))
                     slot.samples_seen += len(command.samples)
                 else:
@@ -272,7 +273,7 @@ class ScriptedEngine(Engine):
         word = self.words[slot.next_word]
         slot.next_word += 1
         slot.open_word = word
-        return [Word(word.text, round(word.start_frame * FRAME_SECONDS, 6), -0.5)]
+        return [Word(word.text, round(word.start_frame * FRAME_SECONDS, 6))]
 
     def _step(self, slot: _Slot) -> list[AnyEvent]:
         """One frame: Step, then EndWord or Word as due, `delay_frames` later than spoken."""

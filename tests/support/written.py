@@ -6,8 +6,9 @@ from itertools import pairwise
 import numpy as np
 
 from moshi_stt.constants import SAMPLE_RATE
-from moshi_stt.engine.engine import Engine, EngineInfo
-from moshi_stt.engine.stream import Finish, Mark, Pcm, Stream, StreamLimits
+from moshi_stt.engine.commands import Audio, Finish, Mark
+from moshi_stt.engine.engine import NO_EXTRAS, Engine, EngineInfo, StreamOptions
+from moshi_stt.engine.stream import Stream, StreamLimits
 from moshi_stt.errors import NoFreeSlot
 from moshi_stt.events import EndWord, Marker, Ready, Word
 
@@ -65,12 +66,11 @@ class Reader(Engine):
     def queued_samples(self) -> int:
         return 0
 
-    def open(self, *, live: bool = True) -> Stream:
+    def open(self, *, live: bool = True, options: StreamOptions = NO_EXTRAS) -> Stream:
         assert not (live and self._files_only)
         if len(self._open) >= self.total_slots:
             raise NoFreeSlot
-        stream = Stream(StreamLimits(), live=live, wake=lambda: None, release=self._release)
-        stream._wake = lambda: self._work(stream)
+        stream = Stream(StreamLimits(), live=live, wake=self._work, release=self._release)
         self._open.add(stream)
         self._heard[stream] = []
         self.streams += 1
@@ -84,7 +84,7 @@ class Reader(Engine):
 
     def _work(self, stream: Stream) -> None:
         for command in stream.drain():
-            if isinstance(command, Pcm):
+            if isinstance(command, Audio):
                 self._heard[stream].append(command.samples)
                 stream.stepped(len(command.samples))
             elif isinstance(command, Mark):

@@ -1,6 +1,7 @@
 """The batch engine over backends without a model: order, markers, ends, resets, chunking, independence of slots."""
 
 import asyncio
+import math
 import random
 
 import numpy as np
@@ -20,10 +21,11 @@ from tests.support.scripted_backend import FakeBackend, PseudoModel, Scripted
 
 from moshi_stt.constants import FRAME_SAMPLES
 from moshi_stt.engine.batch import BatchEngine
-from moshi_stt.engine.engine import SilentObserver
+from moshi_stt.engine.commands import Audio, Finish, Mark, Reset
+from moshi_stt.engine.engine import SilentObserver, StreamOptions
 from moshi_stt.engine.stream import StreamLimits
 from moshi_stt.errors import EngineError, NoFreeSlot
-from moshi_stt.events import EndWord, Marker, Ready, Step, Word
+from moshi_stt.events import EndWord, Interim, Marker, Ready, Step, Word
 
 WORKED = [9, 9, 9, 9, 9, 0, 531, 17, 3, 3, 0, 42, 0]
 """Contract section 5.6, delay 6."""
@@ -37,18 +39,32 @@ async def test_a_lone_stream() -> None:
     """`Ready`, then a `Step` for each frame, counted from 3 as moshi-server counts, words behind the step that made them."""
     async with engine(worked) as started:
         stream = started.open()
-        await stream.feed(noise(13))
+        await stream.send(Audio(noise(13)))
         events = await until(stream, lambda e: steps_of(e) == 13)
         assert events[0] == Ready()
         assert [e.step_idx for e in events if isinstance(e, Step)] == list(range(3, 16))
         assert [e.buffered_pcm for e in events if isinstance(e, Step)] == [FRAME_SAMPLES * n for n in range(12, -1, -1)]
         kinds = [type(e) for e in events]
         assert kinds == [Ready, *[Step] * 9, Word, Step, Step, EndWord, Step, Step, Word, EndWord]
-        assert [(e.text, e.start_time, e.logprob) for e in events if isinstance(e, Word)] == [
-            ("531.17", 0.0, -2.75),
-            ("42", 0.4, -0.25),
-        ]
+        assert [e for e in events if isinstance(e, Word)] == [Word("531.17", 0.0), Word("42", 0.4)]
         stream.close()
+
+
+async def test_extras_come_to_the_streams_that_asked_and_to_no_other() -> None:
+    async with engine(worked) as started:
+        plain, asking = started.open(), started.open(options=StreamOptions(interim=True, confidence=True))
+        heard = []
+        for stream in (plain, asking):
+            await stream.send(Audio(noise(13)))
+            heard.append(await until(stream, lambda e: sum(isinstance(event, EndWord) for event in e) == 2))
+        assert [e for e in heard[0] if isinstance(e, Word | Interim)] == [Word("531.17", 0.0), Word("42", 0.4)]
+        assert [e for e in heard[1] if isinstance(e, Word | Interim)] == [
+            Interim("531", 0.0),
+            Interim("531.17", 0.0),
+            Word("531.17", 0.0, math.exp(-2.75)),
+            Interim("42", 0.4),
+            Word("42", 0.4, math.exp(-0.25)),
+        ]
 
 
 async def test_no_heads_no_steps() -> None:
@@ -60,14 +76,14 @@ async def test_less_than_a_frame_steps_nothing() -> None:
     async with engine() as started:
         stream = started.open()
         before = started.fake.steps
-        await stream.feed(noise(0.99))
-        await stream.feed(np.zeros(0, np.float32))
+        await stream.send(Audio(noise(0.99)))
+        await stream.send(Audio(np.zeros(0, np.float32)))
         other = started.open()
-        await other.feed(noise(1))
+        await other.send(Audio(noise(1)))
         assert steps_of(await until(other, lambda e: steps_of(e) == 1)) == 1
         assert (started.fake.steps, started.fake.rows[-1]) == (before + 1, 1)
         assert started.queued_samples == int(0.99 * FRAME_SAMPLES)
-        await stream.feed(noise(0.02))
+        await stream.send(Audio(noise(0.02)))
         assert steps_of(await until(stream, lambda e: steps_of(e) == 1)) == 1
         stream.close()
         other.close()
@@ -84,7 +100,7 @@ async def test_any_chunking_gives_the_same(size: int) -> None:
         stream = started.open()
         task = asyncio.create_task(rest(stream))
         await feed_in_pieces(stream, pcm, [size] * (len(pcm) // size))
-        await stream.finish()
+        await stream.send(Finish())
         assert without_timing(await task) == without_timing(whole)
         stream.close()
 
@@ -113,7 +129,7 @@ async def test_streams_do_not_depend_on_each_other() -> None:
             start = 0
             while start < len(pcm):
                 size = chance.randint(1, 9_000)
-                await stream.feed(pcm[start : start + size])
+                await stream.send(Audio(pcm[start : start + size]))
                 start += size
                 if chance.random() < 0.2:
                     await asyncio.sleep(chance.uniform(0, 0.02))
@@ -122,10 +138,10 @@ async def test_streams_do_not_depend_on_each_other() -> None:
                 await task
                 return
             if seed % 7 == 0:  # starts anew
-                await stream.feed(pcm[: -len(pcm) % FRAME_SAMPLES])
-                await stream.reset()
-                await stream.feed(pcm)
-            await stream.finish()
+                await stream.send(Audio(pcm[: -len(pcm) % FRAME_SAMPLES]))
+                await stream.send(Reset())
+                await stream.send(Audio(pcm))
+            await stream.send(Finish())
             events = await task
             stream.close()
             if seed % 7 == 0:
@@ -148,12 +164,12 @@ async def test_slots_are_used_again_at_once() -> None:
             a, b = started.open(), started.open()
             with pytest.raises(NoFreeSlot, match="no free channels"):
                 started.open()
-            await a.feed(noise(20, seed=9))
+            await a.send(Audio(noise(20, seed=9)))
             a.close()
             a.close()
             c = started.open()
-            await c.feed(noise(20))
-            await c.finish()
+            await c.send(Audio(noise(20)))
+            await c.send(Finish())
             assert without_timing(await rest(c)) == without_timing(first)
             b.close()
             c.close()
@@ -169,7 +185,7 @@ async def test_finish_transcribes_what_is_left() -> None:
     async with engine(lambda slots: Scripted(slots, script)) as started:
         events = await transcribe(started, noise(4.5))
         assert steps_of(events) == 5
-        assert words_of(events) == [Word("50.51", 4 / 12.5, -1.25), EndWord(0.36)]
+        assert words_of(events) == [Word("50.51", 4 / 12.5), EndWord(0.36)]
 
 
 async def test_finish_without_audio() -> None:
@@ -180,11 +196,11 @@ async def test_finish_without_audio() -> None:
 async def test_markers_come_before_the_end() -> None:
     async with engine(lambda slots: Scripted(slots, [3] * 9 + [0, 50, 51])) as started:
         stream = started.open()
-        await stream.mark(0)
-        await stream.feed(noise(4.5))
-        await stream.mark(1)
-        await stream.mark(2)
-        await stream.finish()
+        await stream.send(Mark(0))
+        await stream.send(Audio(noise(4.5)))
+        await stream.send(Mark(1))
+        await stream.send(Mark(2))
+        await stream.send(Finish())
         events = await rest(stream)
         assert [type(e) for e in events[-4:]] == [Word, EndWord, Marker, Marker]
         assert [e.id for e in events if isinstance(e, Marker)] == [0, 1, 2]
@@ -197,10 +213,10 @@ async def test_a_reset_starts_anew() -> None:
     async with engine() as started:
         plain = await transcribe(started, pcm)
         stream = started.open()
-        await stream.feed(noise(7))
-        await stream.reset()
-        await stream.feed(pcm)
-        await stream.finish()
+        await stream.send(Audio(noise(7)))
+        await stream.send(Reset())
+        await stream.send(Audio(pcm))
+        await stream.send(Finish())
         events = await rest(stream)
         again = [i for i, e in enumerate(events) if e == Ready()]
         assert again[0] == 0
@@ -215,12 +231,12 @@ async def test_a_reset_keeps_the_rest_of_a_frame_and_answers_markers() -> None:
     async with engine(marker_wait=30.0) as started:
         plain = await transcribe(started, pcm)
         stream = started.open()
-        await stream.feed(noise(3))
-        await stream.feed(pcm[:1000])
-        await stream.mark(4)
-        await stream.reset()
-        await stream.feed(pcm[1000:])
-        await stream.finish()
+        await stream.send(Audio(noise(3)))
+        await stream.send(Audio(pcm[:1000]))
+        await stream.send(Mark(4))
+        await stream.send(Reset())
+        await stream.send(Audio(pcm[1000:]))
+        await stream.send(Finish())
         events = await rest(stream)
         second = max(i for i, e in enumerate(events) if e == Ready())
         assert events.index(Marker(4)) < second
@@ -237,12 +253,12 @@ async def test_a_slow_reader_holds_only_itself_up() -> None:
     pcm = noise(300, seed=1)
     async with engine(lambda slots: Scripted(slots, [0, 9] * 200), limits=limits) as started:
         slow = started.open()
-        writer = asyncio.create_task(slow.feed(pcm))
+        writer = asyncio.create_task(slow.send(Audio(pcm)))
         for seed in range(3):
             other = started.open()
             task = asyncio.create_task(rest(other))
-            await other.feed(noise(50, seed))
-            await other.finish()
+            await other.send(Audio(noise(50, seed)))
+            await other.send(Finish())
             assert len([e for e in await task if isinstance(e, Word)]) >= 23
             other.close()
         assert not writer.done()
@@ -258,7 +274,7 @@ async def test_a_reader_that_is_stuck_is_given_up() -> None:
     async with engine(lambda slots: Scripted(slots, [0, 9] * 200), limits=limits) as started:
         stream = started.open()
         async with asyncio.timeout(20):
-            await stream.feed(noise(300))
+            await stream.send(Audio(noise(300)))
         (error,) = await rest(stream)
         assert error.close_code == 1008
         stream.close()
@@ -275,11 +291,11 @@ async def test_files_leave_room_for_live_streams() -> None:
     async with engine(Slow, streams=3) as started:
         live, file = started.open(), started.open(live=False)
         file_task = asyncio.create_task(rest(file))
-        await file.feed(noise(30))
-        await file.finish()
+        await file.send(Audio(noise(30)))
+        await file.send(Finish())
         rows_before = len(started.fake.rows)
         for seed in range(20):
-            await live.feed(noise(1, seed))
+            await live.send(Audio(noise(1, seed)))
             await until(live, lambda e: steps_of(e) == 1)
         beside = [rows for rows in started.fake.rows[rows_before:] if rows == 2]
         assert len(beside) <= 6
@@ -314,7 +330,7 @@ async def test_an_observer_sees_everything() -> None:
         stream = started.open()
         with pytest.raises(NoFreeSlot):
             started.open()
-        await stream.feed(noise(3))
+        await stream.send(Audio(noise(3)))
         await until(stream, lambda e: steps_of(e) == 3)
         stream.close()
         await asyncio.sleep(0)

@@ -16,6 +16,8 @@ from numpy.typing import NDArray
 from moshi_stt.audio.decode import read_file
 from moshi_stt.audio.resample import StreamingResampler
 from moshi_stt.constants import SAMPLE_RATE
+from moshi_stt.engine.commands import Audio, Mark
+from moshi_stt.engine.engine import StreamOptions
 from moshi_stt.engine.recogniser import RECOGNISER_RATE, Spoken
 from moshi_stt.engine.segment import SegmentEngine
 from moshi_stt.engine.segmenter import Segmenter
@@ -64,7 +66,7 @@ def cities() -> NDArray[np.float32]:
 
 
 def run(recogniser: EmbeddedRecogniser, *pieces: NDArray[np.float32]) -> list[AnyEvent]:
-    segmenter = Segmenter(recogniser)
+    segmenter = Segmenter(recogniser, options=StreamOptions(confidence=True))
     events = [event for piece in pieces for batch in segmenter.feed(piece) for event in batch]
     return events + [event for batch in segmenter.flush() for event in batch]
 
@@ -86,8 +88,8 @@ def check_times(events: list[AnyEvent], seconds: float) -> None:
         assert isinstance(end, EndWord)
         assert word.text
         assert last <= word.start_time <= end.stop_time <= seconds + 0.001
-        assert word.logprob is not None
-        assert word.logprob <= 0
+        assert word.confidence is not None
+        assert 0 < word.confidence <= 1
         last = end.stop_time
 
 
@@ -323,8 +325,8 @@ async def collect(engine: SegmentEngine, audio: NDArray[np.float32], size: int) 
     try:
         events: list[AnyEvent] = []
         for start in range(0, len(audio), size):
-            await stream.feed(audio[start : start + size])
-        await stream.mark(1)
+            await stream.send(Audio(audio[start : start + size]))
+        await stream.send(Mark(1))
         async with asyncio.timeout(DEADLINE):
             async for event in stream:
                 events.append(event)

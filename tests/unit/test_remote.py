@@ -16,6 +16,7 @@ from tests.support.serving import until as becomes
 
 from moshi_stt.constants import FRAME_SAMPLES
 from moshi_stt.engine.batch import BatchEngine
+from moshi_stt.engine.commands import Audio, Finish, Mark
 from moshi_stt.engine.engine import SilentObserver
 from moshi_stt.engine.rows import RowBlock, RowHub, shared_file
 from moshi_stt.engine.slots import spare_share, spare_slots
@@ -45,11 +46,11 @@ async def marked(started: BatchEngine, pcm_frames: float, seed: int) -> list[Any
     half = len(pcm) // 2
     stream = started.open()
     await feed_in_pieces(stream, pcm[:half], [draw.choice([480, 1_920, 5_000]) for _ in range(8)])
-    await stream.mark(1)
+    await stream.send(Mark(1))
     events = await until(stream, lambda e: Marker(1) in e)
-    await stream.feed(pcm[half:])
-    await stream.mark(2)
-    await stream.finish()
+    await stream.send(Audio(pcm[half:]))
+    await stream.send(Mark(2))
+    await stream.send(Finish())
     events += await rest(stream)
     stream.close()
     return [event for event in without_timing(events) if not isinstance(event, Marker)]
@@ -89,7 +90,7 @@ async def test_no_more_slots_than_there_are() -> None:
             with pytest.raises(NoFreeSlot):
                 each.open()
         for stream in streams:
-            await stream.feed(noise(50))
+            await stream.send(Audio(noise(50)))
             stream.close()
         await becomes(lambda: owner.used_slots == 0, "giving back")
         assert len(await transcribe(second, noise(3))) >= 4
@@ -122,7 +123,7 @@ async def test_files_make_room_for_the_live_streams_of_others() -> None:
     async with engine(lambda slots: Scripted(slots, []), 8, processes=1) as owner, remotes(owner, 1) as (other,):
         owner._costs = owner._costs._replace(rows=(1, 8), seconds=(0.02, 0.16))
         speaker = other.open()
-        await speaker.feed(noise(1))
+        await speaker.send(Audio(noise(1)))
         await until(speaker, lambda e: steps_of(e) == 1)
         assert owner._hub is not None
         owner._hub.heard_at += 3_600  # spoken all the time, however slow this machine is
@@ -137,7 +138,7 @@ async def test_a_failed_step_ends_the_streams_of_all() -> None:
         streams = [each.open() for each in (owner, *others)]
         owner.fake.raise_next = True
         for stream in streams:
-            await stream.feed(noise(2))
+            await stream.send(Audio(noise(2)))
         for stream in streams:
             last = (await rest(stream))[-1]
             assert isinstance(last, Error)
@@ -151,7 +152,7 @@ async def test_a_failed_step_ends_the_streams_of_all() -> None:
 async def test_an_engine_that_goes_takes_nobody_along() -> None:
     async with engine(PseudoModel, 4, processes=2) as owner, remotes(owner, 2) as (first, second):
         stream = first.open()
-        await stream.feed(noise(30))
+        await stream.send(Audio(noise(30)))
         await first.stop()
         assert isinstance((await rest(stream))[-1], Error)
         stream.close()
@@ -209,7 +210,7 @@ async def test_the_slots_of_a_process_that_died_rest_until_its_rows_are_done() -
         os.close(memory)
         owner.fake.hang_next = True
         stream = owner.open()
-        await stream.feed(noise(1))
+        await stream.send(Audio(noise(1)))
         await becomes(lambda: owner.fake.steps > 0 and owner._step_started is not None, "the long step")
         slot = owner.lend()
         block.inputs.slots[0] = slot.index
@@ -222,7 +223,7 @@ async def test_the_slots_of_a_process_that_died_rest_until_its_rows_are_done() -
         await asyncio.wait_for(gone.wait(), 10)
         owner.take_back(slot)
         again = owner.open()
-        await again.feed(noise(3))
+        await again.send(Audio(noise(3)))
         await until(again, lambda e: steps_of(e) == 3)
         for each in (stream, again):
             each.close()

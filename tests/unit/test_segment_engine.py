@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from tests.support.level_speech import LevelRecogniser, pause, say
 
 from moshi_stt.constants import SAMPLE_RATE
+from moshi_stt.engine.commands import Audio, Finish, Mark, Reset
 from moshi_stt.engine.engine import SilentObserver
 from moshi_stt.engine.segment import SegmentEngine, measure
 from moshi_stt.engine.segmenter import SegmentSettings
@@ -60,8 +61,8 @@ async def transcribe(
     try:
         reading = asyncio.create_task(to_end(stream))
         for start in range(0, len(audio), size):
-            await stream.feed(audio[start : start + size])
-        await stream.finish()
+            await stream.send(Audio(audio[start : start + size]))
+        await stream.send(Finish())
         return await reading
     finally:
         stream.close()
@@ -82,14 +83,14 @@ async def test_ready_then_words_then_the_end() -> None:
 async def test_audio_and_a_marker_and_then_nothing_gives_the_last_word_and_the_marker() -> None:
     async with engine() as served:
         stream = served.open()
-        await stream.feed(say([10, 20])[:-1_000])
-        await stream.mark(7)
+        await stream.send(Audio(say([10, 20])[:-1_000]))
+        await stream.send(Mark(7))
         events = await until(stream, lambda event: isinstance(event, Marker))
         assert texts(events) == ["w10.", "w20."]
         assert events[-1] == Marker(7)
-        await stream.feed(say([30]))
-        await stream.mark(8)
-        await stream.mark(9)
+        await stream.send(Audio(say([30])))
+        await stream.send(Mark(8))
+        await stream.send(Mark(9))
         events = await until(stream, lambda event: event == Marker(9))
         assert texts(events) == ["w30."]
         assert events[-2:] == [Marker(8), Marker(9)]
@@ -101,7 +102,7 @@ async def test_audio_and_a_marker_and_then_nothing_gives_the_last_word_and_the_m
 async def test_a_marker_before_any_audio_is_answered() -> None:
     async with engine() as served:
         stream = served.open()
-        await stream.mark(-1)
+        await stream.send(Mark(-1))
         assert await until(stream, lambda event: isinstance(event, Marker)) == [Ready(), Marker(-1)]
         stream.close()
 
@@ -109,10 +110,10 @@ async def test_a_marker_before_any_audio_is_answered() -> None:
 async def test_reset_says_what_was_pending_and_starts_anew() -> None:
     async with engine() as served:
         stream = served.open()
-        await stream.feed(say([10, 20]))
-        await stream.reset()
-        await stream.feed(say([30]))
-        await stream.finish()
+        await stream.send(Audio(say([10, 20])))
+        await stream.send(Reset())
+        await stream.send(Audio(say([30])))
+        await stream.send(Finish())
         events = await to_end(stream)
         stream.close()
     said = [event.text if isinstance(event, Word) else event for event in events if not isinstance(event, EndWord)]
@@ -140,7 +141,7 @@ async def test_overload_loses_nothing_and_feeding_waits() -> None:
         expected = await transcribe(served, audio)
         served.recogniser.gate.clear()
         stream = served.open()
-        feeding = asyncio.create_task(stream.feed(audio))
+        feeding = asyncio.create_task(stream.send(Audio(audio)))
         reading = asyncio.create_task(to_end(stream))
         done, _ = await asyncio.wait([feeding], timeout=0.3)
         assert not done
@@ -149,7 +150,7 @@ async def test_overload_loses_nothing_and_feeding_waits() -> None:
         served.recogniser.gate.set()
         async with asyncio.timeout(DEADLINE):
             await feeding
-        await stream.finish()
+        await stream.send(Finish())
         assert await reading == expected
         assert served.queued_samples == 0
         stream.close()
@@ -160,10 +161,10 @@ async def test_a_reader_that_stands_still_stops_only_its_own_stream() -> None:
     audio = say(range(10, 40))
     async with engine(limits=limits, threads=1) as served:
         stuck = served.open()
-        feeding = asyncio.create_task(stuck.feed(audio))
+        feeding = asyncio.create_task(stuck.send(Audio(audio)))
         assert len(texts(await transcribe(served, audio))) == 30
         await feeding
-        await stuck.finish()
+        await stuck.send(Finish())
         assert len(texts(await to_end(stuck))) == 30
         stuck.close()
 
@@ -197,7 +198,7 @@ async def test_a_file_is_not_starved_by_live_streams() -> None:
             stream = served.open()
             reading = asyncio.create_task(to_end(stream))
             while not over.is_set():
-                await stream.feed(say(range(10, 30)))
+                await stream.send(Audio(say(range(10, 30))))
             stream.close()
             await reading
 
@@ -215,12 +216,12 @@ async def test_no_slot_is_refused_and_a_closed_stream_frees_its_slot_at_once() -
         with pytest.raises(NoFreeSlot, match="no free channels"):
             served.open()
         served.recogniser.gate.clear()
-        await first.feed(say([10, 20, 30]))
+        await first.send(Audio(say([10, 20, 30])))
         first.close()
         third = served.open()
         served.recogniser.gate.set()
-        await third.feed(say([40]))
-        await third.finish()
+        await third.send(Audio(say([40])))
+        await third.send(Finish())
         assert texts(await to_end(third)) == ["w40."]
         waiting = asyncio.create_task(served.open_when_free(DEADLINE))
         await asyncio.sleep(0)
@@ -260,7 +261,7 @@ async def test_a_broken_recogniser_fails_the_engine_and_every_stream() -> None:
 async def test_stop_ends_every_stream_and_may_be_called_twice() -> None:
     async with engine() as served:
         stream = served.open()
-        await stream.feed(say([10]))
+        await stream.send(Audio(say([10])))
         await served.stop()
         last = (await to_end(stream))[-1]
         assert isinstance(last, Error)

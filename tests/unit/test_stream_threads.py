@@ -7,8 +7,10 @@ from collections.abc import AsyncIterator
 
 import pytest
 from tests.support.owner import Owner, ramp
+from tests.support.streams import some
 
-from moshi_stt.engine.stream import Delivery, Finish, Mark, Pcm, Reset, Stream, deliver_all
+from moshi_stt.engine.commands import Audio, Finish, Mark, Reset
+from moshi_stt.engine.stream import Delivery, Stream, deliver_all
 from moshi_stt.errors import EngineError
 from moshi_stt.events import AnyEvent, Marker, Ready, Word
 
@@ -35,7 +37,7 @@ class Worker(threading.Thread):
         self.stopping = False
 
     def run(self) -> None:
-        held: list[Pcm | Mark | Reset | Finish] = []
+        held: list[Audio | Mark | Reset | Finish] = []
         unstepped = 0
         while not self.stopping:
             self.owner.event.clear()
@@ -46,7 +48,7 @@ class Worker(threading.Thread):
             while held and self.stream.writable and len(events) < 8:
                 command = held.pop(0)
                 match command:
-                    case Pcm():
+                    case Audio():
                         self.seen += command.samples.tolist()
                         unstepped += len(command.samples)
                         events.append(Word(str(len(self.seen)), 0.0))
@@ -79,7 +81,7 @@ async def test_nothing_is_lost_or_stalls_between_two_threads(owner: Owner, seed:
     events: list[AnyEvent] = []
 
     async def read() -> None:
-        while got := await stream.take() if rng.random() < 0.5 else [event async for event in first_of(stream)]:
+        while got := await some(stream) if rng.random() < 0.5 else [event async for event in first_of(stream)]:
             events.extend(got)
             for _ in range(rng.randrange(3)):
                 await asyncio.sleep(0)
@@ -95,15 +97,15 @@ async def test_nothing_is_lost_or_stalls_between_two_threads(owner: Owner, seed:
         choice = rng.random()
         if choice < 0.7:
             size = rng.choice((1, 2, 30, 90))
-            await stream.feed(ramp(sent, sent + size))
+            await stream.send(Audio(ramp(sent, sent + size)))
             sent += size
         elif choice < 0.9:
-            await stream.mark(marks)
+            await stream.send(Mark(marks))
             marks += 1
         else:
-            await stream.reset()
+            await stream.send(Reset())
             resets += 1
-    await stream.finish()
+    await stream.send(Finish())
     await reading
     await asyncio.to_thread(worker.join, DEADLINE_SECONDS)
     assert not worker.is_alive()
@@ -119,9 +121,9 @@ async def test_close_at_any_moment_leaves_the_worker_well(owner: Owner) -> None:
         stream = owner.stream(inbox_samples=40, outbox_events=5)
         worker = Worker(owner, stream, seed)
         worker.start()
-        feeding = asyncio.create_task(stream.feed(ramp(0, 100_000)))
+        feeding = asyncio.create_task(stream.send(Audio(ramp(0, 100_000))))
         for _ in range(seed):
-            await stream.take()
+            await some(stream)
         stream.close()
         with pytest.raises(EngineError, match="closed"):
             await feeding

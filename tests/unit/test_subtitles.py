@@ -1,6 +1,7 @@
 """Subtitles: goldens of every format, and what must hold for any words."""
 
 import json
+import math
 from itertools import pairwise
 
 import pytest
@@ -109,8 +110,8 @@ def test_timestamps_carry_over(seconds: float, expected: str) -> None:
 
 
 def test_a_word_ends_with_its_end_word() -> None:
-    events = [Ready(), Word("one", 0.5, -0.1), Step(3, (0.1,), 0), EndWord(0.9), Word("two", 1.0), EndWord(1.2), Marker(0)]
-    assert pair_words(events) == [("one", 0.5, 0.9, -0.1), ("two", 1.0, 1.2, None)]
+    events = [Ready(), Word("one", 0.5, 0.5), Step(3, (0.1,), 0), EndWord(0.9), Word("two", 1.0), EndWord(1.2), Marker(0)]
+    assert pair_words(events) == [("one", 0.5, 0.9, math.log(0.5)), ("two", 1.0, 1.2, None)]
 
 
 def test_a_word_without_an_end_ends_at_the_next_one_or_soon() -> None:

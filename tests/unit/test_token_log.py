@@ -14,6 +14,7 @@ from tests.support.checkpoints import small_spec
 from tests.support.scripted_backend import PseudoModel, spell
 
 from moshi_stt.engine.batch import BatchEngine, LoadedModel
+from moshi_stt.engine.commands import Audio, Finish
 from moshi_stt.engine.engine import EngineInfo, StepOutput, StepRecorder
 from moshi_stt.engine.slots import spare_slots
 from moshi_stt.models import token_log
@@ -184,8 +185,8 @@ async def test_an_engine_records_its_streams_alone(tmp_path: Path) -> None:
     engine = BatchEngine(load, delay_frames=2)
     await engine.start()
     stream = engine.open()
-    await stream.feed(noise(30))
-    await stream.finish()
+    await stream.send(Audio(noise(30)))
+    await stream.send(Finish())
     async for _ in stream:
         pass
     stream.close()

@@ -1,5 +1,6 @@
 """Words and times out of token lists: the contract's rule, the recorded sessions, and the two flaws that are mended."""
 
+import math
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -35,7 +36,7 @@ def contract(tokens: Sequence[int], delay: int) -> Events:
             continue
         if token in (0, 3):
             if buffer:
-                events.append(Word(spell(buffer), last_stop, 0.0))
+                events.append(Word(spell(buffer), last_stop))
                 buffer, unended = [], True
         else:
             buffer.append(token)
@@ -53,9 +54,9 @@ def test_worked_example() -> None:
     words = WordAssembler(spell, 6)
     emitted = {s: list(words.push(token)) for s, token in enumerate([9, 9, 9, 9, 9, 0, 531, 17, 3, 3, 0, 42, 0], 1)}
     assert {s: events for s, events in emitted.items() if events} == {
-        9: [Word("531.17", 0.0, 0.0)],
+        9: [Word("531.17", 0.0)],
         11: [EndWord(0.4)],
-        13: [Word("42", 0.4, 0.0), EndWord(0.56)],
+        13: [Word("42", 0.4), EndWord(0.56)],
     }
 
 
@@ -78,9 +79,9 @@ def test_recorded_sessions(shared: Path, session: str, checkpoint: str, tokens: 
 def test_a_word_behind_a_word_without_a_boundary() -> None:
     """F12: the boundary is put where it would have been, one position before the second word's first piece."""
     assert assemble([0, 40, 3, 3, 41, 42, 3, 0], delay=1) == [
-        Word("40", 0.0, 0.0),
+        Word("40", 0.0),
         EndWord(3 / 12.5),
-        Word("41.42", 3 / 12.5, 0.0),
+        Word("41.42", 3 / 12.5),
         EndWord(7 / 12.5),
     ]
 
@@ -103,7 +104,7 @@ def test_a_word_at_the_end_is_flushed() -> None:
     for token in [0, 40, 41]:
         assert not words.push(token)
     assert words.under_way
-    assert words.flush() == [Word("40.41", 0.0, 0.0)]
+    assert words.flush() == [Word("40.41", 0.0)]
     assert not words.under_way
     assert words.flush() == []
     assert words.finish(5.0) == [EndWord(1.0)]
@@ -115,14 +116,14 @@ def test_the_last_word_ends_within_the_audio(audio_seconds: float, stop: float) 
     """And no later than a second after its start, however long the silence behind it."""
     words = WordAssembler(spell, 1)
     events = [e for token in [0, 40, *[3] * 40] for e in words.push(token)]
-    assert [*events, *words.finish(audio_seconds)] == [Word("40", 0.0, 0.0), EndWord(stop)]
+    assert [*events, *words.finish(audio_seconds)] == [Word("40", 0.0), EndWord(stop)]
 
 
 def test_log_probabilities_add_up() -> None:
-    words = WordAssembler(spell, 1)
+    words = WordAssembler(spell, 1, confidence=True)
     pairs = [(0, -9.0), (40, -0.5), (41, -0.25), (3, -9.0), (42, -1.0), (0, -9.0)]
     events = [e for token, logprob in pairs for e in words.push(token, logprob)]
-    assert [e.logprob for e in events if isinstance(e, Word)] == [-0.75, -1.0]
+    assert [e.confidence for e in events if isinstance(e, Word)] == [math.exp(-0.75), math.exp(-1.0)]
 
 
 @given(TOKENS, DELAYS)

@@ -24,6 +24,7 @@ from moshi_stt.audio.resample import StreamingResampler, to_mono_float
 from moshi_stt.audio.watch import AudioWatch
 from moshi_stt.cli.transcribe import KEY_VARIABLE, load_module
 from moshi_stt.constants import PUBLIC_KEY, SAMPLE_RATE
+from moshi_stt.engine.commands import Audio, Finish
 from moshi_stt.errors import ConfigError, EngineError, MoshiSttError
 from moshi_stt.events import AnyEvent, EndWord, Error, Marker, Word
 from moshi_stt.text.subtitles import PARAGRAPH_SECONDS
@@ -227,10 +228,10 @@ class _InProcess(Live):
         self._stream = stream
 
     async def feed(self, pcm: NDArray[np.float32]) -> None:
-        await self._stream.feed(pcm)
+        await self._stream.send(Audio(pcm))
 
     async def finish(self) -> None:
-        await self._stream.finish()
+        await self._stream.send(Finish())
 
     async def events(self) -> AsyncIterator[AnyEvent]:
         async for event in self._stream:

@@ -15,12 +15,14 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 
 from moshi_stt.constants import FRAME_SAMPLES, FRAME_SECONDS
 from moshi_stt.engine.costs import StepCosts, measure
 from moshi_stt.engine.engine import (
+    NO_EXTRAS,
     Backend,
     Engine,
     EngineInfo,
@@ -28,6 +30,7 @@ from moshi_stt.engine.engine import (
     StepInputs,
     StepOutput,
     StepRecorder,
+    StreamOptions,
     TakesInPlace,
 )
 from moshi_stt.engine.lane import Lane
@@ -101,6 +104,7 @@ class BatchEngine(Engine):
         self._stopping = False
         self._wake: threading.Event | RowHub = threading.Event()
         self._hub: RowHub | None = None
+        self._lanes: dict[Stream, Lane] = {}
         self._woken: deque[Lane] = deque()
         self._step_started: float | None = None
         self._steps = 0
@@ -134,25 +138,26 @@ class BatchEngine(Engine):
                 log.error("the model thread did not end within 10 s; its step hangs")
             self._thread = None
 
-    def open(self, *, live: bool = True) -> Stream:
+    def open(self, *, live: bool = True, options: StreamOptions = NO_EXTRAS) -> Stream:
         slot = self.lend()
-        stream = Stream(self._limits, live=live, wake=lambda: self._wake_lane(lane), release=lambda _: self._release(lane))
-        lane = Lane(stream, slot, self._new_words, self._delay)
-        self._table[slot.index] = lane
+        stream = Stream(self._limits, live=live, wake=self._wake_stream, release=self._release)
+        self._lanes[stream] = self._table[slot.index] = Lane(stream, slot, partial(self._new_words, options), self._delay)
         stream.deliver([Ready()])
         self.observer.opened()
         return stream
 
-    def _release(self, lane: Lane) -> None:
+    def _release(self, stream: Stream) -> None:
         """Called by `Stream.close`: the slot is free at once; a step of it that is under way goes nowhere."""
+        lane = self._lanes.pop(stream)
         if self._pool.release(lane.slot):
             self._table[lane.slot.index] = None
             self.observer.closed(lane.frames)
             self._announce_free_slot()
             self._wake.set()
 
-    def _wake_lane(self, lane: Lane) -> None:
-        if not lane.woken:
+    def _wake_stream(self, stream: Stream) -> None:
+        lane = self._lanes.get(stream)
+        if lane is not None and not lane.woken:
             lane.woken = True
             self._woken.append(lane)
             self._wake.set()
@@ -451,7 +456,6 @@ class BatchEngine(Engine):
         self._backend = backend
         self._pool, self._spares = self._pools(loaded)
         self._table: list[Lane | None] = [None] * streams
-        self._new_words = lambda: WordAssembler(loaded.decode, self._delay)
         if isinstance(backend, TakesInPlace) and len(backend.inputs.slots) >= streams:
             self._inputs = backend.inputs
         else:
@@ -462,6 +466,10 @@ class BatchEngine(Engine):
         if loaded.processes:
             self._hub = self._wake = RowHub()
         self.info = replace(loaded.info, total_slots=streams, details=loaded.info.details | self._costs.describe(streams))
+
+    def _new_words(self, options: StreamOptions) -> WordAssembler:
+        """The word assembler of a new stream, or of one that was reset."""
+        return WordAssembler(self._loaded.decode, self._delay, confidence=options.confidence, interim=options.interim)
 
     def _pools(self, loaded: LoadedModel) -> tuple[SlotPool, SlotPool]:
         """The slots that this process lends: of streams, and for copies."""

@@ -7,7 +7,7 @@ B row (a stream in this step), T frame, K codebook, H head, D dim, S sample.
 import asyncio
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, Final, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -195,6 +195,23 @@ class SilentObserver:
     def failed(self) -> None: ...
 
 
+@dataclass(frozen=True)
+class StreamOptions:
+    """The extra events that a client asked for. An engine makes them only for the streams that did."""
+
+    interim: bool = False
+    """`Interim`: the word or sentence that is not settled yet."""
+    confidence: bool = False
+    """`Word.confidence`."""
+    turns: bool = False
+    """`SpeechStarted`, `EndOfTurn`, `TurnResumed`."""
+    warnings: bool = False
+    """`Warning`."""
+
+
+NO_EXTRAS: Final = StreamOptions()
+
+
 class Engine(ABC):
     """Admits streams. All methods are called from the event loop's thread."""
 
@@ -220,10 +237,10 @@ class Engine(ABC):
         """End every stream with an `Error` (close code 1001), free the model, join the threads. Idempotent."""
 
     @abstractmethod
-    def open(self, *, live: bool = True) -> Stream:
+    def open(self, *, live: bool = True, options: StreamOptions = NO_EXTRAS) -> Stream:
         """Admit a stream: its first event is `Ready`.
 
-        live: False for files; live streams have priority over them.
+        live: False for files; live streams have priority over them. options: what it says beyond the default.
         Raises NoFreeSlot, or EngineFailed after a failure.
         """
 
@@ -245,7 +262,7 @@ class Engine(ABC):
     def total_slots(self) -> int:
         return self.info.total_slots
 
-    async def open_when_free(self, timeout_seconds: float, *, live: bool = False) -> Stream:
+    async def open_when_free(self, timeout_seconds: float, *, live: bool = False, options: StreamOptions = NO_EXTRAS) -> Stream:
         """`open`, waiting up to timeout_seconds for a slot.
 
         Raises NoFreeSlot when none came free, EngineFailed after a failure, also one that comes meanwhile. Who waits is counted
@@ -261,7 +278,7 @@ class Engine(ABC):
                 pass  # one last look
             finally:
                 self.waiting -= 1
-            return self.open(live=live)
+            return self.open(live=live, options=options)
 
     async def wait_failed(self) -> EngineFailed:
         """Return the failure when it comes; never returns while the engine is well."""

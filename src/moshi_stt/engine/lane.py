@@ -22,8 +22,9 @@ from numpy.typing import NDArray
 
 from moshi_stt.audio.framer import Framer
 from moshi_stt.constants import FRAME_SAMPLES, SAMPLE_RATE
+from moshi_stt.engine.commands import Audio, Command, Finish, Mark, Reset
 from moshi_stt.engine.slots import Slot
-from moshi_stt.engine.stream import Command, Finish, Mark, Pcm, Reset, Stream
+from moshi_stt.engine.stream import Stream
 from moshi_stt.events import AnyEvent, Marker, Ready, Step
 from moshi_stt.text.words import WordAssembler
 
@@ -135,10 +136,10 @@ class Lane:
         events: list[AnyEvent] = []
         while commands and self.tail is None and not self.done:
             command = commands[0]
-            if isinstance(command, Pcm):
-                self.framer.push(command.samples, command.arrived)
+            if isinstance(command, Audio):
+                self.heard_at = now if command.arrived is None else command.arrived
+                self.framer.push(command.samples, self.heard_at)
                 self.samples += len(command.samples)
-                self.heard_at = command.arrived
             elif isinstance(command, Mark):
                 self._mark(command.id, now, events)
             elif self.framer.frames:

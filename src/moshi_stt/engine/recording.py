@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 
 from moshi_stt.audio.cut import CutRule, Piece, cut_pieces
 from moshi_stt.constants import SAMPLE_RATE
-from moshi_stt.engine.engine import Engine
+from moshi_stt.engine.commands import Audio, Finish
+from moshi_stt.engine.engine import Engine, StreamOptions
 from moshi_stt.engine.stream import Stream
 from moshi_stt.errors import EngineError
 from moshi_stt.events import AnyEvent, EndWord, Error, Word
@@ -75,7 +76,7 @@ async def _transcribe_piece(
 async def _transcribe_stream(
     engine: Engine, audio: Iterator[NDArray[np.float32]], offset: float, prefix_seconds: float, on_progress: Progress | None
 ) -> list[TimedWord]:
-    stream = await engine.open_when_free(SLOT_WAIT_SECONDS, live=False)
+    stream = await engine.open_when_free(SLOT_WAIT_SECONDS, live=False, options=StreamOptions(confidence=True))
     feeder = asyncio.create_task(_feed(stream, audio, prefix_seconds, on_progress))
     try:
         events = await _words_of(stream, feeder)
@@ -103,13 +104,13 @@ async def _words_of(stream: Stream, feeder: "asyncio.Task[None]") -> list[AnyEve
 async def _feed(
     stream: Stream, audio: Iterator[NDArray[np.float32]], prefix_seconds: float, on_progress: Progress | None
 ) -> None:
-    await stream.feed(np.zeros(round(prefix_seconds * SAMPLE_RATE), np.float32))
+    await stream.send(Audio(np.zeros(round(prefix_seconds * SAMPLE_RATE), np.float32)))
     fed = told = 0
     while (pcm := await asyncio.to_thread(next, audio, None)) is not None:
-        await stream.feed(pcm)
+        await stream.send(Audio(pcm))
         fed += len(pcm)
         done = max(told, fed - stream.pending_samples)
         if on_progress is not None:
             on_progress((done - told) / SAMPLE_RATE)
         told = done
-    await stream.finish()
+    await stream.send(Finish())

@@ -10,10 +10,10 @@ from collections.abc import Callable
 
 from moshi_stt.engine.batch import BatchEngine, LoadedModel
 from moshi_stt.engine.engine import EngineObserver
-from moshi_stt.engine.lane import Lane
 from moshi_stt.engine.rows import RowBlock, RowClient
 from moshi_stt.engine.share import Line, Share
 from moshi_stt.engine.slots import Slot, SlotPool
+from moshi_stt.engine.stream import Stream
 
 
 class GrantedSlots(SlotPool):
@@ -83,12 +83,11 @@ class RemoteEngine(BatchEngine):
     def _pools(self, loaded: LoadedModel) -> tuple[SlotPool, SlotPool]:
         return self._granted, SlotPool(len(self._share.spares), first=self._share.spares.start)
 
-    def _release(self, lane: Lane) -> None:
-        is_owner = self._table[lane.slot.index] is lane
-        super()._release(lane)
-        if is_owner:
-            self._leaving.append(lane.slot.index)
-            self._wake.set()
+    def _release(self, stream: Stream) -> None:
+        lane = self._lanes[stream]
+        super()._release(stream)
+        self._leaving.append(lane.slot.index)
+        self._wake.set()
 
     def _drain(self, now: float) -> None:
         """Also tell of the slots that were left: this is between two steps."""

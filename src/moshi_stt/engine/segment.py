@@ -20,10 +20,11 @@ import numpy as np
 from moshi_stt.audio.resample import StreamingResampler
 from moshi_stt.constants import SAMPLE_RATE
 from moshi_stt.cores import usable_cores
-from moshi_stt.engine.engine import Engine, EngineInfo, EngineObserver
+from moshi_stt.engine.commands import Audio, Command, Mark, Reset
+from moshi_stt.engine.engine import NO_EXTRAS, Engine, EngineInfo, EngineObserver, StreamOptions
 from moshi_stt.engine.recogniser import RECOGNISER_RATE, Recogniser
 from moshi_stt.engine.segmenter import Segmenter, SegmentSettings
-from moshi_stt.engine.stream import Command, Delivery, Mark, Pcm, Reset, Stream, StreamLimits, deliver_all
+from moshi_stt.engine.stream import Delivery, Stream, StreamLimits, deliver_all
 from moshi_stt.errors import EngineError, EngineFailed, MoshiSttError, NoFreeSlot
 from moshi_stt.events import AnyEvent, Error, Marker, Ready
 
@@ -47,7 +48,7 @@ class _Lane:
         self.commands: deque[Command] = deque()
         self.work: Iterator[list[AnyEvent]] | None = None
         self.command: Command | None = None
-        """What `work` is going through; of a long `Pcm`, the piece."""
+        """What `work` is going through; of long `Audio`, the piece."""
         self.arrived = 0.0
         """When the last sample, or the mark behind it, came that the next event may depend on."""
         self.absorbed = 0.0
@@ -65,12 +66,12 @@ class _Lane:
         if not self.commands:
             return False
         command = self.commands.popleft()
-        if isinstance(command, Pcm):
-            self.arrived = command.arrived
+        if isinstance(command, Audio):
+            self.arrived = self.absorbed if command.arrived is None else command.arrived
             piece = command.samples[:TURN_SAMPLES]
             if len(piece) < len(command.samples):
-                self.commands.appendleft(Pcm(command.samples[TURN_SAMPLES:], command.arrived))
-            self.command = Pcm(piece, command.arrived)
+                self.commands.appendleft(Audio(command.samples[TURN_SAMPLES:], command.arrived))
+            self.command = Audio(piece, command.arrived)
             self.work = self.segmenter.feed(piece)
         else:
             self.arrived = max(self.arrived, self.absorbed)
@@ -81,7 +82,7 @@ class _Lane:
     def end(self) -> tuple[int, list[AnyEvent]]:
         """The command is through: samples that left our hands, and what it is answered by."""
         command, self.command, self.work = self.command, None, None
-        if isinstance(command, Pcm):
+        if isinstance(command, Audio):
             return len(command.samples), []
         if isinstance(command, Mark):
             return 0, [Marker(command.id)]
@@ -113,7 +114,7 @@ class SegmentEngine(Engine):
         self._limits = limits or StreamLimits()
         self._settings = settings or SegmentSettings()
         self._recogniser: Recogniser | None = None
-        self._lanes: set[_Lane] = set()
+        self._lanes: dict[Stream, _Lane] = {}
         self._line = threading.Condition()
         self._live: deque[_Lane] = deque()
         self._files: deque[_Lane] = deque()
@@ -163,8 +164,8 @@ class SegmentEngine(Engine):
         with self._line:
             self._stopping = True
             self._line.notify_all()
-        for lane in list(self._lanes):
-            lane.stream.fail("the server is shutting down", 1001)
+        for stream in list(self._lanes):
+            stream.fail("the server is shutting down", 1001)
         for thread in self._threads:
             await asyncio.to_thread(thread.join, JOIN_SECONDS)
             if thread.is_alive():
@@ -174,7 +175,7 @@ class SegmentEngine(Engine):
             self._recogniser.close()
             self._recogniser = None
 
-    def open(self, *, live: bool = True) -> Stream:
+    def open(self, *, live: bool = True, options: StreamOptions = NO_EXTRAS) -> Stream:
         if self.failure is not None:
             raise EngineFailed(str(self.failure))
         if not self._ready or self._recogniser is None:
@@ -182,16 +183,15 @@ class SegmentEngine(Engine):
         if len(self._lanes) >= self.info.total_slots:
             self.observer.refused()
             raise NoFreeSlot
-        stream = Stream(self._limits, live=live, wake=lambda: self._wake(lane), release=lambda _: self._release(lane))
-        lane = _Lane(stream, Segmenter(self._recogniser, self._settings))
-        self._lanes.add(lane)
+        stream = Stream(self._limits, live=live, wake=self._wake, release=self._release)
+        self._lanes[stream] = _Lane(stream, Segmenter(self._recogniser, self._settings, options))
         stream.deliver([Ready()])
         self.observer.opened()
         return stream
 
-    def _release(self, lane: _Lane) -> None:
+    def _release(self, stream: Stream) -> None:
         """Called by `Stream.close`: the slot is free at once; a turn of it that is under way goes nowhere."""
-        self._lanes.discard(lane)
+        lane = self._lanes.pop(stream)
         self.observer.closed(lane.segmenter.hypotheses)
         self._announce_free_slot()
 
@@ -205,7 +205,7 @@ class SegmentEngine(Engine):
 
     @property
     def queued_samples(self) -> int:
-        return sum(lane.stream.pending_samples for lane in self._lanes)
+        return sum(stream.pending_samples for stream in self._lanes)
 
     def _fail(self, failure: EngineFailed) -> None:
         """Every stream ends with an `Error`; nothing new is admitted."""
@@ -214,8 +214,8 @@ class SegmentEngine(Engine):
         self._announce_failure(failure)
         with self._line:
             self._line.notify_all()
-        for lane in list(self._lanes):
-            lane.stream.fail(str(failure), 1011)
+        for stream in list(self._lanes):
+            stream.fail(str(failure), 1011)
             self.observer.failed()
 
     def _deliver(self, delivery: Delivery, arrived: float, failed: bool) -> None:
@@ -227,8 +227,11 @@ class SegmentEngine(Engine):
 
     # ---- the line ----------------------------------------------------------------------------------------------------
 
-    def _wake(self, lane: _Lane) -> None:
-        """Put the lane in line, if it is not there. Any thread."""
+    def _wake(self, stream: Stream) -> None:
+        """Put the stream in line, if it is not there. Any thread."""
+        lane = self._lanes.get(stream)
+        if lane is None:
+            return
         with self._line:
             if lane.state == "idle":
                 self._enqueue(lane)

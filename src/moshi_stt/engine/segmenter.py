@@ -5,6 +5,7 @@ in blocks of one size, every decision falls at a sample of the stream's own cloc
 are due. A word that was said is settled: later hypotheses continue it, so they cannot contradict what has been sent.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -13,6 +14,7 @@ from numpy.typing import NDArray
 
 from moshi_stt.audio.resample import StreamingResampler
 from moshi_stt.constants import SAMPLE_RATE
+from moshi_stt.engine.engine import NO_EXTRAS, StreamOptions
 from moshi_stt.engine.recogniser import RECOGNISER_RATE, VAD_FRAME, Recogniser, Spoken
 from moshi_stt.events import AnyEvent, EndWord, Word
 
@@ -103,9 +105,12 @@ class _Segment:
 class Segmenter:
     """Words of one stream. `feed` and `flush` are generators: each `next` makes at most one hypothesis."""
 
-    def __init__(self, recogniser: Recogniser, settings: SegmentSettings | None = None) -> None:
+    def __init__(
+        self, recogniser: Recogniser, settings: SegmentSettings | None = None, options: StreamOptions = NO_EXTRAS
+    ) -> None:
         self.settings = settings or SegmentSettings()
         self.recogniser = recogniser
+        self.options = options
         self.hypotheses = 0
         """Recogniser calls since the start."""
         seconds = self.settings.longest_seconds + self.settings.lead_seconds + 1.0
@@ -347,7 +352,8 @@ class Segmenter:
                 continue
             self._last_stop = stop_time
             segment.anchor = (word.text, min(max(self._position(start), segment.start), stop))
-            events += [Word(word.text, start, word.logprob), EndWord(self._last_stop)]
+            confidence = min(1.0, math.exp(word.logprob)) if self.options.confidence else None
+            events += [Word(word.text, start, confidence), EndWord(self._last_stop)]
         return events
 
     def _seconds(self, position: int) -> float:

@@ -1,12 +1,12 @@
-"""One listener: commands go in on the event loop, a worker thread drains them, events come back. Knows no model and no socket.
+"""One stream of an engine: commands go in on the event loop, a worker thread drains them, events come back.
 
 Bounds, and what happens at them:
 
 * inbox: `inbox_samples` of PCM in at most `inbox_pieces` pieces, counted until the engine has stepped them. A full inbox
-  makes `feed` wait, so that its caller stops reading the socket; nothing is dropped.
-* marks and resets: `unread_answers`, counted until their `Marker` or `Ready` has been read. Then `mark` and `reset` wait: a
-  client that asks and never reads cannot fill the outbox with answers.
-* outbox: `outbox_events`. From a quarter of it on, a `Step` directly behind a `Step` replaces it. A full outbox makes
+  makes `send` wait, so that its caller stops reading the socket; nothing is dropped.
+* marks and resets: `unread_answers`, counted until their `Marker` or `Ready` has been read. Then `send` waits: a client that
+  asks and never reads cannot fill the outbox with answers.
+* outbox: `outbox_events`. From a quarter of it on, a `Step` directly after a `Step` replaces it. A full outbox makes
   `writable` False, so that the engine stops stepping this stream (and its inbox fills). A reader that takes nothing for
   `stuck_seconds` while the outbox is full ends the stream with an `Error` (close code 1008).
 """
@@ -21,9 +21,9 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from moshi_stt.constants import SAMPLE_RATE
+from moshi_stt.engine.commands import Audio, Command, Finish, Mark, Reset
 from moshi_stt.errors import EngineError
 from moshi_stt.events import AnyEvent, Error, Marker, Ready, Step
 
@@ -40,45 +40,29 @@ class StreamLimits:
     """More than there are in any audio that an engine waits for: a frame has 1,920 samples."""
 
 
-class Pcm(NamedTuple):
-    """samples: float32 (S,) at 24 kHz. arrived: time.monotonic() when they came."""
-
-    samples: NDArray[np.float32]
-    arrived: float
-
-
-class Mark(NamedTuple):
-    """To be answered by exactly one `Marker(id)`."""
-
-    id: int
-
-
-class Reset(NamedTuple):
-    """Start the model state anew; to be answered by exactly one `Ready`."""
-
-
-class Finish(NamedTuple):
-    """No more audio: flush what is pending, then end."""
-
-
-Command = Pcm | Mark | Reset | Finish
-
 _ANSWERS = (Marker, Ready)
 
 
 class Stream:
-    """A stream of an engine. Made by `Engine.open`; the caller must `close` it.
+    """Made by `Engine.open`; the caller must `close` it.
 
-    `feed`, `mark`, `reset`, `finish`, `close`, `take` and iteration belong to the event loop's thread, as do the forms that
-    never wait (`offer`, `offer_mark`, `offer_reset`, `finish_now`, `take_now`, `listen`), with which a server of many streams
-    does without a task for each. One task may feed while another reads; two that feed at once would mix their pieces.
-    `drain`, `stepped`, `pending_samples` and `writable` belong to the engine's worker threads.
+    `offer`, `send`, `take`, iteration, `listen` and `close` belong to the event loop's thread. A server of many streams uses
+    `offer`, `take` and `listen`, which never wait, and needs no task for each. One task may send while another reads; two that
+    send at once would mix their pieces. `drain`, `stepped`, `pending_samples` and `writable` belong to the engine's threads.
     """
 
     def __init__(
-        self, limits: StreamLimits, *, live: bool, wake: Callable[[], None], release: Callable[["Stream"], None]
+        self,
+        limits: StreamLimits,
+        *,
+        live: bool,
+        wake: Callable[["Stream"], None],
+        release: Callable[["Stream"], None],
     ) -> None:
-        """wake: tell the worker that there is something to do. release: give the slot back; called once, by `close`."""
+        """wake: tell the worker that there is something to do. release: give the slot back; called once, by `close`.
+
+        Both are given the stream rather than bound to it, so that no ring of references keeps a closed stream in memory.
+        """
         self.limits = limits
         self.live = live
         self._wake = wake
@@ -103,86 +87,68 @@ class Stream:
 
     # ---- the caller's side -------------------------------------------------------------------------------------------
 
-    async def feed(self, pcm: NDArray[np.float32]) -> None:
-        """Append audio: float32 (S,), 24 kHz mono, any length, 0 included. Waits while the inbox is full.
+    def offer(self, command: Command) -> Command | None:
+        """Take a command, as far as there is room for it now. Returns what did not fit, None when all was taken.
 
-        Returns without effect once the stream has ended by itself (its `Error` says why).
-        Raises EngineError after `finish` or `close`.
+        Of `Audio` that is the rest of it, with its time of arrival; of `Mark` and `Reset`, while too many answers are unread,
+        the command itself. `Finish` always fits and is idempotent. Once the stream has ended by itself everything is taken, to
+        no effect: its `Error` says why it ended.
+        Raises EngineError for any command but `Finish` after `Finish` or `close`, ValueError for audio of another type.
         """
-        arrived = time.monotonic()
-        start = self.offer(pcm, arrived)
-        while start < len(pcm):
-            await self._room.wait()
-            start += self.offer(pcm[start:], arrived)
+        if type(command) is Audio:
+            return self._offer_audio(command)
+        if type(command) is Finish:
+            self._finish(command)
+            return None
+        self._check_open(command)
+        if self._ended:
+            return None
+        if self._unread_answers >= self.limits.unread_answers:
+            self._room.clear()
+            return command
+        self._unread_answers += 1
+        with self._lock:
+            self._commands.append(command)
+        self._wake(self)
+        return None
 
-    def offer(self, pcm: NDArray[np.float32], arrived: float | None = None) -> int:
-        """Append as much of pcm as there is room for, now, and return how many samples that was.
-
-        arrived: time.monotonic() when they came; None is now. Once the stream has ended by itself all are taken, to no effect.
-        Raises EngineError after `finish` or `close`.
-        """
-        if pcm.dtype != np.float32 or pcm.ndim != 1:
-            raise ValueError(f"feed takes float32 of one dimension, got {pcm.dtype} of shape {pcm.shape}")
-        self._check_open("feed")
-        wanted = len(pcm)
+    def _offer_audio(self, audio: Audio) -> Audio | None:
+        samples = audio.samples
+        if samples.dtype != np.float32 or samples.ndim != 1:
+            raise ValueError(f"audio is float32 of one dimension, got {samples.dtype} of shape {samples.shape}")
+        self._check_open(audio)
+        wanted = len(samples)
         if self._ended or not wanted:
-            return wanted
+            return None
+        if audio.arrived is None:
+            audio = Audio(samples, time.monotonic())
         with self._lock:
             room = self.limits.inbox_samples - self._pending_samples
             taken = min(wanted, room) if len(self._piece_sizes) < self.limits.inbox_pieces else 0
             if taken:
-                self._commands.append(Pcm(pcm[:taken], time.monotonic() if arrived is None else arrived))
+                self._commands.append(audio if taken == wanted else Audio(samples[:taken], audio.arrived))
                 self._piece_sizes.append(taken)
                 self._pending_samples += taken
             if taken < wanted:
                 self._room.clear()
         if taken:
-            self._wake()
-        return taken
+            self._wake(self)
+        return None if taken == wanted else Audio(samples[taken:], audio.arrived)
 
-    async def mark(self, id: int) -> None:
-        """Ask for `Marker(id)` when everything fed before this is transcribed. Waits while too many answers are unread."""
-        while not self.offer_mark(id):
-            await self._room.wait()
-
-    def offer_mark(self, id: int) -> bool:
-        """`mark`, unless too many answers are unread; returns whether it was done."""
-        return self._ask("mark", Mark(id))
-
-    async def reset(self) -> None:
-        """Start the model state anew behind what was fed; answered by `Ready`. Waits while too many answers are unread."""
-        while not self.offer_reset():
-            await self._room.wait()
-
-    def offer_reset(self) -> bool:
-        """`reset`, unless too many answers are unread; returns whether it was done."""
-        return self._ask("reset", Reset())
-
-    def _ask(self, verb: str, command: Mark | Reset) -> bool:
-        self._check_open(verb)
-        if self._ended:
-            return True
-        if self._unread_answers >= self.limits.unread_answers:
-            self._room.clear()
-            return False
-        self._unread_answers += 1
-        with self._lock:
-            self._commands.append(command)
-        self._wake()
-        return True
-
-    async def finish(self) -> None:
-        """No more audio. What is pending is transcribed, then iteration ends. Idempotent."""
-        self.finish_now()
-
-    def finish_now(self) -> None:
-        """`finish`, which never waits."""
+    def _finish(self, finish: Finish) -> None:
         if self._finishing or self._ended or self.closed:
             return
         self._finishing = True
         with self._lock:
-            self._commands.append(Finish())
-        self._wake()
+            self._commands.append(finish)
+        self._wake(self)
+
+    async def send(self, command: Command) -> None:
+        """`offer`, waiting for room until all is taken."""
+        rest = self.offer(command)
+        while rest is not None:
+            await self._room.wait()
+            rest = self.offer(rest)
 
     def close(self) -> None:
         """Free the slot at once, whatever state the stream is in. Pending audio and events are dropped. Idempotent."""
@@ -198,12 +164,7 @@ class Stream:
             self._pending_samples = 0
         self._release(self)
 
-    async def take(self) -> list[AnyEvent]:
-        """Every event that is there, waiting for at least one. An empty list means that the stream has ended."""
-        await self._events()
-        return self.take_now()
-
-    def take_now(self) -> list[AnyEvent]:
+    def take(self) -> list[AnyEvent]:
         """Every event that is there. Empty when there is none; `ended` says whether more can come."""
         was_full = not self.writable
         events = list(self._outbox)
@@ -216,19 +177,15 @@ class Stream:
         return self
 
     async def __anext__(self) -> AnyEvent:
-        await self._events()
-        if not self._outbox:
-            raise StopAsyncIteration
+        while not self._outbox:
+            if self._ended:
+                raise StopAsyncIteration
+            self._arrived.clear()
+            await self._arrived.wait()
         was_full = not self.writable
         event = self._outbox.popleft()
         self._has_read((event,), was_full)
         return event
-
-    async def _events(self) -> None:
-        """Wait until there is an event, or the end."""
-        while not self._outbox and not self._ended:
-            self._arrived.clear()
-            await self._arrived.wait()
 
     def _has_read(self, events: Sequence[AnyEvent], was_full: bool) -> None:
         if self._stuck_timer is not None:
@@ -239,18 +196,18 @@ class Stream:
             if self._unread_answers < self.limits.unread_answers:
                 self._announce_room()
         if was_full:
-            self._wake()
+            self._wake(self)
 
     @property
     def ended(self) -> bool:
-        """Whether nothing will be added to what `take_now` has."""
+        """Whether nothing will be added to what `take` gives."""
         return self._ended
 
     def listen(self, on_events: Callable[[], None], on_room: Callable[[], None]) -> None:
         """Be called back on the event loop instead of waiting.
 
-        on_events: there is something for `take_now`, or the stream has ended. May be called more often than that.
-        on_room: an `offer` that took less than everything may be repeated.
+        on_events: there is something for `take`, or the stream has ended. May be called more often than that.
+        on_room: an `offer` that did not take everything may be repeated.
         Neither may raise, nor call the stream from inside.
         """
         self._on_events = on_events
@@ -267,7 +224,7 @@ class Stream:
 
     @property
     def pending_samples(self) -> int:
-        """Samples fed and not yet `stepped`."""
+        """Samples taken and not yet `stepped`."""
         return self._pending_samples
 
     @property
@@ -314,7 +271,7 @@ class Stream:
                 self._on_events()
 
     def fail(self, message: str, close_code: int = 1011) -> None:
-        """End the stream with an `Error`, behind what is already in the outbox."""
+        """End the stream with an `Error`, after what is already in the outbox."""
         self.deliver([Error(message, close_code)], ended=True)
 
     def _give_up(self) -> None:
@@ -343,8 +300,9 @@ class Stream:
         if self._on_room is not None:
             self._on_room()
 
-    def _check_open(self, verb: str) -> None:
+    def _check_open(self, command: Command) -> None:
         if self.closed or self._finishing:
+            verb = {Audio: "feed", Mark: "mark", Reset: "reset"}.get(type(command), "finish")
             raise EngineError(f"cannot {verb}: the stream is {'closed' if self.closed else 'finished'}")
 
 

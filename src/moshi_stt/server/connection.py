@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterable, Iterator
 
 from moshi_stt.config import LimitsConfig
 from moshi_stt.constants import FRAME_SAMPLES, SAMPLE_RATE
+from moshi_stt.engine.commands import Audio, Finish
 from moshi_stt.engine.engine import Engine
 from moshi_stt.engine.stream import Stream
 from moshi_stt.errors import EngineError, NoFreeSlot, ProtocolError
@@ -29,7 +30,7 @@ from moshi_stt.events import Error
 from moshi_stt.server import frames
 from moshi_stt.server.metrics import Metrics
 from moshi_stt.server.patience import Patience
-from moshi_stt.session import Action, Feed, Mark, Protocol
+from moshi_stt.session import Action, Protocol
 
 log = logging.getLogger(__name__)
 
@@ -207,11 +208,10 @@ class Connection(asyncio.Protocol):
             self._fail(error)
             return
         stream = self._stream
-        if type(actions) is tuple and len(actions) == 1 and type(actions[0]) is Feed and stream is not None:  # nearly always
-            pcm = actions[0].pcm
-            taken = stream.offer(pcm)
-            if taken < len(pcm):
-                self._action = Feed(pcm[taken:])
+        if type(actions) is tuple and len(actions) == 1 and type(actions[0]) is Audio and stream is not None:  # nearly always
+            rest = stream.offer(actions[0])
+            if rest is not None:
+                self._action = rest
                 self._block()
             return
         self._apply(actions)
@@ -243,16 +243,11 @@ class Connection(asyncio.Protocol):
         fed = 0
         try:
             while action is not None or (action := next(self._actions, None)) is not None:
-                if isinstance(action, Feed):
-                    size = len(action.pcm)
-                    taken = stream.offer(action.pcm)
-                    fed += taken
-                    if taken < size:
-                        self._action = Feed(action.pcm[taken:])
-                        self._block()
-                        return
-                elif not (stream.offer_mark(action.id) if isinstance(action, Mark) else stream.offer_reset()):
-                    self._action = action
+                if isinstance(action, Audio):
+                    fed += len(action.samples)
+                rest = stream.offer(action)
+                if rest is not None:
+                    self._action = rest
                     self._block()
                     return
                 action = None
@@ -302,7 +297,7 @@ class Connection(asyncio.Protocol):
         self._state = State.DRAINING
         self._forget_input()
         assert self._stream is not None
-        self._stream.finish_now()
+        self._stream.offer(Finish())
         self._resume_reading()
         self._schedule_flush()
 
@@ -336,7 +331,7 @@ class Connection(asyncio.Protocol):
         stream = self._stream
         if stream is None or self._write_paused or self._state not in (State.LIVE, State.DRAINING):
             return
-        events = stream.take_now()
+        events = stream.take()
         failure: Error | None = None
         parts: list[bytes] = []
         for event in events:
@@ -473,7 +468,7 @@ class Connection(asyncio.Protocol):
     def held_bytes(self) -> int:
         """Bytes held for this connection on both sides of its stream: read and not fed, written and not sent."""
         unsent = self._transport.get_write_buffer_size() if self._transport is not None else 0
-        rest = self._action.pcm.nbytes if isinstance(self._action, Feed) else 0
+        rest = self._action.samples.nbytes if isinstance(self._action, Audio) else 0
         return self._parser.pending_bytes + sum(len(message.payload) for message in self._messages) + rest + unsent
 
     def fileno(self) -> int:

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from moshi_stt.config import LimitsConfig
 from moshi_stt.constants import SAMPLE_RATE
+from moshi_stt.engine.commands import Audio, Finish
 from moshi_stt.engine.stream import Stream
 from moshi_stt.errors import AudioError, EngineError, NoFreeSlot
 from moshi_stt.events import EndWord, Error, Word
@@ -83,7 +84,7 @@ async def _answer(request: web.Request, service: Service, served: Served) -> web
 
 def to_json(events: list[Word | EndWord]) -> bytes:
     """A JSON array of objects with their tag inside (contract section 1.4)."""
-    return msgspec.json.encode([Word(event.text, event.start_time) if type(event) is Word else event for event in events])
+    return msgspec.json.encode(events)
 
 
 async def _transcribe(request: web.Request, service: Service, served: Served) -> list[Word | EndWord]:
@@ -216,9 +217,9 @@ async def _feed(stream: Stream, first: NDArray[np.float32], pieces: Pieces) -> N
     audio = first
     try:
         while len(audio):
-            await stream.feed(audio)
+            await stream.send(Audio(audio))
             audio = await _in_thread(lambda: _gather(pieces))
     except AudioError:
         stream.close()
         raise
-    await stream.finish()
+    await stream.send(Finish())

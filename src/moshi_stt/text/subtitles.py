@@ -5,6 +5,8 @@ characters, seven seconds. Times are seconds from the start of the audio.
 """
 
 import json
+import math
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
@@ -61,12 +63,17 @@ def pair_words(events: Iterable[Event]) -> list[TimedWord]:
         if isinstance(event, Word):
             if not ended:
                 words[-1] = words[-1]._replace(end=max(words[-1].start, min(words[-1].end, event.start_time)))
-            words.append(TimedWord(event.text, event.start_time, event.start_time + UNKNOWN_WORD_SECONDS, event.logprob))
+            end = event.start_time + UNKNOWN_WORD_SECONDS
+            words.append(TimedWord(event.text, event.start_time, end, _logprob(event.confidence)))
             ended = False
         elif isinstance(event, EndWord) and not ended:
             words[-1] = words[-1]._replace(end=max(words[-1].start, event.stop_time))
             ended = True
     return words
+
+
+def _logprob(confidence: float | None) -> float | None:
+    return None if confidence is None else math.log(max(confidence, sys.float_info.min))
 
 
 def join_words(words: Iterable[TimedWord]) -> str:

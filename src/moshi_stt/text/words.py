@@ -12,13 +12,14 @@ padding, everything else is a piece of the word under way. Where this differs fr
 without saying a word twice.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from copy import copy
 from dataclasses import dataclass
 from typing import Final
 
 from moshi_stt.constants import FRAME_RATE
-from moshi_stt.events import EndWord, Word
+from moshi_stt.events import EndWord, Interim, Word
 
 BOUNDARY: Final = 0
 PAD: Final = 3
@@ -29,7 +30,9 @@ MOST_PIECES: Final = 4_096
 SAME_WORD_STEPS: Final = 3
 """A word of this list and one of a fork are the same when their first pieces are no further apart."""
 
-_NOTHING: Final[tuple[Word | EndWord, ...]] = ()
+WordEvent = Word | EndWord | Interim
+
+_NOTHING: Final[tuple[WordEvent, ...]] = ()
 
 
 @dataclass(slots=True)
@@ -46,11 +49,13 @@ class WordAssembler:
     __slots__ = (
         "_ahead",
         "_announced",
+        "_confidence",
         "_decode",
         "_delay",
         "_ended_inherited",
         "_first_step",
         "_ids",
+        "_interim",
         "_logprob",
         "_mute_end",
         "_own",
@@ -61,9 +66,21 @@ class WordAssembler:
         "steps",
     )
 
-    def __init__(self, decode: Callable[[Sequence[int]], str], delay_frames: int) -> None:
-        """decode: ids of one word to its text. delay_frames: `asr_delay_in_tokens`."""
+    def __init__(
+        self,
+        decode: Callable[[Sequence[int]], str],
+        delay_frames: int,
+        *,
+        confidence: bool = False,
+        interim: bool = False,
+    ) -> None:
+        """decode: ids of one word to its text. delay_frames: `asr_delay_in_tokens`.
+
+        confidence: give each `Word` its probability. interim: also emit the word under way, an `Interim` for each piece.
+        """
         self._decode = decode
+        self._confidence = confidence
+        self._interim = interim
         self._delay = delay_frames
         self.steps = 0
         """Tokens pushed: the local counter `s` of the contract."""
@@ -94,7 +111,7 @@ class WordAssembler:
         """Whether a word has begun, or is about to, that was not emitted yet."""
         return self._announced or bool(self._ids)
 
-    def push(self, token: int, logprob: float = 0.0) -> Sequence[Word | EndWord]:
+    def push(self, token: int, logprob: float = 0.0) -> Sequence[WordEvent]:
         """Take the next step's token and its natural-log probability; return what it completes."""
         self.steps = step = self.steps + 1
         if step < self._delay:
@@ -106,21 +123,25 @@ class WordAssembler:
             self._announced = True
             return self._bound(step, self._close([]))
         self._announced = False
-        events: Sequence[Word | EndWord] = _NOTHING
+        events: Sequence[WordEvent] = _NOTHING
         if not self._ids:
             self._first_step = step
             if self._unended:
                 events = self._bound(step - 1, [])  # F12: the boundary that the model left out
         self._ids.append(token)
         self._logprob += logprob
-        return events if len(self._ids) < MOST_PIECES else self._close(list(events))
+        if len(self._ids) >= MOST_PIECES:
+            return self._close(list(events))
+        if self._interim and not (self._ahead and self._is_said()):
+            return [*events, Interim(self._decode(self._ids), self._start)]
+        return events
 
-    def flush(self) -> Sequence[Word | EndWord]:
+    def flush(self) -> Sequence[WordEvent]:
         """Emit the word under way as it is; later pieces make a word of their own."""
         self._announced = False
         return self._close([])
 
-    def finish(self, audio_seconds: float) -> Sequence[Word | EndWord]:
+    def finish(self, audio_seconds: float) -> Sequence[WordEvent]:
         """Nothing follows: emit the word under way and the end of the last word, which is within the audio's length."""
         events = list(self.flush())
         stop = max(self._word_closed, self._word_start + LAST_WORD_SECONDS)
@@ -143,7 +164,7 @@ class WordAssembler:
         self._ahead = recent + own
         self._mute_end |= fork._ended_inherited
 
-    def _close(self, events: list[Word | EndWord]) -> list[Word | EndWord]:
+    def _close(self, events: list[WordEvent]) -> list[WordEvent]:
         """Emit the word under way, if there is one and no fork did."""
         if not self._ids:
             return events
@@ -154,7 +175,8 @@ class WordAssembler:
         self._mute_end = said is not None and said.ended
         if said is None:
             said = _Said(self._first_step)
-            events.append(Word(self._decode(self._ids), self._start, self._logprob))
+            confidence = min(1.0, math.exp(self._logprob)) if self._confidence else None
+            events.append(Word(self._decode(self._ids), self._start, confidence))
             for earlier in self._ahead:
                 earlier.ended = True  # an end sent after this word would be taken for this word's
         if self._own is not None:
@@ -162,6 +184,10 @@ class WordAssembler:
         self._ids.clear()
         self._logprob = 0.0
         return events
+
+    def _is_said(self) -> bool:
+        """Whether a fork emitted the word under way."""
+        return any(abs(said.step - self._first_step) <= SAME_WORD_STEPS for said in self._ahead)
 
     def _find_said(self) -> _Said | None:
         """Take out the fork's word that is the one under way."""
@@ -171,12 +197,12 @@ class WordAssembler:
         self._ahead.remove(said)
         return said
 
-    def _bound(self, step: int, events: list[Word | EndWord]) -> list[Word | EndWord]:
+    def _bound(self, step: int, events: list[WordEvent]) -> list[WordEvent]:
         self._start = self._time(step)
         self._end(self._start, events)
         return events
 
-    def _end(self, stop: float, events: list[Word | EndWord]) -> None:
+    def _end(self, stop: float, events: list[WordEvent]) -> None:
         if self._unended and not self._mute_end:
             events.append(EndWord(stop))
             if self._own:
