@@ -51,20 +51,22 @@ class StreamingResampler:
             raise ValueError(f"feed takes float32 of one dimension, got {pcm.dtype} of shape {pcm.shape}")
 
 
-@np.errstate(over="ignore", invalid="ignore")  # what is no sample stays none: its reader decides
 def to_mono_float(samples: NDArray[np.generic]) -> NDArray[np.float32]:
     """Any PCM array to float32 (S,) in [-1, 1]: integers by their full scale, channels of (S, C) by their average."""
     if samples.ndim == 2:
         if samples.shape[1] == 1:
-            return to_mono_float(samples[:, 0])
-        mono: NDArray[np.float32] = _scale(samples).mean(axis=1, dtype=np.float32)
+            return to_float(samples[:, 0])
+        with np.errstate(over="ignore", invalid="ignore"):
+            mono: NDArray[np.float32] = to_float(samples).mean(axis=1, dtype=np.float32)
         return mono
     if samples.ndim != 1:
         raise AudioError(f"PCM of shape {samples.shape}: expected (samples,) or (samples, channels)")
-    return _scale(samples)
+    return to_float(samples)
 
 
-def _scale(samples: NDArray[np.generic]) -> NDArray[np.float32]:
+@np.errstate(over="ignore", invalid="ignore")  # what is no sample stays none: its reader decides
+def to_float(samples: NDArray[np.generic]) -> NDArray[np.float32]:
+    """PCM of any shape to float32 of the same shape in [-1, 1], integers by their full scale."""
     dtype = samples.dtype
     if dtype.kind == "f":
         return np.ascontiguousarray(samples, dtype=np.float32)
