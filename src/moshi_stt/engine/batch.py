@@ -132,6 +132,7 @@ class BatchEngine(Engine):
             self._watchdog = None
         for lane in self._open_lanes():
             lane.stream.fail("the server is shutting down", 1001)
+        self._woken.clear()
         if self._thread is not None:
             await asyncio.to_thread(self._thread.join, 10.0)
             if self._thread.is_alive():
@@ -157,7 +158,7 @@ class BatchEngine(Engine):
 
     def _wake_stream(self, stream: Stream) -> None:
         lane = self._lanes.get(stream)
-        if lane is not None and not lane.woken:
+        if lane is not None and not (lane.woken or self._stopping or self.failure):
             lane.woken = True
             self._woken.append(lane)
             self._wake.set()
@@ -264,6 +265,7 @@ class BatchEngine(Engine):
         for lane in self._open_lanes():
             lane.stream.fail(str(failure), 1011)
             self.observer.failed()
+        self._woken.clear()
 
     def _deliver(self, deliveries: list[Delivery], arrivals: list[float]) -> None:
         deliver_all(deliveries)
@@ -332,15 +334,19 @@ class BatchEngine(Engine):
     def _drain(self, now: float) -> None:
         """Take every pending command of every stream that has some, so that small packets cost no turns."""
         deliveries: list[Delivery] = []
-        woken = self._woken
-        while woken:
-            lane = woken.popleft()
+        while (lane := self._next_woken()) is not None:
             lane.woken = False  # before the drain: what comes during it wakes the lane again
             events = lane.absorb(now)
             if events or lane.done:
                 deliveries.append(Delivery(lane.stream, events, lane.done))
         if deliveries:
             self._post(self._deliver, deliveries, [])
+
+    def _next_woken(self) -> Lane | None:
+        try:
+            return self._woken.popleft()
+        except IndexError:  # also where the event loop has just let go of them all
+            return None
 
     def _gather(self, now: float, others: int) -> list[Lane]:
         """Choose the lanes that step now, beside so many rows of others, and write their frames and slots into the batch."""

@@ -85,6 +85,7 @@ async def _transcribe_stream(
         feeder.cancel()
         stream.close()
         await asyncio.gather(feeder, return_exceptions=True)
+        del feeder  # its exception leads to this frame: only the cycle collector would free the two
     shift = offset - prefix_seconds
     return [word._replace(start=max(0.0, word.start + shift), end=max(0.0, word.end + shift)) for word in pair_words(events)]
 

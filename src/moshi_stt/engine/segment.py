@@ -161,9 +161,8 @@ class SegmentEngine(Engine):
 
     async def stop(self) -> None:
         self._ready = False
-        with self._line:
-            self._stopping = True
-            self._line.notify_all()
+        self._stopping = True
+        self._dismiss()
         for stream in list(self._lanes):
             stream.fail("the server is shutting down", 1001)
         for thread in self._threads:
@@ -212,8 +211,7 @@ class SegmentEngine(Engine):
         if self.failure is not None or self._stopping:
             return
         self._announce_failure(failure)
-        with self._line:
-            self._line.notify_all()
+        self._dismiss()
         for stream in list(self._lanes):
             stream.fail(str(failure), 1011)
             self.observer.failed()
@@ -238,7 +236,16 @@ class SegmentEngine(Engine):
             elif lane.state == "running":
                 lane.state = "woken"
 
+    def _dismiss(self) -> None:
+        """There are no more turns: let the workers end, and let go of the streams that waited for one."""
+        with self._line:
+            self._live.clear()
+            self._files.clear()
+            self._line.notify_all()
+
     def _enqueue(self, lane: _Lane) -> None:
+        if self._stopping or self.failure:
+            return
         lane.state = "waiting"
         (self._live if lane.stream.live else self._files).append(lane)
         self._line.notify()
@@ -274,6 +281,7 @@ class SegmentEngine(Engine):
             except Exception as error:
                 self._blame(lane, error)
             self._put_back(lane, more=more)
+            del lane  # while this thread waits for the next one, nothing keeps an ended stream
 
     def _turn(self, lane: _Lane) -> bool:
         """Go through one stream's commands up to the next hypothesis or TURN_SAMPLES of audio; whether there is more to do."""
