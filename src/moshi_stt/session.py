@@ -1,130 +1,104 @@
-"""One connection: messages in, actions out; events in, messages out. Knows no socket, no engine and no clock.
+"""What a connection's protocol is made of, without I/O: messages in, actions out; events in, messages out.
 
-`Protocol` is what the socket code needs of any protocol's connection; `Session` is the default wire's.
+A session has no clock, no socket and no stream. Whoever drives it (`server/connection.py`) hands it what came and carries out
+the actions it answers with.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Generic, TypeVar
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
-import numpy as np
-from numpy.typing import NDArray
+from moshi_stt.engine.commands import Audio, Command, Finish, Mark, Reset
+from moshi_stt.events import AnyEvent, Error
 
-from moshi_stt import protocol
-from moshi_stt.audio.opus import OpusStream
-from moshi_stt.audio.watch import AudioWatch
-from moshi_stt.constants import FRAME_SAMPLES
-from moshi_stt.engine.commands import Audio, Command, Mark, Reset
-from moshi_stt.errors import AudioError, ProtocolError
-from moshi_stt.events import AnyEvent, Word
+NORMAL = 1000
+"""WebSocket status of a connection that ended as it should."""
+INTERNAL = 1011
+"""WebSocket status of an error that is the server's fault."""
 
-LOUDEST = float(1 << 31)
-"""No sample format has larger values: beyond it, as for NaN and inf, a sample is taken for 0."""
+Message = str | bytes
+"""One message of a client or to it. On a WebSocket `str` is a text message and `bytes` a binary one."""
 
 
-Action = Command
+class Reply(NamedTuple):
+    """Send this message at once, before later events."""
 
-MessageT = TypeVar("MessageT", bytes, str, bytes | str)
+    message: Message
 
 
-class Protocol(ABC, Generic[MessageT]):
-    """What a connection's protocol gives to the socket code, which moves bytes and drives the stream.
+class Close(NamedTuple):
+    """Close the connection with this status and reason. Pending audio and events are dropped."""
 
-    The socket code hands each message to `receive` and carries the actions out on the connection's stream, in order and all
-    of them before the next call; hands each of the stream's events to `send` and puts what it returns on the socket; and at
-    the client's end of input carries out `end_of_input`, then finishes the stream. After a ProtocolError it calls neither
-    again: it finishes the stream, sends what still comes of it, then `send(Error(...))`, and closes with the error's code.
+    code: int = NORMAL
+    reason: str = ""
+
+
+class Feed(NamedTuple):
+    """A command for one of several streams."""
+
+    command: Command
+    channel: int = 0
+
+
+Action = Audio | Mark | Reset | Finish | Feed | Reply | Close
+"""What a session asks for. A command that is not in a `Feed` goes to stream 0."""
+
+
+class Session(ABC):
+    """One connection's side of a protocol.
+
+    The driver calls `opened` once; then `receive` for each message, carrying out all actions of one call, in order, before the
+    next; `send` for each event; `tick` now and then; `end_of_input` when the client will send no more. After `end_of_input`
+    and after a ProtocolError, neither it nor `receive` is called again: the streams are finished, what still comes of them
+    is sent, then an Error if there was one, and the connection is closed as `close` says. After the session has asked each
+    stream to finish, messages of the client are dropped.
+
+    Calls never overlap, but `receive` of a large message may run in another thread.
     """
 
+    may_idle = False
+    """Whether a client may stay without sending anything but answers to pings for as long as it likes."""
+
+    def opened(self) -> Iterable[Action]:
+        """The connection has its streams (where `Opening.on_demand` is set: it has none yet)."""
+        return ()
+
     @abstractmethod
-    def receive(self, message: MessageT) -> Iterable[Action]:
+    def receive(self, message: Message) -> Iterable[Action]:
         """What one message of the client asks for.
 
         Iterating may do the work bit by bit, so that the caller can let others run in between. Raises ProtocolError, also
-        from within the iteration and then behind what was good.
+        from within the iteration and then after what was good.
         """
 
-    @abstractmethod
     def end_of_input(self) -> Iterable[Action]:
-        """What is still to do when the client will send no more. Raises ProtocolError like `receive`."""
+        """The client will send no more; the streams are finished after this. Raises ProtocolError like `receive`."""
+        return ()
 
     @abstractmethod
-    def send(self, event: AnyEvent) -> Sequence[MessageT]:
-        """The messages that tell the client of an event: none, one or several."""
+    def send(self, event: AnyEvent, channel: int = 0) -> Sequence[Message]:
+        """The messages that tell the client of an event of one stream: none, one or several. `Error` comes last of all."""
 
-    @abstractmethod
+    def finished(self) -> Sequence[Message]:
+        """Every stream has ended after `Finish`, and all its events were sent: the last messages."""
+        return ()
+
+    def close(self, error: Error | None) -> Close:
+        """How to close a connection that has ended, by itself or with an error that `send` was given."""
+        if error is None:
+            return Close()
+        return Close(INTERNAL if error.close_code is None else error.close_code, error.message)
+
+    def tick(self, now: float) -> Iterable[Action]:
+        """The session's clock, about ten times a second. Called only where a session overrides it, and not while input waits.
+
+        now: seconds of a clock that never goes back.
+        """
+        return ()
+
     def warnings(self, waiting_samples: int) -> list[str]:
         """What is new to be said, in the log, about the audio that came. Each thing is said once a connection.
 
-        waiting_samples: audio that the stream holds and has not transcribed.
+        waiting_samples: audio that the streams hold and have not transcribed.
         """
-
-
-class Session(Protocol[bytes]):
-    """A connection of the default wire: MessagePack over binary WebSocket messages (docs/protocol.md)."""
-
-    def __init__(self) -> None:
-        self.silenced_samples = 0
-        """Samples that were NaN, infinite or beyond `LOUDEST`, and were taken for 0."""
-        self._opus: OpusStream | None = None
-        self._watch = AudioWatch()
-        self._news: list[str] = []
-        self._has_words = False
-
-    def receive(self, message: bytes) -> Iterable[Action]:
-        inbound = protocol.decode(message)
-        if type(inbound) is protocol.Audio:
-            return (self._feed(inbound.pcm),)
-        if type(inbound) is protocol.OggOpus:
-            return self._decode_opus(inbound.data)
-        if type(inbound) is protocol.MarkerRequest:
-            return (Mark(inbound.id),)
-        return (Reset(),)
-
-    def end_of_input(self) -> Iterable[Action]:
-        if self._opus is None:
-            return
-        try:
-            pcm = self._opus.finish()
-        except AudioError as error:
-            raise ProtocolError(f"OggOpus: {error}", protocol.MALFORMED) from None
-        if len(pcm):
-            yield self._feed(pcm)
-
-    def send(self, event: AnyEvent) -> Sequence[bytes]:
-        if type(event) is Word:
-            self._has_words = True
-        return (protocol.encode(event),)
-
-    def warnings(self, waiting_samples: int) -> list[str]:
-        news, self._news = self._news, []
-        if not self._has_words and waiting_samples < 2 * FRAME_SAMPLES:
-            news += self._watch.without_words()
-        return news
-
-    def _decode_opus(self, data: bytes) -> Iterator[Action]:
-        """About a second of audio at a time. The decoder lives as long as the connection, whatever comes between."""
-        if self._opus is None:
-            self._opus = OpusStream()
-        try:
-            for pcm in self._opus.pieces(data):
-                yield self._feed(pcm)
-        except AudioError as error:
-            raise ProtocolError(f"OggOpus: {error}", protocol.MALFORMED) from None
-
-    def _feed(self, pcm: NDArray[np.float32]) -> Audio:
-        with np.errstate(all="ignore"):
-            energy = float(np.dot(pcm, pcm))
-        if not energy <= LOUDEST * LOUDEST:  # neither is NaN
-            self._silence(pcm)
-        self._news += self._watch.feed(pcm)
-        return Audio(pcm)
-
-    def _silence(self, pcm: NDArray[np.float32]) -> None:
-        """Set to 0, in place, what is no sample: it would make the stream's state NaN for good."""
-        bad = ~(np.abs(pcm) <= LOUDEST)
-        count = int(np.count_nonzero(bad))
-        pcm[bad] = 0
-        if count and not self.silenced_samples:
-            self._news.append(f"{count} of {len(pcm)} samples are NaN, infinite or beyond ±2^31: such samples are taken for 0")
-        self.silenced_samples += count
+        return []

@@ -15,7 +15,7 @@ from moshi_stt.engine.commands import Audio, Mark, Reset
 from moshi_stt.errors import ProtocolError
 from moshi_stt.events import Marker, Ready, Step, Word
 from moshi_stt.protocol import decode, decode_event, encode, encode_audio, encode_init, encode_marker, encode_opus
-from moshi_stt.session import Session
+from moshi_stt.server.doors.kyutai import KyutaiSession
 
 MESSAGES = 120_000
 
@@ -100,7 +100,7 @@ def random_message(rng: random.Random) -> bytes:
 def test_random_messages_raise_nothing_but_protocol_errors() -> None:
     """One session takes them all: a bad message must leave it able to read the next."""
     rng = random.Random(20_240_601)
-    session = Session()
+    session = KyutaiSession()
     outcomes: Counter[object] = Counter()
     for _ in range(MESSAGES):
         message = random_message(rng)
@@ -153,7 +153,7 @@ def test_mutated_opus_raises_nothing_but_protocol_errors() -> None:
                     data[at:at] = rng.randbytes(rng.randrange(40))
                 case _:
                     data[at : at + 4] = b"OggS"
-        session = Session()
+        session = KyutaiSession()
         step = rng.choice((50, 400, 5_000))
         try:
             for start in range(0, len(data), step):
@@ -191,7 +191,7 @@ def test_no_message_takes_many_times_its_size(name: str) -> None:
     message = GREEDY[name]
     tracemalloc.start()
     try:
-        session = Session()
+        session = KyutaiSession()
         for action in session.receive(message):
             assert isinstance(action, Audio | Mark | Reset)
     except ProtocolError:

@@ -13,7 +13,8 @@ from tests.support.serving import KEY, Running, raw_request, server_config, serv
 from moshi_stt import protocol
 from moshi_stt.constants import SAMPLE_RATE
 from moshi_stt.engine.stream import StreamLimits
-from moshi_stt.session import Action, Session
+from moshi_stt.server.doors.kyutai import KyutaiSession
+from moshi_stt.session import Action
 
 NOT_PACKED = b"\xc1"
 
@@ -97,7 +98,8 @@ async def test_status_says_what_kind_of_wrong(message: bytes, code: int) -> None
         (frame(CONTINUATION, b"x"), 1002),
         (frame(BINARY, b"x", fin=False) + frame(BINARY, b"y"), 1002),
         (frame(TEXT, b"x", fin=False) + frame(CONTINUATION, b"y", reserved=1), 1002),
-        (b"\x82\xff\xff\xff\xff\xff\xff\xff\xff\xff\x00\x00\x00\x00", 1002),
+        (b"\x82\xff\xff\xff\xff\xff\xff\xff\xff\xff\x00\x00\x00\x00", 1009),
+        (frame(TEXT, b"\xff\xfe"), 1007),
         (frame(BINARY, b"x" * 5001), 1009),
         (frame(BINARY, b"x" * 3000, fin=False) + frame(CONTINUATION, b"y" * 3000), 1009),
     ],
@@ -108,13 +110,14 @@ async def test_status_says_what_kind_of_wrong(message: bytes, code: int) -> None
             "interrupted message",
             "reserved bit later",
             "impossible length",
+            "not UTF-8",
             "too big",
             "too big in parts",
         ),
     ],
 )
-async def test_broken_framing_is_told_behind_what_was_good(data: bytes, code: int) -> None:
-    """And the client's answer to our Close is still understood behind it, where the broken frame's length is known."""
+async def test_broken_framing_is_told_after_what_was_good(data: bytes, code: int) -> None:
+    """Nothing after it is read as frames, not even a Close (RFC 6455 section 7.1.7); the server's half is closed at once."""
     engine = ScriptedEngine(counting(1))
     async with serving(engine, max_message_bytes=5000) as running, await RawClient.connect(running.port) as client:
         client.send(protocol.encode_audio(np.zeros(950, np.float32)))
@@ -124,9 +127,9 @@ async def test_broken_framing_is_told_behind_what_was_good(data: bytes, code: in
         assert [e["type"] for e in events if e["type"] != "EndWord"] == ["Ready", "Step", "Word", "Error"]
         assert closed == code
         client.close(code)
-        if code == 1009 or data[1] != 0xFF:
-            await client.end_of_file()
-            await all_gone(running, engine)
+        await client.end_of_file()
+        client.writer.close()
+        await all_gone(running, engine)
 
 
 @pytest.mark.parametrize("code", [1000, 1001, 1008, 3000, 4999, None])
@@ -235,7 +238,7 @@ async def test_loss_frees_the_slot_while_the_engine_stands_still(how: str, block
 
 
 async def test_client_that_never_answers_our_close_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("moshi_stt.server.connection.CLOSE_SECONDS", 0.1)
+    monkeypatch.setattr("moshi_stt.server.timers.CLOSE_SECONDS", 0.1)
     engine = ScriptedEngine()
     async with serving(engine, ping_seconds=0.5) as running, await RawClient.connect(running.port) as client:
         client.send(NOT_PACKED)
@@ -290,13 +293,13 @@ async def test_fault_of_our_own_ends_that_connection_alone(
 ) -> None:
     """A bug behind a message is an Error and 1011 to its client, and a traceback in the log, not a dropped socket."""
 
-    def broken(session: Session, message: bytes) -> Iterable[Action]:
+    def broken(session: KyutaiSession, message: str | bytes) -> Iterable[Action]:
         if message == NOT_PACKED:
             raise ZeroDivisionError("our own")
         return receive(session, message)
 
-    receive = Session.receive
-    monkeypatch.setattr(Session, "receive", broken)
+    receive = KyutaiSession.receive
+    monkeypatch.setattr(KyutaiSession, "receive", broken)
     engine = ScriptedEngine(counting(5, 1), slots=2)
     async with (
         serving(engine) as running,

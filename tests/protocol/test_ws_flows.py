@@ -95,7 +95,7 @@ async def test_text_messages_are_ignored() -> None:
         assert (await client.receive_event())["type"] == "Ready"
         client.write(frame(TEXT, b"hello"))
         client.silence(1920)
-        client.write(frame(TEXT, b"\xff\xfe"))
+        client.write(frame(TEXT, "é".encode()))
         client.silence(1920)
         client.marker(3)
         kinds = [event["type"] for event in await client.events_until("Marker")]

@@ -27,7 +27,7 @@ async def test_known_clients_many_at_once(monkeypatch: pytest.MonkeyPatch) -> No
                 assert transcript.text == " ".join(f"w{number}." for number in numbers)
                 assert transcript.markers == [0]
                 assert transcript.close_code == 1000
-        await until(lambda: lent(processes) == [0, 0], "giving back")
+            await until(lambda: lent(processes) == [0, 0], "giving back")
         assert running.connections() == 0
         found = await counts(running)
         assert found['asr_connect{handler="all"}'] == 18

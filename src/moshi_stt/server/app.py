@@ -1,4 +1,4 @@
-"""The server: routes, and the process's three phases: start, loop, shutdown. Knows `Engine`, not what is behind it."""
+"""The server: routes, and the process's three phases: start, loop, shutdown."""
 
 import asyncio
 import errno
@@ -6,7 +6,7 @@ import gc
 import logging
 import signal
 import socket
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -16,11 +16,14 @@ from aiohttp.http import HttpProcessingError
 from moshi_stt.config import ServerConfig
 from moshi_stt.engine.engine import Engine
 from moshi_stt.errors import ConfigError, EngineFailed, MoshiSttError
-from moshi_stt.server import frames, info, upload, ws
-from moshi_stt.server.auth import header_key, query_pairs, query_string
+from moshi_stt.server import framing, info, upload, ws
+from moshi_stt.server.auth import query_pairs
+from moshi_stt.server.doors import DOORS
+from moshi_stt.server.doors.door import AnyDoor, Door, FileDoor, HttpDoor, PageDoor, Refused, Route
+from moshi_stt.server.handshake import handshake_of, query_string, refused
 from moshi_stt.server.metrics import Metrics
 from moshi_stt.server.process import raise_file_limit, run, tune_interpreter
-from moshi_stt.server.service import Served, Service
+from moshi_stt.server.service import Service
 from moshi_stt.server.static import StaticFiles
 
 log = logging.getLogger(__name__)
@@ -42,15 +45,22 @@ CLEANUP_SECONDS = 2.0
 FAILURE_SECONDS = 3.0
 """How long its sessions have after an engine's failure."""
 
-MODULE_METHODS = "POST,GET,HEAD"
+FREE_MOUNTS = frozenset("{}")
+"""Characters that a path must not have: aiohttp would read a pattern there."""
+
 SERVICE = web.AppKey("service", Service)
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
-def create_app(config: ServerConfig, engines: Mapping[str, Engine], metrics: Metrics | None = None) -> web.Application:
+def create_app(
+    config: ServerConfig,
+    engines: Mapping[str, Engine],
+    metrics: Metrics | None = None,
+    doors: Sequence[AnyDoor] = DOORS,
+) -> web.Application:
     """The routes over these engines, by module name. Starting and stopping the engines is the caller's business.
 
-    Raises ConfigError for two modules on one path, and for a path that is no path.
+    Raises ConfigError for two modules or doors on one path, and for a path that is none.
     """
     service = Service.build(config, engines, metrics)
     app = web.Application()
@@ -65,14 +75,13 @@ def create_app(config: ServerConfig, engines: Mapping[str, Engine], metrics: Met
     ):
         routes.add_route("*", path, _fixed(answer))
     taken = {resource.canonical for resource in routes.resources()}
-    for served in service:
-        path = served.module.path
-        if not path.startswith("/") or "{" in path or "}" in path:
-            raise ConfigError(f"module {served.module.name}: path {path!r} must begin with / and have no braces")
+    for path, mount in _mounts(service, doors).items():
+        if not path.startswith("/") or FREE_MOUNTS & set(path):
+            raise ConfigError(f"{mount.who}: path {path!r} must begin with / and have no braces")
         if path in taken:
-            raise ConfigError(f"module {served.module.name}: path {path!r} is already taken: give each module its own")
-        taken.add(path)
-        routes.add_route("*", path, _module(service, served), expect_handler=_expect(service))
+            raise ConfigError(f"{mount.who}: path {path!r} is already taken: choose another")
+        pattern = path + "{rest:.*}" if mount.is_prefix else path
+        routes.add_route("*", pattern, mount.handle, expect_handler=mount.expect)
     routes.add_route("*", "/{path:.*}", StaticFiles(config.static_dir).handle)
     app.cleanup_ctx.append(_run_service)
     return app
@@ -82,13 +91,13 @@ async def _run_service(app: web.Application) -> Any:
     """The clocks of the connections run as long as the app does."""
     service = app[SERVICE]
     await asyncio.to_thread(info.build_info)  # asks git, once
-    ticking = asyncio.create_task(service.tick())
+    ticking = asyncio.create_task(service.connections.tick())
     yield
     ticking.cancel()
     with suppress(asyncio.CancelledError):
         await ticking
-    await service.close_connections("the server is shutting down: connect again", frames.GOING_AWAY, SHUTDOWN_SECONDS)
-    service.watch.stop()
+    await service.close_connections("the server is shutting down: connect again", framing.GOING_AWAY, SHUTDOWN_SECONDS)
+    service.connections.stop()
 
 
 def _fixed(answer: Callable[[], web.Response | Awaitable[web.Response]]) -> Handler:
@@ -107,38 +116,102 @@ def _fixed(answer: Callable[[], web.Response | Awaitable[web.Response]]) -> Hand
     return handle
 
 
-def _module(service: Service, served: Served) -> Handler:
-    async def handle(request: web.Request) -> web.StreamResponse:
-        if request.method in (hdrs.METH_GET, hdrs.METH_HEAD):
-            return await ws.handle(request, service, served)
-        if request.method == hdrs.METH_POST:
-            return await upload.handle(request, service, served)
-        return web.Response(status=405, headers={hdrs.ALLOW: MODULE_METHODS})
+class _Mount:
+    """What is served on one path: at most one door of each kind."""
 
-    return handle
+    def __init__(self, service: Service, path: str) -> None:
+        self._service = service
+        self._path = path
+        self._by_method: dict[str, tuple[HttpDoor, Route]] = {}
+        self.is_prefix = False
 
+    @property
+    def who(self) -> str:
+        """For error messages."""
+        door, route = next(iter(self._by_method.values()))
+        return f"module {route.module}" if route.module is not None else f"door {door.name}"
 
-def _expect(service: Service) -> Callable[[web.Request], Awaitable[web.StreamResponse | None]]:
-    """Answer `Expect: 100-continue` only to who may send: the others get their 401 without sending a body."""
+    def add(self, door: HttpDoor, route: Route) -> None:
+        """Raises ConfigError where the path has such a door already."""
+        if isinstance(door, FileDoor):
+            methods: tuple[str, ...] = (hdrs.METH_POST,)
+        else:
+            methods = door.methods if isinstance(door, PageDoor) else (hdrs.METH_GET, hdrs.METH_HEAD)
+        for method in methods:
+            if method in self._by_method:
+                other, there = self._by_method[method]
+                ours = route.module if route.module is not None else door.name
+                raise ConfigError(
+                    f"{ours}: path {self._path!r} is already taken by {there.module or other.name}: choose another"
+                )
+            self._by_method[method] = door, route
+        self.is_prefix |= isinstance(door, PageDoor) and door.prefixes
 
-    async def expect(request: web.Request) -> web.StreamResponse | None:
-        if service.keys.allow(header_key(request)) and request.headers.get(hdrs.EXPECT, "").lower() == "100-continue":
+    async def handle(self, request: web.Request) -> web.StreamResponse:
+        found = self._by_method.get(request.method)
+        if found is None:
+            allowed = sorted(self._by_method, key=lambda method: method != hdrs.METH_POST)
+            return web.Response(status=405, headers={hdrs.ALLOW: ",".join(allowed)})
+        door, route = found
+        if isinstance(door, Door):
+            return await ws.handle(request, self._service, door, route)
+        if isinstance(door, FileDoor):
+            return await upload.handle(request, self._service, door, route)
+        assert isinstance(door, PageDoor)
+        return _page(request, self._service, door)
+
+    async def expect(self, request: web.Request) -> web.StreamResponse | None:
+        """Answer `Expect: 100-continue` only to those who may send: the others get their 401 without sending a body."""
+        found = self._by_method.get(request.method)
+        if found is None or request.headers.get(hdrs.EXPECT, "").lower() != "100-continue":
+            return None
+        try:
+            key = found[0].key(handshake_of(request, self._service))
+        except Refused:
+            return None
+        if self._service.keys.allow(key):
             await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
             request.writer.output_size = 0  # the answer itself has not begun
         return None
 
-    return expect
+
+def _mounts(service: Service, doors: Sequence[AnyDoor]) -> dict[str, _Mount]:
+    """By path."""
+    mounts: dict[str, _Mount] = {}
+    for door in doors:
+        if isinstance(door, HttpDoor):
+            for route in door.routes(service.config):
+                mounts.setdefault(route.path, _Mount(service, route.path)).add(door, route)
+    return mounts
+
+
+def _page(request: web.Request, service: Service, door: PageDoor) -> web.Response:
+    try:
+        handshake = handshake_of(request, service)
+        service.admit(door, handshake)
+        answer = door.answer(handshake)
+    except Refused as refusal:
+        return refused(refusal)
+    headers = {hdrs.CONTENT_TYPE: answer.content_type, **dict(answer.headers)}
+    return web.Response(status=answer.status, body=answer.body, headers=headers)
 
 
 class Server:
     """One process's server. `start`, `wait`, `stop`, each once; `port` is known after `start`."""
 
     def __init__(
-        self, config: ServerConfig, engines: Mapping[str, Engine], host: str, port: int, metrics: Metrics | None = None
+        self,
+        config: ServerConfig,
+        engines: Mapping[str, Engine],
+        host: str,
+        port: int,
+        metrics: Metrics | None = None,
+        doors: Sequence[AnyDoor] = DOORS,
     ) -> None:
+        """doors: the protocols that it speaks."""
         self._host, self._port = host, port
         self._engines = {module.name: engines[module.name] for module in config.modules}
-        self._app = create_app(config, engines, metrics)
+        self._app = create_app(config, engines, metrics, doors)
         self.service = self._app[SERVICE]
         self._runner = web.AppRunner(
             self._app,
@@ -204,7 +277,7 @@ class Server:
             self._listener.close()
         await asyncio.gather(
             service.cancel_uploads(SHUTDOWN_SECONDS),
-            service.close_connections("the server is shutting down: connect again", frames.GOING_AWAY, SHUTDOWN_SECONDS),
+            service.close_connections("the server is shutting down: connect again", framing.GOING_AWAY, SHUTDOWN_SECONDS),
         )
         await self._runner.cleanup()
         for watcher in self._watchers:
@@ -223,7 +296,7 @@ class Server:
         log.critical("module %s failed: %s", name, failure)
         service = self.service
         service.fail(f"module {name} failed: {failure}")
-        await service.close_connections(f"the model failed: {failure}", frames.INTERNAL, FAILURE_SECONDS)
+        await service.close_connections(f"the model failed: {failure}", framing.INTERNAL, FAILURE_SECONDS)
         self._failed.set()
 
 

@@ -1,50 +1,40 @@
-"""One WebSocket: its socket on one side, its stream on the other, and how it ends. Knows no HTTP and no model.
+"""One client's socket, from its first byte to its last: framing, session and streams, and how it ends.
 
 Everything here is called by the event loop and nothing waits: a connection has no task of its own. What can be full:
 
-* The stream's inbox: what came too much is kept (at most one read of the socket), and the socket is not read until there is
-  room. The watch (`hangup.py`) then looks for the client's going away, which an unread socket does not tell.
-* The socket's send buffer: nothing more is taken from the stream until it drains; the stream's own bound follows. A client
-  that takes nothing for `stuck_seconds` is closed.
+* A stream's inbox: what came too much is kept (`inputs.py`, at most one read of the socket), and the socket is not read until
+  there is room. The monitor (`disconnects.py`) then looks for the client's disconnect, which an unread socket does not tell.
+* The socket's send buffer: nothing more is taken from the streams until it drains; their own bound follows. A client that
+  takes nothing for `stuck_seconds` is closed.
 
     WAITING   the engine is not there yet; the socket is not read
     LIVE      messages go in, events come out
-    DRAINING  input is over (half-close, or a message that was none); what was fed before still comes out
-    CLOSING   our Close frame is sent; all input but the client's Close is thrown away
+    DRAINING  input is over (half-close, Finish, or a message that was none); what was fed before still comes out
+    CLOSING   our Close is sent; all input but the client's Close is thrown away
     LOST      no socket any more
 """
 
 import asyncio
 import enum
 import logging
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 
 from moshi_stt.config import LimitsConfig
-from moshi_stt.constants import FRAME_SAMPLES, SAMPLE_RATE
-from moshi_stt.engine.commands import Audio, Finish
+from moshi_stt.constants import FRAME_SAMPLES
 from moshi_stt.engine.engine import Engine
-from moshi_stt.engine.stream import Stream
 from moshi_stt.errors import EngineError, NoFreeSlot, ProtocolError
 from moshi_stt.events import Error
-from moshi_stt.server import frames
+from moshi_stt.server import framing
+from moshi_stt.server.doors.door import Opening
+from moshi_stt.server.framing import Closed, Framing, Ping, Violation
+from moshi_stt.server.inputs import END_OF_INPUT, InputQueue, Item
 from moshi_stt.server.metrics import Metrics
-from moshi_stt.server.patience import Patience
-from moshi_stt.session import Action, Protocol
+from moshi_stt.server.streams import StreamSet
+from moshi_stt.server.timers import ClosingTimer, ConnectionTimers
+from moshi_stt.session import Action, Close, Feed, Message, Reply, Session
 
 log = logging.getLogger(__name__)
-
-CLOSE_SECONDS = 5.0
-"""How long the client has to answer our Close frame; anew with whatever else still comes of it before."""
-
-LONGEST_CLOSE_SECONDS = 30.0
-"""How long at most."""
-
-ASIDE_BYTES = 256 << 10
-"""Messages beyond this are decoded in a thread, so that the other connections do not wait."""
-
-TURN_SAMPLES = 4 * SAMPLE_RATE
-"""Audio that one message may yield before the other connections have a turn."""
 
 
 class State(enum.IntEnum):
@@ -55,84 +45,74 @@ class State(enum.IntEnum):
     LOST = 4
 
 
+@dataclass(frozen=True)
+class Surroundings:
+    """What a connection has of the server. lost: the socket is gone. watch: look for a disconnect while it is `unheard`."""
+
+    limits: LimitsConfig
+    metrics: Metrics
+    lost: Callable[["Connection", Exception | None], None]
+    watch: Callable[["Connection"], None]
+
+
 class Connection(asyncio.Protocol):
-    """A WebSocket from its upgrade on. `start` takes the transport over."""
+    """A client, from the upgrade of its socket on. `start` takes the transport over."""
 
     def __init__(
-        self,
-        engine: Engine,
-        session: Protocol[bytes],
-        limits: LimitsConfig,
-        metrics: Metrics,
-        *,
-        peer: str,
-        on_lost: Callable[["Connection", Exception | None], None],
-        on_blocked: Callable[["Connection"], None],
+        self, engine: Engine, opening: Opening, session: Session, frames: Framing, server: Surroundings, peer: str
     ) -> None:
-        """peer: for the log. on_lost: the socket is gone. on_blocked: watch the socket for a hang-up while `unheard`."""
-        self.engine = engine
+        """peer: for the log."""
         self.peer = peer
-        self.lost: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        """Done when the socket is gone."""
         self._loop = asyncio.get_running_loop()
-        self._limits = limits
-        self._metrics = metrics
-        self._on_lost = on_lost
-        self._on_blocked = on_blocked
-        self._transport: asyncio.Transport | None = None
-        self._parser = frames.FrameParser(limits.max_message_bytes)
+        self.lost: asyncio.Future[None] = self._loop.create_future()
+        """Done when the socket is gone."""
+        self.has_clock = type(session).tick is not Session.tick
+        """Whether `tick_session` is to be called."""
+        self._server = server
         self._session = session
-        self._stream: Stream | None = None
+        self._framing = frames
+        self._streams = StreamSet(engine, opening.channels, opening.stream)
+        self._on_demand = opening.on_demand
+        self._queue = InputQueue(session, self._act, self._schedule_resume, self._input_failed)
+        self._timers = ConnectionTimers(server.limits, self._loop.time(), may_idle=session.may_idle)
+        self._closing = ClosingTimer()
+        self._transport: asyncio.Transport | None = None
         self._state = State.WAITING
-        self._final: tuple[Error | None, int] = (None, frames.NORMAL)
-        """How a drained connection ends."""
+        self._final: Error | None = None
+        """What a drained connection ends with."""
         self._early = b""
-        self._messages: deque[frames.Message] = deque()
-        """Read and not looked at, while `_blocked`."""
-        self._action: Action | None = None
-        self._actions: Iterator[Action] = iter(())
-        """What is left to do of the latest message, while `_blocked`: an action that found no room, and those behind it."""
-        self._blocked = False
-        self._aside = False
-        self._input_ended = False
         self._reading = True
         self._eof = False
         self._flush_due = False
         self._write_paused = False
         self._owed_pong: bytes | None = None
         self._heard = True
-        self._was_active = True
-        self._patience = Patience(limits, self._loop.time())
-        self._deadline = self._last_deadline = float("inf")
-        """When a closing connection is cut."""
 
     # ---- opening -----------------------------------------------------------------------------------------------------
 
     def start(self, transport: asyncio.Transport, early: bytes) -> None:
-        """Take the socket over from HTTP. early: what the client sent behind its request. Wait for `open`."""
+        """Take the socket over. early: what the client sent after its request. Then wait for `open`."""
         self._transport = transport
         transport.set_protocol(self)
         self._early = early
         self._pause_reading()
-        self._on_blocked(self)
 
     def open(self) -> None:
-        """Take a slot, or say why not and close."""
+        """Take the slots, or say why not and close."""
         if self._state is not State.WAITING:
             return
-        try:
-            self._stream = self.engine.open(live=True)
-        except NoFreeSlot as error:
-            self.end(Error(str(error)), frames.TRY_AGAIN)
-            return
-        except EngineError as error:
-            self._metrics.errors.labels("engine").inc()
-            self.end(Error(str(error)), frames.INTERNAL)
-            return
         self._state = State.LIVE
-        self._stream.listen(self._schedule_flush, self._schedule_catch_up)
+        if not self._on_demand:
+            self._guarded(self._open_streams)
+        if self._state is State.LIVE:
+            self._input(self._session.opened())
+        self._feed_early()
+
+    def _open_streams(self) -> None:
+        self._streams.open(self._schedule_flush, self._schedule_resume)
         self._schedule_flush()
-        self._resume_reading()
+
+    def _feed_early(self) -> None:
         early, self._early = self._early, b""
         if early:
             self.data_received(early)
@@ -141,18 +121,14 @@ class Connection(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         self._heard = True
-        for message in self._parser.feed(data):
-            opcode = message[0]
-            if opcode == frames.BINARY or opcode == frames.VIOLATION:
+        for frame in self._framing.feed(data):
+            if isinstance(frame, bytes | str | Violation):
                 if self._state is State.LIVE:
-                    if self._blocked:
-                        self._messages.append(message)
-                    else:
-                        self._receive(message)
-            elif opcode == frames.PING:
-                self._pong(message.payload)
-            elif opcode == frames.CLOSE:
-                self._client_closed(message)
+                    self._input(frame)
+            elif isinstance(frame, Ping):
+                self._pong(frame.payload)
+            elif isinstance(frame, Closed):
+                self._client_closed(frame)
                 return
 
     def eof_received(self) -> bool:
@@ -160,10 +136,10 @@ class Connection(asyncio.Protocol):
         self._eof = True
         if self._state is State.CLOSING:
             return False
-        if self._state is State.LIVE and not self._blocked:
-            self._end_input()
+        if self._state is State.LIVE:
+            self._input(END_OF_INPUT)
         self._ping()  # a client that is gone altogether answers with a reset
-        self._on_blocked(self)
+        self._server.watch(self)
         return True
 
     def pause_writing(self) -> None:
@@ -175,148 +151,95 @@ class Connection(asyncio.Protocol):
             owed, self._owed_pong = self._owed_pong, None
             self._pong(owed)
         self._schedule_flush()
+        self._schedule_resume()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._state = State.LOST
         self._release()
-        self._forget_input()
         self._transport = None
         if not self.lost.done():
             self.lost.set_result(None)
-        self._on_lost(self, exc)
+        self._server.lost(self, exc)
 
     # ---- input -------------------------------------------------------------------------------------------------------
 
-    def _receive(self, message: frames.Message) -> None:
-        opcode, payload, code = message
-        if opcode == frames.VIOLATION:
-            self._refuse_input(payload.decode(), code)
-            return
-        self._was_active = True
-        self._metrics.frames_received += 1
-        if len(payload) > ASIDE_BYTES:
-            self._block()
-            self._aside = True
-            self._loop.run_in_executor(None, self._session.receive, payload).add_done_callback(self._received_aside)
-            return
-        try:
-            actions = self._session.receive(payload)
-        except ProtocolError as error:
-            self._refuse_input(str(error), error.close_code)
-            return
-        except Exception as error:
-            self._fail(error)
-            return
-        stream = self._stream
-        if type(actions) is tuple and len(actions) == 1 and type(actions[0]) is Audio and stream is not None:  # nearly always
-            rest = stream.offer(actions[0])
-            if rest is not None:
-                self._action = rest
-                self._block()
-            return
-        self._apply(actions)
+    def _input(self, item: Item) -> None:
+        if type(item) is bytes or type(item) is str:
+            self._server.metrics.frames_received += 1
+        self._guarded(self._queue.put, item)
 
-    def _received_aside(self, work: "asyncio.Future[Iterable[Action]]") -> None:
-        self._aside = False
-        if work.cancelled():
+    def _schedule_resume(self) -> None:
+        self._loop.call_soon(self._resume)
+
+    def _resume(self) -> None:
+        """There may be room again: work on what was kept, then read on."""
+        if self._state is State.LIVE and self._queue.blocked:
+            self._guarded(self._queue.resume)
+
+    def _guarded(self, work: Callable[..., None], *arguments: object) -> None:
+        """Do some of the client's input; whatever it raises ends the input or the connection, and nothing else."""
+        try:
+            work(*arguments)
+        except Exception as error:
+            self._input_failed(error)
             return
-        error = work.exception()
         if self._state is not State.LIVE:
             return
-        if isinstance(error, ProtocolError):
-            self._refuse_input(str(error), error.close_code)
-        elif error is not None:
-            self._fail(error)
-        else:
-            self._actions = iter(work.result())
-            self._catch_up()
-
-    def _apply(self, actions: Iterable[Action]) -> None:
-        self._actions = iter(actions)
-        self._continue()
-
-    def _continue(self) -> None:
-        """Give the actions that are due to the stream. What it has no room for is kept, and reading stops."""
-        stream = self._stream
-        assert stream is not None
-        action, self._action = self._action, None
-        fed = 0
-        try:
-            while action is not None or (action := next(self._actions, None)) is not None:
-                if isinstance(action, Audio):
-                    fed += len(action.samples)
-                rest = stream.offer(action)
-                if rest is not None:
-                    self._action = rest
-                    self._block()
-                    return
-                action = None
-                if fed > TURN_SAMPLES:
-                    self._block()
-                    self._schedule_catch_up()
-                    return
-        except ProtocolError as error:
-            self._refuse_input(str(error), error.close_code)
-        except EngineError as error:
-            self.end(Error(str(error)), frames.INTERNAL)
-        except Exception as error:
-            self._fail(error)
-
-    def _block(self) -> None:
-        self._blocked = True
-        self._pause_reading()
-        self._on_blocked(self)
-
-    def _schedule_catch_up(self) -> None:
-        self._loop.call_soon(self._catch_up)
-
-    def _catch_up(self) -> None:
-        """There may be room again: feed what was kept, then read on."""
-        if self._state is not State.LIVE or not self._blocked or self._aside:
-            return
-        self._blocked = False
-        self._continue()
-        while self._messages and not self._blocked and self._state is State.LIVE:
-            self._receive(self._messages.popleft())
-        if self._blocked or self._state is not State.LIVE:
-            return
-        self._resume_reading()
-        if self._eof:
-            self._end_input()
-
-    def _end_input(self) -> None:
-        """The client has said all: what its protocol still holds goes in, then the stream is finished."""
-        if not self._input_ended:
-            self._input_ended = True
-            self._apply(self._session.end_of_input())
-        if not self._blocked and self._state is State.LIVE:
+        queue = self._queue
+        if queue.ended or (self._streams.finishing and not self._on_demand):
             self._drain()
+        elif queue.blocked:
+            self._pause_reading()
+        elif not self._reading:
+            self._resume_reading()
+
+    def _input_failed(self, error: BaseException) -> None:
+        if self._state is not State.LIVE:
+            return
+        errors = self._server.metrics.errors
+        if isinstance(error, ProtocolError):  # nothing more is taken, and what was good still comes out before the error
+            log.info("%s: %s", self.peer, error)
+            errors.labels("malformed").inc()
+            self._final = Error(str(error), error.close_code)
+            self._drain()
+        elif isinstance(error, NoFreeSlot):
+            self.end(Error(str(error), framing.TRY_AGAIN))
+        elif isinstance(error, EngineError):
+            errors.labels("engine").inc()
+            self.end(Error(str(error), framing.INTERNAL))
+        else:
+            log.error("%s: the connection failed", self.peer, exc_info=error)
+            errors.labels("internal").inc()
+            self.end(Error("the server failed on this connection; its log says why", framing.INTERNAL))
+
+    def _act(self, action: Action) -> Action | None:
+        """Carry out what the session asks for; returns what there is no room for."""
+        if isinstance(action, Reply):
+            if self._write_paused:
+                return action
+            self._send([action.message])
+            return None
+        if isinstance(action, Close):
+            self._close(action)
+            return None
+        streams = self._streams
+        if streams.finishing:
+            return action if self._on_demand else None
+        if not streams.is_open:
+            self._open_streams()
+        if isinstance(action, Feed):
+            command, channel = action
+            rest = streams.offer(command, channel)
+            return None if rest is None else Feed(rest, channel)
+        return streams.offer(action)
 
     def _drain(self) -> None:
         """No more input: let what was fed come out, then close as `_final` says."""
         self._state = State.DRAINING
-        self._forget_input()
-        assert self._stream is not None
-        self._stream.offer(Finish())
+        self._queue.clear()
+        self._streams.finish()
         self._resume_reading()
         self._schedule_flush()
-
-    def _refuse_input(self, sentence: str, code: int) -> None:
-        """The client broke the protocol: nothing more of it is taken, and what was good still comes out before the error."""
-        log.info("%s: %s", self.peer, sentence)
-        self._metrics.errors.labels("malformed").inc()
-        self._final = (Error(sentence), code)
-        self._drain()
-
-    def _fail(self, error: BaseException) -> None:
-        """Our own fault."""
-        log.error("%s: the connection failed", self.peer, exc_info=error)
-        self._metrics.errors.labels("internal").inc()
-        self.end(Error("the server failed on this connection; its log says why"), frames.INTERNAL)
-
-    def _forget_input(self) -> None:
-        self._messages.clear()
-        self._action, self._actions = None, iter(())
 
     # ---- output ------------------------------------------------------------------------------------------------------
 
@@ -328,36 +251,52 @@ class Connection(asyncio.Protocol):
     def _flush(self) -> None:
         """Send every event that is there, in one write."""
         self._flush_due = False
-        stream = self._stream
-        if stream is None or self._write_paused or self._state not in (State.LIVE, State.DRAINING):
+        if self._write_paused or self._state not in (State.LIVE, State.DRAINING):
             return
-        events = stream.take()
         failure: Error | None = None
-        parts: list[bytes] = []
-        for event in events:
-            if type(event) is Error:
-                failure = event
-                break
-            for payload in self._session.send(event):
-                parts.append(frames.header(frames.BINARY, len(payload)))
-                parts.append(payload)
-        if parts:
-            self._was_active = True
-            self._metrics.frames_sent += len(parts) >> 1
-            self._write(parts[0] + parts[1] if len(parts) == 2 else b"".join(parts))
+        messages: list[Message] = []
+        try:
+            for channel, event in self._streams.take():
+                if type(event) is Error:
+                    failure = event
+                    break
+                messages += self._session.send(event, channel)
+            over = failure is None and self._streams.ended
+            if over and self._streams.finishing and self._final is None:
+                messages += self._session.finished()
+        except Exception as error:
+            self._state = State.LIVE
+            self._input_failed(error)
+            return
+        if messages:
+            self._send(messages)
         if failure is not None:
-            self.end(failure, failure.close_code or frames.INTERNAL)
-        elif stream.ended:
-            self.end(*self._final)
+            self.end(failure)
+        elif over:
+            self._streams_ended()
+
+    def _streams_ended(self) -> None:
+        if self._state is State.DRAINING or not self._on_demand:
+            self.end(self._final)
+        elif self._streams.is_open:
+            self._streams.close()
+            self._schedule_resume()
+
+    def _send(self, messages: Iterable[Message]) -> None:
+        encode = self._framing.encode
+        parts = [encode(message) for message in messages]
+        self._queue.was_active = True
+        self._server.metrics.frames_sent += len(parts)
+        self._write(parts[0] if len(parts) == 1 else b"".join(parts))
 
     def _write(self, data: bytes) -> None:
-        if self._transport is not None and not self._transport.is_closing():
+        if data and self._transport is not None and not self._transport.is_closing():
             self._transport.write(data)
 
     def _ping(self) -> None:
-        self._patience.pinged(self._loop.time())
+        self._timers.pinged(self._loop.time())
         if self._state < State.CLOSING:
-            self._write(frames.frame(frames.PING, b""))
+            self._write(self._framing.ping())
 
     def _pong(self, payload: bytes) -> None:
         if self._state >= State.CLOSING:
@@ -365,46 +304,55 @@ class Connection(asyncio.Protocol):
         if self._write_paused:
             self._owed_pong = payload  # the latest one is enough (RFC 6455 section 5.5.3)
         else:
-            self._write(frames.frame(frames.PONG, payload))
+            self._write(self._framing.pong(payload))
 
     # ---- the end -----------------------------------------------------------------------------------------------------
 
-    def end(self, error: Error | None, code: int) -> None:
-        """Send the error, if any, and Close; free the slot; give the client CLOSE_SECONDS to answer."""
+    def end(self, error: Error | None) -> None:
+        """Send the error, if any, and Close; free the slots; give the client time to answer."""
         if self._state >= State.CLOSING or self._transport is None:
             return
-        self._state = State.CLOSING
-        last_words = self._session.send(error) if error else ()
-        parts = [frames.frame(frames.BINARY, payload) for payload in last_words]
-        self._write(b"".join(parts) + frames.close_frame(code, error.message if error else ""))
-        self._release()
-        self._forget_input()
-        self._set_deadline()
-        if self._eof:
-            self._transport.close()
-            return
-        self._resume_reading()
-        early, self._early = self._early, b""
-        if early:
-            self.data_received(early)
+        try:
+            messages: Iterable[Message] = () if error is None else self._session.send(error)
+            close = self._session.close(error)
+        except Exception:
+            log.exception("%s: the session failed", self.peer)
+            messages, close = (), Close(framing.INTERNAL)
+        if messages:
+            self._send(messages)
+        self._close(close)
 
-    def _client_closed(self, message: frames.Message) -> None:
-        """The client's Close frame: answer it, unless it is itself the answer, and close the socket."""
+    def _close(self, close: Close) -> None:
+        transport = self._transport
+        if self._state >= State.CLOSING or transport is None:
+            return
+        self._state = State.CLOSING
+        self._write(self._framing.close(close.code, close.reason))
+        self._release()
+        self._begin_closing()
+        if self._eof or not self._framing.handshakes:
+            transport.close()
+            return
+        if self._framing.broken and transport.can_write_eof():  # its Close cannot be read any more: it sees the end of ours
+            transport.write_eof()
+        self._resume_reading()
+        self._feed_early()
+
+    def _client_closed(self, closed: Closed) -> None:
+        """The client's Close: answer it, unless it is itself the answer, and close the socket."""
         transport = self._transport
         if transport is None:
             return
         if self._state < State.CLOSING:
-            self._write(frames.close_frame(frames.NORMAL if message.code == frames.NO_STATUS else message.code))
+            self._write(self._framing.close(framing.NORMAL if closed.code == framing.NO_STATUS else closed.code))
             self._state = State.CLOSING
-            self._set_deadline()
+            self._begin_closing()
         self._release()
         transport.close()
 
-    def _set_deadline(self) -> None:
-        now = self._loop.time()
+    def _begin_closing(self) -> None:
         self._heard = False
-        self._deadline = now + CLOSE_SECONDS
-        self._last_deadline = now + LONGEST_CLOSE_SECONDS
+        self._closing.start(self._loop.time())
 
     def abort(self) -> None:
         """Cut the socket now."""
@@ -412,50 +360,56 @@ class Connection(asyncio.Protocol):
             self._transport.abort()
 
     def _release(self) -> None:
-        stream = self._stream
-        if stream is not None:
-            self._tell_warnings()
-            self._stream = None
-            stream.close()
+        """Give the slots back, and drop what was not fed."""
+        if self._streams.is_open:
+            self._log_warnings()
+            self._streams.close()
+        self._queue.clear()
 
-    def _tell_warnings(self) -> None:
-        waiting_samples = self._stream.pending_samples if self._stream is not None else 0
-        for warning in self._session.warnings(waiting_samples):
+    def _log_warnings(self) -> None:
+        for warning in self._session.warnings(self._streams.pending_samples):
             log.warning("%s: %s", self.peer, warning)
 
     # ---- time --------------------------------------------------------------------------------------------------------
 
     def tick(self, now: float) -> None:
-        """Look at the clocks; called every `tick_seconds`."""
+        """Look at the timers."""
         if self._state >= State.CLOSING:
-            if self._heard:
-                self._heard = False
-                self._deadline = min(now + CLOSE_SECONDS, self._last_deadline)
-            if now >= self._deadline:
+            if self._closing.expired(now, heard=self._heard):
                 self.abort()
+            self._heard = False
             return
-        if not self._aside:
-            self._tell_warnings()
-        if self._patience.ping_due(now):
+        if not self._queue.in_thread:
+            self._log_warnings()
+        if self._timers.ping_due(now):
             self._ping()
         unread = not self._reading
-        self._patience.note(
+        self._timers.note(
             now,
             heard=self._heard or unread,
-            active=self._was_active or unread or self._busy(),
+            active=self._queue.was_active or unread or self._busy(),
             unsent=self._transport.get_write_buffer_size() if self._write_paused and self._transport else None,
         )
-        self._heard = self._was_active = False
-        verdict = self._patience.judge(now, half_closed=self._eof)
+        self._heard = self._queue.was_active = False
+        verdict = self._timers.judge(now, half_closed=self._eof)
         if verdict is not None:
             log.info("%s: closed: %s", self.peer, verdict.sentence)
-            self._metrics.errors.labels(verdict.kind).inc()
-            self.end(Error(verdict.sentence), verdict.code)
+            self._server.metrics.errors.labels(verdict.kind).inc()
+            self.end(Error(verdict.sentence, verdict.code))
+
+    def tick_session(self, now: float) -> None:
+        """Let the session look at its clock."""
+        if self._state is State.LIVE and not self._queue.blocked:
+            self._guarded(self._put_ticks, now)
+
+    def _put_ticks(self, now: float) -> None:
+        was_active = self._queue.was_active
+        self._queue.put(self._session.tick(now))
+        self._queue.was_active = was_active  # the client did nothing
 
     def _busy(self) -> bool:
         """Whether the client may rightly be waiting for us."""
-        stream = self._stream
-        return stream is None or stream.pending_samples >= FRAME_SAMPLES
+        return self._state is State.WAITING or self._streams.pending_samples >= FRAME_SAMPLES
 
     # ---- reading -----------------------------------------------------------------------------------------------------
 
@@ -466,10 +420,9 @@ class Connection(asyncio.Protocol):
 
     @property
     def held_bytes(self) -> int:
-        """Bytes held for this connection on both sides of its stream: read and not fed, written and not sent."""
+        """Bytes held for this connection on both sides of its streams: read and not fed, written and not sent."""
         unsent = self._transport.get_write_buffer_size() if self._transport is not None else 0
-        rest = self._action.samples.nbytes if isinstance(self._action, Audio) else 0
-        return self._parser.pending_bytes + sum(len(message.payload) for message in self._messages) + rest + unsent
+        return self._framing.pending_bytes + self._queue.waiting_bytes + unsent
 
     def fileno(self) -> int:
         """The socket's descriptor, -1 when there is none."""
@@ -484,6 +437,7 @@ class Connection(asyncio.Protocol):
         if self._reading and not self._eof and self._transport is not None:
             self._reading = False
             self._transport.pause_reading()
+            self._server.watch(self)
 
     def _resume_reading(self) -> None:
         if not self._reading and self._transport is not None:

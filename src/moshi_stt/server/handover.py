@@ -7,6 +7,7 @@ from prometheus_client.metrics_core import Metric
 
 from moshi_stt.config import ServerConfig
 from moshi_stt.engine.share import Share
+from moshi_stt.server.doors.door import Door, Opening
 
 
 @dataclass(frozen=True)
@@ -26,13 +27,15 @@ class Ready:
 
 @dataclass(frozen=True)
 class Take:
-    """A socket whose upgrade was answered, as the one descriptor, and the slot that its stream may use.
+    """A socket whose upgrade was answered, as the one descriptor, and the slots that its streams may use.
 
-    early: what the client sent behind its request.
+    early: what the client sent after its request.
     """
 
     module: str
-    slot: int
+    door: Door
+    opening: Opening
+    slots: tuple[int, ...]
     peer: str
     early: bytes
 

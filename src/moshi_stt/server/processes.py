@@ -24,8 +24,9 @@ from moshi_stt.engine.batch import BatchEngine
 from moshi_stt.engine.share import Line
 from moshi_stt.engine.slots import Slot
 from moshi_stt.errors import EngineError
-from moshi_stt.server import frames, handover
+from moshi_stt.server import framing, handover
 from moshi_stt.server.channel import Channel
+from moshi_stt.server.doors.door import Door, Opening
 from moshi_stt.server.metrics import add_samples
 
 log = logging.getLogger(__name__)
@@ -199,7 +200,7 @@ class SocketProcesses:
 
     async def _retire(self, child: _Child) -> None:
         """End a process that can carry no more streams, while its clients are told."""
-        await self._end(child, "the server failed on this connection; its log says why", frames.INTERNAL, RETIRE_SECONDS)
+        await self._end(child, "the server failed on this connection; its log says why", framing.INTERNAL, RETIRE_SECONDS)
         self._send(child, handover.Stop())
         await self._reap(child)
 
@@ -262,26 +263,32 @@ class SocketProcesses:
 
     # ---- sockets -----------------------------------------------------------------------------------------------------
 
-    def hand_over(self, module: str, transport: asyncio.Transport, early: bytes, peer: str) -> bool:
-        """Give an upgraded socket to a process, if one can take it and there is a slot; whether it has gone.
+    def hand_over(
+        self, module: str, door: Door, opening: Opening, transport: asyncio.Transport, early: bytes, peer: str
+    ) -> bool:
+        """Give an upgraded socket to a process, if one can take it and there are slots; whether it has gone.
 
-        early: what the client sent behind its request.
+        early: what the client sent after its request.
         """
         engine = self._engines.get(module)
         able = [child for child in self._children if child.takes]
-        if engine is None or not able or not engine.ready or engine.used_slots >= engine.total_slots:
+        if engine is None or not able or not engine.ready or opening.on_demand:
+            return False
+        if engine.used_slots + opening.channels > engine.total_slots:
             return False
         sock = transport.get_extra_info("socket")
         if sock is None or transport.is_closing() or transport.get_write_buffer_size():
             return False
         child = min(able, key=lambda child: len(child.lent))
-        slot = engine.lend()
-        child.lent[module, slot.index] = slot
+        slots = [engine.lend() for _ in range(opening.channels)]
+        child.lent.update({(module, slot.index): slot for slot in slots})
         try:
-            self._send(child, handover.Take(module, slot.index, peer, early), [sock.fileno()])
+            indices = tuple(slot.index for slot in slots)
+            self._send(child, handover.Take(module, door, opening, indices, peer, early), [sock.fileno()])
         except OSError as error:
             log.warning("%s: carried by the first process: %s", peer, error)
-            engine.take_back(child.lent.pop((module, slot.index)))
+            for slot in slots:
+                engine.take_back(child.lent.pop((module, slot.index)))
             return False
         if not child.ready.is_set():
             return False  # the sending found it dead

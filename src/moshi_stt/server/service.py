@@ -1,4 +1,4 @@
-"""What the handlers of one process share: engines, keys, counts, open connections, and whether all is well. Knows no routes."""
+"""What the handlers of the main process share: modules, keys, counts, connections, and whether all is well."""
 
 import asyncio
 import logging
@@ -8,12 +8,10 @@ from dataclasses import dataclass, field
 from moshi_stt.config import Module, ServerConfig
 from moshi_stt.engine.batch import BatchEngine
 from moshi_stt.engine.engine import Engine
-from moshi_stt.events import Error
 from moshi_stt.server.auth import Keys
-from moshi_stt.server.connection import Connection
-from moshi_stt.server.hangup import HangupWatch
+from moshi_stt.server.connections import Connections
+from moshi_stt.server.doors.door import Handshake, HttpDoor
 from moshi_stt.server.metrics import Metrics
-from moshi_stt.server.patience import tick_seconds
 from moshi_stt.server.processes import SocketProcesses
 
 log = logging.getLogger(__name__)
@@ -35,8 +33,7 @@ class Service:
     served: tuple[Served, ...]
     metrics: Metrics
     keys: Keys
-    watch: HangupWatch = field(default_factory=HangupWatch)
-    connections: set[Connection] = field(default_factory=set)
+    connections: Connections
     uploads: "set[asyncio.Task[object]]" = field(default_factory=set)
     started: asyncio.Event = field(default_factory=asyncio.Event)
     """Set when every engine has started."""
@@ -54,7 +51,7 @@ class Service:
         for each in served:
             each.engine.observer = metrics
         metrics.watch(lambda: ((each.module.name, each.engine) for each in served))
-        return cls(config, served, metrics, Keys(config.authorized_ids))
+        return cls(config, served, metrics, Keys(config.authorized_ids), Connections(config.limits, metrics))
 
     @property
     def is_started(self) -> bool:
@@ -78,14 +75,19 @@ class Service:
         """Why nothing new is taken, whatever is free; None when it is."""
         return self.failure or ("the server is shutting down" if self.stopping else None)
 
-    def connected(self, connection: Connection) -> None:
-        self.connections.add(connection)
-        self.metrics.websockets.inc()
+    def admit(self, door: HttpDoor, request: Handshake) -> None:
+        """Raises Refused for a request without one of the keys, and where nothing new is taken."""
+        if not self.keys.allow(door.key(request)):
+            self.metrics.refusals.labels("key").inc()
+            raise door.refusal("unauthorized", "the API key is missing or wrong")
+        refusal = self.refusal()
+        if refusal is not None:
+            self.metrics.refusals.labels("not_serving").inc()
+            raise door.refusal("stopping" if self.failure is None else "failed", refusal)
 
-    def disconnected(self, connection: Connection) -> None:
-        if connection in self.connections:
-            self.connections.remove(connection)
-            self.metrics.websockets.dec()
+    def find(self, module: str | None) -> Served:
+        """By name; None is the first."""
+        return self.served[0] if module is None else next(each for each in self.served if each.module.name == module)
 
     async def start_processes(self) -> None:
         """Start the processes that carry WebSockets, as many as the engines were loaded for."""
@@ -96,36 +98,10 @@ class Service:
             self.processes = SocketProcesses(self.config, shared, count)
             await self.processes.start()
 
-    async def tick(self) -> None:
-        """Look at every connection's clocks, for ever."""
-        pause = tick_seconds(self.config.limits)
-        loop = asyncio.get_running_loop()
-        while True:
-            await asyncio.sleep(pause)
-            now = loop.time()
-            for connection in list(self.connections):
-                try:
-                    connection.tick(now)
-                except Exception:
-                    log.exception("%s: the connection's clock failed", connection.peer)
-                    connection.abort()
-
     async def close_connections(self, sentence: str, code: int, within_seconds: float) -> None:
         """End every connection with this Error and status; cut those that have not gone in time."""
         elsewhere = self.processes.end(sentence, code, within_seconds) if self.processes is not None else asyncio.sleep(0)
-        await asyncio.gather(self._close_own(sentence, code, within_seconds), elsewhere)
-
-    async def _close_own(self, sentence: str, code: int, within_seconds: float) -> None:
-        for connection in list(self.connections):
-            connection.end(Error(sentence), code)
-        await self._wait_gone(within_seconds)
-        for connection in list(self.connections):
-            connection.abort()
-        await self._wait_gone(1.0)
-
-    async def _wait_gone(self, seconds: float) -> None:
-        if self.connections:
-            await asyncio.wait([connection.lost for connection in self.connections], timeout=seconds)
+        await asyncio.gather(self.connections.close(sentence, code, within_seconds), elsewhere)
 
     async def cancel_uploads(self, within_seconds: float) -> None:
         """End the POST requests that run. Each answers 503 itself."""

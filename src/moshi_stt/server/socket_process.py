@@ -18,13 +18,10 @@ from typing import Any, cast
 from moshi_stt.engine.remote import RemoteEngine
 from moshi_stt.engine.share import Line
 from moshi_stt.server import handover
-from moshi_stt.server.auth import Keys
 from moshi_stt.server.channel import Channel
-from moshi_stt.server.connection import Connection
+from moshi_stt.server.connections import Connections
 from moshi_stt.server.metrics import Metrics
 from moshi_stt.server.process import raise_file_limit, run, tune_interpreter
-from moshi_stt.server.service import Served, Service
-from moshi_stt.session import Session
 
 log = logging.getLogger(__name__)
 
@@ -38,9 +35,8 @@ class SocketProcess:
     def __init__(self, sock: socket.socket) -> None:
         self._channel = Channel(sock, self._on_message, self._on_closed)
         self._metrics = Metrics()
-        self._service: Service | None = None
+        self._connections: Connections | None = None
         self._engines: dict[str, RemoteEngine] = {}
-        self._served: dict[str, Served] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._arriving: set[asyncio.Task[None]] = set()
         """Of the tasks, those of sockets that are no connections yet."""
@@ -95,18 +91,14 @@ class SocketProcess:
 
     async def _set_up(self, message: handover.SetUp, descriptors: list[int]) -> None:
         log_to(self._channel, message.log_level)
-        modules = {module.name: module for module in message.config.modules}
         for i, (name, share) in enumerate(message.shares.items()):
             line = Line(descriptors[2 * i], socket.socket(fileno=descriptors[2 * i + 1]))
             engine = RemoteEngine(share, line, on_freed=self._freed(name), observer=self._metrics)
             self._engines[name] = engine
-            self._served[name] = Served(modules[name], engine)
             await engine.start()
             self._begin(self._watch(engine))
-        service = Service(message.config, tuple(self._served.values()), self._metrics, Keys(()))
-        service.started.set()
-        self._service = service
-        self._begin(service.tick())
+        self._connections = Connections(message.config.limits, self._metrics)
+        self._begin(self._connections.tick())
         self._channel.send(handover.Ready())
 
     def _freed(self, name: str) -> Any:
@@ -118,9 +110,9 @@ class SocketProcess:
 
     async def _take(self, message: handover.Take, descriptors: list[int]) -> None:
         """Carry this socket from here on."""
-        assert self._service is not None
+        assert self._connections is not None
         engine = self._engines[message.module]
-        arrival = _Arrival(self._service, engine, message)
+        arrival = _Arrival(self._connections, engine, message)
         sock: socket.socket | None = None
         try:
             sock = _socket_of(descriptors)
@@ -130,15 +122,16 @@ class SocketProcess:
             if sock is not None:
                 sock.close()
         if not arrival.arrived:
-            self._channel.send(handover.Freed(message.module, message.slot))
-        elif (unused := engine.withdraw()) is not None:
+            for slot in message.slots:
+                self._channel.send(handover.Freed(message.module, slot))
+        while (unused := engine.withdraw()) is not None:
             self._channel.send(handover.Freed(message.module, unused))
 
     async def _end(self, message: handover.End) -> None:
         if self._arriving:
             await asyncio.wait(self._arriving, timeout=0.5)
-        if self._service is not None:
-            await self._service.close_connections(message.sentence, message.code, message.within_seconds)
+        if self._connections is not None:
+            await self._connections.close(message.sentence, message.code, message.within_seconds)
         self._channel.send(handover.Ended())
 
 
@@ -158,33 +151,26 @@ def _socket_of(descriptors: list[int]) -> socket.socket:
 class _Arrival(asyncio.Protocol):
     """A socket's protocol until it has its transport."""
 
-    def __init__(self, service: Service, engine: RemoteEngine, message: handover.Take) -> None:
-        self._service = service
+    def __init__(self, connections: Connections, engine: RemoteEngine, message: handover.Take) -> None:
+        self._connections = connections
         self._engine = engine
         self._message = message
         self.arrived = False
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        service, message = self._service, self._message
-        connection = Connection(
+        message = self._message
+        connection = self._connections.take(
+            cast(asyncio.Transport, transport),  # uvloop's is of no such class
+            message.early,
             self._engine,
-            Session(),
-            service.config.limits,
-            service.metrics,
-            peer=message.peer,
-            on_lost=self._lost,
-            on_blocked=service.watch.add,
+            message.door,
+            message.opening,
+            message.peer,
         )
-        service.connected(connection)
-        connection.start(cast(asyncio.Transport, transport), message.early)  # uvloop's is of no such class
-        log.debug("%s: connected", connection.peer)
-        self._engine.grant(message.slot)
+        for slot in message.slots:
+            self._engine.grant(slot)
         self.arrived = True
         connection.open()
-
-    def _lost(self, connection: Connection, exc: Exception | None) -> None:
-        self._service.disconnected(connection)
-        log.debug("%s: disconnected", connection.peer)
 
 
 class _ChannelHandler(logging.Handler):

@@ -1,4 +1,4 @@
-"""The WebSocket's opening: what a request must have, and the answer that takes its socket over from HTTP. Knows no engine.
+"""The WebSocket's opening: what a request must have, and the answer that takes its socket over from HTTP.
 
 Checks, their order and their texts are moshi-server's (contract section 1.3).
 """
@@ -6,6 +6,7 @@ Checks, their order and their texts are moshi-server's (contract section 1.3).
 import asyncio
 import base64
 import hashlib
+from collections.abc import Sequence
 from http import HTTPStatus
 
 from aiohttp import HttpVersion11, hdrs, web
@@ -62,10 +63,12 @@ class TakenOver(web.StreamResponse):
         """There is no body."""
 
 
-def switch_protocols(request: web.BaseRequest) -> tuple[asyncio.Transport, bytes]:
-    """Send 101 and leave HTTP. Returns the socket's transport and what the client has already sent behind its request.
+def switch_protocols(
+    request: web.BaseRequest, subprotocol: str | None = None, headers: Sequence[tuple[str, str]] = ()
+) -> tuple[asyncio.Transport, bytes]:
+    """Send 101 and leave HTTP. Returns the socket's transport and what the client has already sent after its request.
 
-    No subprotocol is selected and no extension negotiated. Raises ConnectionResetError where the client is gone.
+    No extension is negotiated. Raises ConnectionResetError where the client is gone.
     """
     transport = request.transport
     if transport is None or transport.is_closing():
@@ -75,8 +78,9 @@ def switch_protocols(request: web.BaseRequest) -> tuple[asyncio.Transport, bytes
     early = _Early()
     request.protocol.keep_alive(False)
     request.protocol.set_parser(early)  # type: ignore[arg-type]  # it needs these two methods only
-    transport.write(
-        b"HTTP/1.1 101 Switching Protocols\r\nconnection: upgrade\r\nupgrade: websocket\r\n"
-        b"sec-websocket-accept: " + accept.encode() + b"\r\n\r\n"
-    )
+    lines = [("connection", "upgrade"), ("upgrade", "websocket"), ("sec-websocket-accept", accept), *headers]
+    if subprotocol is not None:
+        lines.append(("sec-websocket-protocol", subprotocol))
+    head = "".join(f"{name}: {value}\r\n" for name, value in lines if not set("\r\n") & set(name + value))
+    transport.write(f"HTTP/1.1 101 Switching Protocols\r\n{head}\r\n".encode("latin-1", "replace"))
     return transport, early.data

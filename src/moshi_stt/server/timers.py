@@ -1,4 +1,4 @@
-"""How long a connection waits for its client. Knows no socket: it is told what happened, with the time, and says what is due.
+"""How long a connection waits for its client: told what happened, with the time, it says what is due.
 
 Only time in which we really wait for the client counts: not while its socket is left unread because its inbox is full, and
 not while we still have its audio to work on.
@@ -7,7 +7,13 @@ not while we still have its audio to work on.
 from dataclasses import dataclass
 
 from moshi_stt.config import LimitsConfig
-from moshi_stt.server import frames
+from moshi_stt.server import framing
+
+CLOSE_SECONDS = 5.0
+"""How long the client has to answer our Close, counted again from whatever else still comes of it before."""
+
+LONGEST_CLOSE_SECONDS = 30.0
+"""How long at most."""
 
 
 @dataclass(frozen=True)
@@ -19,11 +25,13 @@ class Verdict:
     code: int
 
 
-class Patience:
-    """The clocks of one connection."""
+class ConnectionTimers:
+    """Those of one connection until our Close is sent."""
 
-    def __init__(self, limits: LimitsConfig, now: float) -> None:
+    def __init__(self, limits: LimitsConfig, now: float, *, may_idle: bool = False) -> None:
+        """may_idle: the client may do nothing for as long as it likes, if only it answers pings."""
         self._limits = limits
+        self._may_idle = may_idle
         self._heard = now
         """When anything at all came last."""
         self._active = now
@@ -59,17 +67,34 @@ class Patience:
         limits = self._limits
         if self._stuck is not None and now - self._stuck >= limits.stuck_seconds:
             sentence = f"nothing was read for {limits.stuck_seconds:g} s: read the socket while you write to it"
-            return Verdict("stuck", sentence, frames.POLICY)
+            return Verdict("stuck", sentence, framing.POLICY)
         if half_closed:
             if now - self._active >= limits.idle_seconds:
-                return Verdict("idle", "the rest of the transcript did not come in time", frames.INTERNAL)
+                return Verdict("idle", "the rest of the transcript did not come in time", framing.INTERNAL)
             return None
         if now - self._heard >= limits.silent_seconds:
             sentence = f"nothing came from the client for {limits.silent_seconds:g} s, not even an answer to a ping"
-            return Verdict("silent", sentence, frames.POLICY)
-        if now - self._active >= limits.idle_seconds:
-            return Verdict("idle", f"no audio, marker or init came for {limits.idle_seconds:g} s", frames.POLICY)
+            return Verdict("silent", sentence, framing.POLICY)
+        if now - self._active >= limits.idle_seconds and not self._may_idle:
+            return Verdict("idle", f"no audio, marker or init came for {limits.idle_seconds:g} s", framing.POLICY)
         return None
+
+
+class ClosingTimer:
+    """How long the client has for its answer to our Close."""
+
+    def __init__(self) -> None:
+        self._deadline = self._last_deadline = float("inf")
+
+    def start(self, now: float) -> None:
+        self._deadline = now + CLOSE_SECONDS
+        self._last_deadline = now + LONGEST_CLOSE_SECONDS
+
+    def expired(self, now: float, *, heard: bool) -> bool:
+        """heard: whether anything came since the last call: a client amid an upload sees our Close when it has sent it."""
+        if heard:
+            self._deadline = min(now + CLOSE_SECONDS, self._last_deadline)
+        return now >= self._deadline
 
 
 def tick_seconds(limits: LimitsConfig) -> float:

@@ -3,7 +3,7 @@
 import pytest
 
 from moshi_stt.config import LimitsConfig
-from moshi_stt.server.patience import Patience, Verdict, tick_seconds
+from moshi_stt.server.timers import ConnectionTimers, Verdict, tick_seconds
 
 LIMITS = LimitsConfig(ping_seconds=10, silent_seconds=20, idle_seconds=120, stuck_seconds=30)
 
@@ -12,7 +12,7 @@ def run(
     seconds: int, *, heard: bool = False, active: bool = False, unsent: int | None = None, half_closed: bool = False
 ) -> Verdict | None:
     """The first verdict within these seconds, looked at once a second."""
-    patience = Patience(LIMITS, 0.0)
+    patience = ConnectionTimers(LIMITS, 0.0)
     for now in range(1, seconds + 1):
         patience.note(now, heard=heard, active=active, unsent=unsent)
         verdict = patience.judge(now, half_closed=half_closed)
@@ -52,14 +52,14 @@ def test_send_buffer_that_does_not_shrink_is_stuck() -> None:
 
 
 def test_send_buffer_that_shrinks_is_slow_and_not_stuck() -> None:
-    patience = Patience(LIMITS, 0.0)
+    patience = ConnectionTimers(LIMITS, 0.0)
     for now in range(1, 500):
         patience.note(now, heard=True, active=True, unsent=100_000 - 100 * now)
         assert patience.judge(now, half_closed=False) is None
 
 
 def test_pings_come_at_their_time_whatever_else_happens() -> None:
-    patience = Patience(LIMITS, 0.0)
+    patience = ConnectionTimers(LIMITS, 0.0)
     pings = []
     for now in range(1, 36):
         patience.note(now, heard=True, active=True, unsent=None)

@@ -1,4 +1,4 @@
-"""Sees clients go away whose sockets are not being read. Knows descriptors, and of connections only that they can be probed.
+"""Detects disconnects on sockets that are not being read.
 
 A socket that is not read (its stream's inbox is full) or that has given end-of-file tells the event loop nothing more. The
 kernel still knows of a reset: POLLERR or POLLHUP. So each watched client is sent a ping now and then, which the system of a
@@ -18,7 +18,7 @@ LOOKS_PER_PROBE = 10
 
 
 class Watched(Protocol):
-    """What the watch needs of a connection."""
+    """What the monitor needs of a connection."""
 
     @property
     def unheard(self) -> bool: ...
@@ -30,7 +30,7 @@ class Watched(Protocol):
     def abort(self) -> None: ...
 
 
-class HangupWatch:
+class DisconnectMonitor:
     """Looks at the connections that were handed to `add`, as long as they are `unheard`."""
 
     def __init__(self) -> None:

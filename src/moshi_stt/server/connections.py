@@ -1,0 +1,109 @@
+"""All connections of one process: building them, their timers, and ending them."""
+
+import asyncio
+import logging
+from collections.abc import Callable, Iterator
+from functools import partial
+
+from moshi_stt.config import LimitsConfig
+from moshi_stt.engine.engine import Engine
+from moshi_stt.events import Error
+from moshi_stt.server.connection import Connection, Surroundings
+from moshi_stt.server.disconnects import DisconnectMonitor
+from moshi_stt.server.doors.door import Door, Opening, SocketDoor
+from moshi_stt.server.metrics import Metrics
+from moshi_stt.server.timers import tick_seconds
+from moshi_stt.server.websocket import WebSocketFraming
+
+log = logging.getLogger(__name__)
+
+SESSION_TICK_SECONDS = 0.1
+"""How often the sessions that have a clock look at it."""
+
+
+class Connections:
+    """Used on the event loop alone."""
+
+    def __init__(self, limits: LimitsConfig, metrics: Metrics) -> None:
+        self._limits = limits
+        self._metrics = metrics
+        self._monitor = DisconnectMonitor()
+        self._connections: set[Connection] = set()
+
+    def __len__(self) -> int:
+        return len(self._connections)
+
+    def __iter__(self) -> Iterator[Connection]:
+        return iter(list(self._connections))
+
+    def take(
+        self,
+        transport: asyncio.Transport,
+        early: bytes,
+        engine: Engine,
+        door: Door | SocketDoor,
+        opening: Opening,
+        peer: str,
+        lost: Callable[[Exception | None], None] | None = None,
+    ) -> Connection:
+        """A connection over a socket that is its own from now on; its `open` is still to be called.
+
+        early: what the client sent after its request. lost: told when the socket is gone.
+        """
+        limit = self._limits.max_message_bytes
+        framing = door.framing(limit) if isinstance(door, SocketDoor) else WebSocketFraming(limit)
+        server = Surroundings(self._limits, self._metrics, partial(self._lost, lost), self._monitor.add)
+        connection = Connection(engine, opening, door.session(opening), framing, server, peer)
+        self._connections.add(connection)
+        self._metrics.websockets.inc()
+        connection.start(transport, early)
+        log.debug("%s: connected", peer)
+        return connection
+
+    def _lost(self, told: Callable[[Exception | None], None] | None, connection: Connection, exc: Exception | None) -> None:
+        if connection in self._connections:
+            self._connections.remove(connection)
+            self._metrics.websockets.dec()
+        log.debug("%s: disconnected", connection.peer)
+        if told is not None:
+            told(exc)
+
+    async def tick(self) -> None:
+        """Look at every connection's timers, for ever."""
+        pause = tick_seconds(self._limits)
+        loop = asyncio.get_running_loop()
+        due = loop.time() + pause
+        while True:
+            await asyncio.sleep(min(pause, SESSION_TICK_SECONDS))
+            now = loop.time()
+            for connection in self:
+                if connection.has_clock:
+                    self._guarded(connection, connection.tick_session, now)
+            if now >= due:
+                due = now + pause
+                for connection in self:
+                    self._guarded(connection, connection.tick, now)
+
+    def _guarded(self, connection: Connection, tick: Callable[[float], None], now: float) -> None:
+        try:
+            tick(now)
+        except Exception:
+            log.exception("%s: the connection's timers failed", connection.peer)
+            connection.abort()
+
+    async def close(self, sentence: str, code: int, within_seconds: float) -> None:
+        """End every connection with this Error and status; cut those that have not gone in time."""
+        for connection in self:
+            connection.end(Error(sentence, code))
+        await self._wait_gone(within_seconds)
+        for connection in self:
+            connection.abort()
+        await self._wait_gone(1.0)
+
+    async def _wait_gone(self, seconds: float) -> None:
+        if self._connections:
+            await asyncio.wait([connection.lost for connection in self], timeout=seconds)
+
+    def stop(self) -> None:
+        """No more looking for disconnects."""
+        self._monitor.stop()

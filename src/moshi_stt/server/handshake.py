@@ -1,0 +1,44 @@
+"""Between HTTP requests and doors: what a request says, and the answer where it is refused."""
+
+from aiohttp import hdrs, web
+
+from moshi_stt.server.auth import query_pairs
+from moshi_stt.server.doors.door import Handshake, Refused
+from moshi_stt.server.service import Service
+
+
+def handshake_of(request: web.BaseRequest, service: Service) -> Handshake:
+    """What a door needs of a request."""
+    headers: dict[str, str] = {}
+    for name, value in request.headers.items():
+        headers.setdefault(name.lower(), value)
+    offered = ",".join(request.headers.getall(hdrs.SEC_WEBSOCKET_PROTOCOL, ()))
+    return Handshake(
+        request.path,
+        tuple(query_pairs(query_string(request))),
+        headers,
+        tuple(name.strip() for name in offered.split(",") if name.strip()),
+        peer_name(request),
+        {each.module.name: each.engine.info for each in service if each.engine.ready},
+    )
+
+
+def refused(refusal: Refused) -> web.Response:
+    """The answer."""
+    response = web.Response(status=refusal.status, body=refusal.body, content_type=refusal.content_type)
+    if refusal.content_type.startswith("text/"):
+        response.charset = "utf-8"
+    for name, value in refusal.headers:
+        response.headers.add(name, value)
+    return response
+
+
+def query_string(request: web.BaseRequest) -> str:
+    """The query as it came, still percent-encoded."""
+    return request.raw_path.partition("?")[2].partition("#")[0]
+
+
+def peer_name(request: web.BaseRequest) -> str:
+    """For the log: address, the proxy's word on it, and the path, never the query."""
+    host = request.headers.get("X-Real-IP") or request.remote or "?"
+    return f"{host[:64]!s} {request.path}"

@@ -1,0 +1,162 @@
+"""From a client's messages to commands for its streams: in order, each as soon as there is room, nothing in between lost."""
+
+import asyncio
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from typing import Final
+
+from moshi_stt.constants import SAMPLE_RATE
+from moshi_stt.engine.commands import Audio
+from moshi_stt.errors import ProtocolError
+from moshi_stt.server.framing import Violation
+from moshi_stt.session import Action, Feed, Message, Session
+
+ASIDE_BYTES = 256 << 10
+"""Messages beyond this are decoded in a thread, so that the other connections do not wait."""
+
+TURN_SAMPLES = 4 * SAMPLE_RATE
+"""Audio that one message may yield before the other connections have a turn."""
+
+
+class EndOfInput:
+    """Stands after the last message."""
+
+
+END_OF_INPUT: Final = EndOfInput()
+
+Item = Message | Violation | EndOfInput | Iterable[Action]
+
+
+class InputQueue:
+    """What a connection has read and not yet given to its streams: at most one read of the socket.
+
+    `put` and `resume` raise what the session or a stream raises (ProtocolError also for a `Violation`); the caller then
+    calls `clear`.
+    """
+
+    def __init__(
+        self,
+        session: Session,
+        act: Callable[[Action], Action | None],
+        again: Callable[[], None],
+        failed: Callable[[BaseException], None],
+    ) -> None:
+        """act: carry out an action; returns what found no room. again: call `resume` soon. failed: work in a thread failed."""
+        self._session = session
+        self._act = act
+        self._again = again
+        self._failed = failed
+        self._items: deque[Item] = deque()
+        self._rest: Action | None = None
+        """The action that found no room."""
+        self._actions: Iterator[Action] = iter(())
+        """What follows it of the latest message."""
+        self._work: asyncio.Future[Iterable[Action]] | None = None
+        """A message that a thread decodes."""
+        self._ending = False
+        self.blocked = False
+        """Whether what comes now has to wait. Nothing more should be read meanwhile."""
+        self.ended = False
+        """Whether everything up to the end of input has been given to the streams."""
+        self.was_active = True
+        """Whether a message asked for something, or was binary. The reader sets it back."""
+
+    @property
+    def in_thread(self) -> bool:
+        """Whether the session is at work in a thread, and must be left alone."""
+        return self._work is not None
+
+    @property
+    def waiting_bytes(self) -> int:
+        """Bytes held."""
+        waiting = sum(len(item) for item in self._items if isinstance(item, str | bytes))
+        rest = self._rest.command if type(self._rest) is Feed else self._rest
+        return waiting + (rest.samples.nbytes if type(rest) is Audio else 0)
+
+    def put(self, item: Item) -> None:
+        """Take what came, now or when its turn has come."""
+        if self.blocked:
+            self._items.append(item)
+        else:
+            self._take(item)
+
+    def resume(self) -> None:
+        """There may be room again."""
+        if not self.blocked or self._work is not None:
+            return
+        self.blocked = False
+        self._carry_out()
+        while self._items and not self.blocked:
+            self._take(self._items.popleft())
+
+    def clear(self) -> None:
+        """Drop everything, for good."""
+        self._items.clear()
+        self._rest, self._actions = None, iter(())
+        self._ending = False
+        self.blocked = True
+        if self._work is not None:
+            self._work.cancel()
+
+    def _take(self, item: Item) -> None:
+        if isinstance(item, str | bytes):
+            self._take_message(item)
+        elif isinstance(item, Violation):
+            raise ProtocolError(item.sentence, item.code)
+        elif isinstance(item, EndOfInput):
+            self._ending = True
+            self._actions = iter(self._session.end_of_input())
+            self._carry_out()
+        else:
+            self._actions = iter(item)
+            self._carry_out()
+
+    def _take_message(self, message: Message) -> None:
+        if type(message) is bytes:
+            self.was_active = True
+        if len(message) > ASIDE_BYTES:
+            self.blocked = True
+            self._work = asyncio.get_running_loop().run_in_executor(None, self._session.receive, message)
+            self._work.add_done_callback(self._worked)
+            return
+        actions = self._session.receive(message)
+        if type(actions) is tuple and len(actions) == 1:  # nearly always
+            self.was_active = True
+            self._rest = self._act(actions[0])
+            if self._rest is not None:
+                self.blocked = True
+            return
+        self._actions = iter(actions)
+        self._carry_out()
+
+    def _worked(self, work: "asyncio.Future[Iterable[Action]]") -> None:
+        self._work = None
+        if work.cancelled():
+            return
+        error = work.exception()
+        if error is not None:
+            self._failed(error)
+            return
+        self._actions = iter(work.result())
+        self._again()
+
+    def _carry_out(self) -> None:
+        """What is left of the latest message. What finds no room is kept."""
+        action, self._rest = self._rest, None
+        fed = 0
+        while action is not None or (action := next(self._actions, None)) is not None:
+            self.was_active = True
+            command = action.command if type(action) is Feed else action
+            size = len(command.samples) if type(command) is Audio else 0
+            self._rest = self._act(action)
+            if self._rest is not None:
+                self.blocked = True
+                return
+            action = None
+            fed += size
+            if fed > TURN_SAMPLES:
+                self.blocked = True
+                self._again()
+                return
+        if self._ending:
+            self.ended = True
