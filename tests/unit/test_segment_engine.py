@@ -11,7 +11,7 @@ from tests.support.level_speech import LevelRecogniser, pause, say
 
 from moshi_stt.constants import SAMPLE_RATE
 from moshi_stt.engine.commands import Audio, Finish, Mark, Reset
-from moshi_stt.engine.engine import SilentObserver
+from moshi_stt.engine.engine import SilentObserver, StreamOptions
 from moshi_stt.engine.segment import SegmentEngine, measure
 from moshi_stt.engine.segmenter import SegmentSettings
 from moshi_stt.engine.stream import Stream, StreamLimits
@@ -96,6 +96,24 @@ async def test_audio_and_a_marker_and_then_nothing_gives_the_last_word_and_the_m
         assert events[-2:] == [Marker(8), Marker(9)]
         assert isinstance(events[0], Word)
         assert events[0].start_time > 0.8
+        stream.close()
+
+
+async def test_a_file_is_recognised_once_where_speech_ends() -> None:
+    """Nobody waits for a file's words while somebody speaks in it; a file that asks for `Interim` is heard as it goes."""
+    audio = np.concatenate([say(range(10, 20)), pause(2.0), say(range(20, 50)), pause(2.0)])
+    async with engine() as served:
+        live = texts(await transcribe(served, audio))
+        live_calls, served.recogniser.calls = served.recogniser.calls, 0
+        file = texts(await transcribe(served, audio, live=False))
+        assert file == live == [f"w{number}." for number in range(10, 50)]
+        assert served.recogniser.calls <= 4 < live_calls
+        served.recogniser.calls = 0
+        stream = served.open(live=False, options=StreamOptions(interim=True))
+        await stream.send(Audio(audio[: 8 * SAMPLE_RATE]))
+        await stream.send(Finish())
+        await to_end(stream)
+        assert served.recogniser.calls > 4
         stream.close()
 
 

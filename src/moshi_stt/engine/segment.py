@@ -183,7 +183,8 @@ class SegmentEngine(Engine):
             self.observer.refused()
             raise NoFreeSlot
         stream = Stream(self._limits, live=live, wake=self._wake, release=self._release)
-        self._lanes[stream] = _Lane(stream, Segmenter(self._recogniser, self._settings, options))
+        settings = self._settings if live or options.interim else replace(self._settings, while_speaking=False)
+        self._lanes[stream] = _Lane(stream, Segmenter(self._recogniser, settings, options))
         stream.deliver([Ready()])
         self.observer.opened()
         return stream

@@ -33,6 +33,8 @@ QUIETEST_FRAMES = 3
 class SegmentSettings:
     """Where speech is cut and when hypotheses are made. Times in seconds; docs/embedded.md has the measurements behind them."""
 
+    while_speaking: bool = True
+    """Whether hypotheses are made while somebody speaks. For files nobody waits: one is made where speech ends."""
     speech_from: float = 0.5
     """A frame of this probability or more starts speech."""
     speech_until: float = 0.35
@@ -211,7 +213,9 @@ class Segmenter:
             yield self._finish(now)
         elif seconds >= settings.longest_seconds:
             yield self._cut()
-        elif not segment.quiet and (pause or now >= segment.next_hypothesis) and sum(segment.voiced) >= settings.fewest_frames:
+        elif not settings.while_speaking or segment.quiet:
+            pass
+        elif (pause or now >= segment.next_hypothesis) and sum(segment.voiced) >= settings.fewest_frames:
             yield self._hypothesise(segment, pause=segment.silent_frames >= round(settings.pause_seconds / FRAME_SECONDS))
 
     def _after(self, start: int, now: int) -> int:
