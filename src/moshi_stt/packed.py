@@ -1,11 +1,9 @@
-"""MessagePack values as bytes: the parts where a general packer is too slow or too greedy. Knows nothing of any message.
+"""MessagePack values as bytes: the parts where a general packer is too slow or too greedy.
 
-Writing: the shortest form of each integer, strings, and whole runs of float32. Reading: arrays of numbers, where a run of
-floats of one width is read through one strided view, and anything else in pieces, so that memory stays a small multiple
-of the message's size whatever is in it.
+Writing: whole runs of float32. Reading: arrays of numbers, where a run of floats of one width is read through one strided
+view, and anything else in pieces, so that memory stays a small multiple of the message's size whatever is in it.
 """
 
-import struct
 from collections.abc import Callable
 from typing import Any, Final
 
@@ -18,46 +16,7 @@ CHUNK: Final = 4_096
 
 # ---- writing -------------------------------------------------------------------------------------------------------------
 
-_FIXINTS = tuple(bytes((n,)) for n in range(128))
-_U8 = struct.Struct(">BB").pack
-_U16 = struct.Struct(">BH").pack
-_U32 = struct.Struct(">BI").pack
-_U64 = struct.Struct(">BQ").pack
-_NEGATIVE = ((1 << 5, b"", 1), (1 << 7, b"\xd0", 1), (1 << 15, b"\xd1", 2), (1 << 31, b"\xd2", 4), (1 << 63, b"\xd3", 8))
 _FLOAT32_RECORD: Final = np.dtype([("tag", "u1"), ("value", ">f4")])
-
-
-def integer(value: int) -> bytes:
-    """The shortest form of an integer in [-2^63, 2^64). Raises ValueError outside."""
-    if 0 <= value < 1 << 16:
-        if value < 128:
-            return _FIXINTS[value]
-        return _U8(0xCC, value) if value < 1 << 8 else _U16(0xCD, value)
-    if 0 <= value < 1 << 64:
-        return _U32(0xCE, value) if value < 1 << 32 else _U64(0xCF, value)
-    for limit, head, size in _NEGATIVE:
-        if -limit <= value < 0:
-            return head + value.to_bytes(size, "big", signed=True)
-    raise ValueError(f"{value} is beyond 64 bits")
-
-
-def text(value: str) -> bytes:
-    """fixstr, str8, str16 or str32. What UTF-8 cannot say becomes a question mark."""
-    data = value.encode("utf-8", "replace")
-    size = len(data)
-    if size < 32:
-        return bytes((0xA0 | size,)) + data
-    if size < 1 << 8:
-        return bytes((0xD9, size)) + data
-    return (b"\xda" + size.to_bytes(2, "big") if size < 1 << 16 else b"\xdb" + size.to_bytes(4, "big")) + data
-
-
-def binary(data: bytes) -> bytes:
-    """bin8, bin16 or bin32."""
-    size = len(data)
-    if size < 1 << 8:
-        return bytes((0xC4, size)) + data
-    return (b"\xc5" + size.to_bytes(2, "big") if size < 1 << 16 else b"\xc6" + size.to_bytes(4, "big")) + data
 
 
 def array_header(count: int) -> bytes:

@@ -1,4 +1,4 @@
-"""The messages of the default wire, to bytes and from bytes. Knows nothing of sockets, streams or engines.
+"""The messages of the native protocol, to bytes and from bytes.
 
 Outbound bytes are those of moshi-server (contract section 2.1): a map, tag first, fields in a fixed order, shortest
 integers, float64 times, float32 pauses. Inbound, everything that moshi-server's decoder accepts (section 2.3) is accepted,
@@ -9,8 +9,7 @@ the client's.
 """
 
 import struct
-from collections.abc import Callable
-from typing import Any, Final
+from typing import Final
 
 import msgpack  # type: ignore[import-untyped]
 import msgspec
@@ -19,7 +18,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from moshi_stt import packed
 from moshi_stt.errors import ProtocolError
-from moshi_stt.events import AnyEvent, EndWord, Error, Event, Marker, Ready, Step, Word
+from moshi_stt.events import AnyEvent, Error, Step
 
 UNACCEPTABLE: Final = 1003
 """Close code: a document of a kind that this server does not take."""
@@ -57,78 +56,52 @@ class MarkerRequest(msgspec.Struct, frozen=True, gc=False):
 Inbound = Init | Audio | OggOpus | MarkerRequest
 
 
+_pack: Final = msgspec.msgpack.Encoder().encode
+
+
 def _head(keys: int, tag: str, first_key: str = "") -> bytes:
     """The bytes of a message up to its first value."""
-    return bytes((0x80 | keys,)) + packed.text("type") + packed.text(tag) + (packed.text(first_key) if first_key else b"")
+    return bytes((0x80 | keys,)) + _pack("type") + _pack(tag) + (_pack(first_key) if first_key else b"")
 
 
 # ---- the server's side, outbound -----------------------------------------------------------------------------------------
 
-_READY = _head(1, "Ready")
 _STEP = _head(4, "Step", "step_idx")
-_PRS = packed.text("prs")
+_PRS = _pack("prs")
 _PRS4 = struct.Struct(">5sBfBfBfBf").pack
 _PRS4_HEAD = _PRS + packed.array_header(4)
-_BUFFERED_PCM = packed.text("buffered_pcm")
-_WORD = _head(3, "Word", "text")
-_START_TIME = packed.text("start_time") + b"\xcb"
-_END_WORD = _head(2, "EndWord", "stop_time") + b"\xcb"
-_FLOAT64 = struct.Struct(">d").pack
-_MARKER = _head(2, "Marker", "id")
-_ERROR = _head(2, "Error", "message")
-
-
-_encode_extra: Final[Callable[[Any], bytes]] = msgspec.msgpack.Encoder().encode
-"""Of what comes on request alone."""
-
-
-def _encode_ready(event: Ready) -> bytes:
-    return _READY if event.token is None else _encode_extra(event)
+_BUFFERED_PCM = _pack("buffered_pcm")
 
 
 def _encode_step(event: Step) -> bytes:
+    """By hand: the pauses are float32, which msgspec does not write."""
     prs = event.prs
     if len(prs) == 4:  # what every published model has
         pauses = _PRS4(_PRS4_HEAD, 0xCA, prs[0], 0xCA, prs[1], 0xCA, prs[2], 0xCA, prs[3])
     else:
         pauses = _PRS + packed.float32_array(np.asarray(prs, np.float32))
-    return _STEP + packed.integer(event.step_idx) + pauses + _BUFFERED_PCM + packed.integer(event.buffered_pcm)
-
-
-def _encode_word(event: Word) -> bytes:
-    if event.confidence is not None:
-        return _encode_extra(event)
-    return _WORD + packed.text(event.text) + _START_TIME + _FLOAT64(event.start_time)
-
-
-def _encode_end_word(event: EndWord) -> bytes:
-    return _END_WORD + _FLOAT64(event.stop_time)
-
-
-def _encode_marker(event: Marker) -> bytes:
-    return _MARKER + packed.integer(event.id)
-
-
-def _encode_error(event: Error) -> bytes:
-    return _ERROR + packed.text(event.message)
-
-
-_ENCODERS: Final[dict[type[Event], Callable[[Any], bytes]]] = {
-    Ready: _encode_ready,
-    Step: _encode_step,
-    Word: _encode_word,
-    EndWord: _encode_end_word,
-    Marker: _encode_marker,
-    Error: _encode_error,
-}
+    return _STEP + _pack(event.step_idx) + pauses + _BUFFERED_PCM + _pack(event.buffered_pcm)
 
 
 def encode(event: AnyEvent) -> bytes:
     """One event as one binary message, byte for byte as moshi-server packs it (contract section 2.1).
 
-    `Error.close_code` is not on this wire. Raises ValueError for an integer beyond 64 bits.
+    `Error.close_code` is not on this wire. What UTF-8 cannot say becomes a question mark. Raises ValueError for an integer
+    beyond 64 bits.
     """
-    return _ENCODERS.get(type(event), _encode_extra)(event)
+    kind = type(event)
+    try:
+        if kind is Step:
+            return _encode_step(event)  # type: ignore[arg-type]
+        if kind is Error:
+            event = Error(event.message)  # type: ignore[union-attr]
+        return _pack(event)
+    except OverflowError:
+        raise ValueError(f"an integer of {event} is beyond 64 bits") from None
+    except UnicodeEncodeError:
+        fields = msgspec.structs.asdict(event)
+        texts = {name: text.encode("utf-8", "replace").decode() for name, text in fields.items() if isinstance(text, str)}
+        return _pack(msgspec.structs.replace(event, **texts))
 
 
 # ---- the server's side, inbound ------------------------------------------------------------------------------------------
@@ -296,6 +269,7 @@ def _data(message: bytes, start: int, end: int) -> bytes:
 # ---- the client's side ---------------------------------------------------------------------------------------------------
 
 _INIT_MESSAGE = _head(1, "Init")
+_MARKER = _head(2, "Marker", "id")
 _OPUS = _head(2, "OggOpus", "data")
 _EVENT_DECODER: Final[msgspec.msgpack.Decoder[AnyEvent]] = msgspec.msgpack.Decoder(AnyEvent)
 
@@ -314,13 +288,13 @@ def encode_audio(pcm: ArrayLike, as_bin: bool = False) -> bytes:
     if samples.ndim != 1:
         raise ValueError(f"Audio takes samples of one channel, shape (S,), got shape {samples.shape}")
     if as_bin:
-        return _AUDIO + packed.binary(samples.astype("<f4", copy=False).tobytes())
+        return _AUDIO + _pack(samples.astype("<f4", copy=False).tobytes())
     return _AUDIO + packed.float32_array(samples)
 
 
 def encode_opus(data: bytes, as_bin: bool = False) -> bytes:
     """`OggOpus`: the next bytes of an Ogg Opus stream. as_bin: a third smaller; moshi-server does not take that."""
-    body: bytes = packed.binary(data) if as_bin else msgpack.packb(list(data))
+    body: bytes = _pack(data) if as_bin else msgpack.packb(list(data))
     return _OPUS + body
 
 
@@ -328,7 +302,7 @@ def encode_marker(id: int) -> bytes:
     """`Marker`. Raises ValueError for an id beyond int64."""
     if not -(1 << 63) <= id < 1 << 63:
         raise ValueError(f"a marker's id must be an integer from -2^63 to 2^63 - 1, got {id}")
-    return _MARKER + packed.integer(id)
+    return _MARKER + _pack(id)
 
 
 def decode_event(message: bytes) -> AnyEvent:

@@ -14,7 +14,21 @@ from hypothesis.extra import numpy as arrays
 
 from moshi_stt import packed
 from moshi_stt.errors import ProtocolError
-from moshi_stt.events import AnyEvent, EndWord, Error, Marker, Ready, Step, Word
+from moshi_stt.events import (
+    Ack,
+    AnyEvent,
+    EndOfTurn,
+    EndWord,
+    Error,
+    Interim,
+    Marker,
+    Ready,
+    SpeechStarted,
+    Step,
+    TurnResumed,
+    Warning,
+    Word,
+)
 from moshi_stt.protocol import (
     MAX_KEYS,
     Audio,
@@ -344,6 +358,25 @@ def test_words_are_packed_as_a_general_packer_does(event: Word) -> None:
     assert encode(event) == pack({"type": "Word", "text": event.text, "start_time": event.start_time})
 
 
+@pytest.mark.parametrize(
+    ("event", "expected"),
+    [
+        (Ready("t"), {"type": "Ready", "token": "t"}),
+        (Word("a", 1.0, 0.5), {"type": "Word", "text": "a", "start_time": 1.0, "confidence": 0.5}),
+        (Interim("a b", 2.0), {"type": "Interim", "text": "a b", "start_time": 2.0}),
+        (SpeechStarted(0.5), {"type": "SpeechStarted", "time": 0.5}),
+        (EndOfTurn(1.5, 0.25), {"type": "EndOfTurn", "time": 1.5, "confidence": 0.25}),
+        (TurnResumed(2.0), {"type": "TurnResumed", "time": 2.0}),
+        (Ack(24_000), {"type": "Ack", "samples": 24_000}),
+        (Warning("code", "text"), {"type": "Warning", "code": "code", "message": "text"}),
+        (Error("gone", 1011), {"type": "Error", "message": "gone"}),
+    ],
+)
+def test_keys_and_order_of_what_comes_on_request(event: AnyEvent, expected: dict[str, object]) -> None:
+    """As the table in docs/protocol.md has them. The close code of an Error is not sent."""
+    assert encode(event) == pack(expected)
+
+
 @pytest.mark.parametrize("size", [0, 31, 32, 255, 256, 65_535, 65_536])
 def test_text_of_any_length_is_packed_shortest(size: int) -> None:
     assert encode(Error("x" * size)) == pack({"type": "Error", "message": "x" * size})
@@ -356,7 +389,7 @@ def test_text_that_utf8_cannot_say_is_still_sent() -> None:
 
 @given(st.integers(-(1 << 63), (1 << 64) - 1))
 def test_integers_are_packed_shortest(value: int) -> None:
-    assert packed.integer(value) == pack(value)
+    assert encode(Marker(value)) == pack({"type": "Marker", "id": value})
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import itertools
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,8 @@ from moshi_stt.config import EmbeddedModule, LimitsConfig, ServerConfig
 from moshi_stt.constants import DEFAULT_PATH
 from moshi_stt.engine.engine import Engine
 from moshi_stt.server.app import Server
+from moshi_stt.server.doors import DOORS
+from moshi_stt.server.doors.door import AnyDoor
 
 KEY = "public_token"
 DEADLINE = 20.0
@@ -52,12 +54,16 @@ class Running:
 
 @contextlib.asynccontextmanager
 async def serving(
-    engine: Engine | Mapping[str, Engine], config: ServerConfig | None = None, **limits: Any
+    engine: Engine | Mapping[str, Engine],
+    config: ServerConfig | None = None,
+    *,
+    doors: Sequence[AnyDoor] = DOORS,
+    **limits: Any,
 ) -> AsyncIterator[Running]:
     """Start a server over this engine; stop it at the end. limits: of `server_config`, where no config is given."""
     config = config or server_config(**limits)
     engines = {"asr": engine} if isinstance(engine, Engine) else engine
-    server = Server(config, engines, "127.0.0.1", 0)
+    server = Server(config, engines, "127.0.0.1", 0, doors=doors)
     await server.start()
     try:
         yield Running(server, server.port)

@@ -1,6 +1,6 @@
 """A server whose WebSockets are carried by further processes. For tests of those."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 
 import aiohttp
@@ -12,6 +12,8 @@ from tests.support.serving import Running, serving
 
 from moshi_stt.engine.batch import BatchEngine
 from moshi_stt.server import processes as server_processes
+from moshi_stt.server.doors import DOORS
+from moshi_stt.server.doors.door import AnyDoor
 from moshi_stt.server.processes import SocketProcesses
 
 PROCESSES = 2
@@ -25,7 +27,9 @@ class Model:
 
 
 @asynccontextmanager
-async def served(monkeypatch: pytest.MonkeyPatch, streams: int = 8) -> AsyncIterator[tuple[Running, SocketProcesses, Model]]:
+async def served(
+    monkeypatch: pytest.MonkeyPatch, streams: int = 8, doors: Sequence[AnyDoor] = DOORS
+) -> AsyncIterator[tuple[Running, SocketProcesses, Model]]:
     """A server whose sockets are elsewhere."""
     monkeypatch.setattr(server_processes, "FIRST_PAUSE_SECONDS", 0.01)
     model = Model()
@@ -35,7 +39,7 @@ async def served(monkeypatch: pytest.MonkeyPatch, streams: int = 8) -> AsyncIter
         return model.backend
 
     engine = BatchEngine(loader(make, streams, spell_level, PROCESSES), delay_frames=6, marker_wait_seconds=0.05)
-    async with serving(engine) as running:
+    async with serving(engine, doors=doors) as running:
         processes = running.server.service.processes
         assert processes is not None
         yield running, processes, model

@@ -3,7 +3,7 @@
 import pytest
 
 from moshi_stt.config import LimitsConfig
-from moshi_stt.server.timers import ConnectionTimers, Verdict, tick_seconds
+from moshi_stt.server.timers import ClosingTimer, ConnectionTimers, Verdict, tick_seconds
 
 LIMITS = LimitsConfig(ping_seconds=10, silent_seconds=20, idle_seconds=120, stuck_seconds=30)
 
@@ -73,3 +73,30 @@ def test_pings_come_at_their_time_whatever_else_happens() -> None:
 def test_tick_follows_the_shortest_limit(shortest: float, tick: float) -> None:
     limits = LimitsConfig(ping_seconds=shortest, silent_seconds=20, idle_seconds=120, stuck_seconds=30)
     assert tick_seconds(limits) == pytest.approx(tick)
+
+
+def test_client_that_answers_nothing_is_cut_after_the_close() -> None:
+    timer = ClosingTimer()
+    assert not timer.expired(1e9, heard=False)  # nothing was closed yet
+    timer.start(100.0)
+    assert not timer.expired(104.9, heard=False)
+    assert timer.expired(105.0, heard=False)
+
+
+def test_client_amid_an_upload_has_longer_but_not_for_ever() -> None:
+    timer = ClosingTimer()
+    timer.start(100.0)
+    for now in range(101, 130):
+        assert not timer.expired(float(now), heard=True)
+    assert timer.expired(130.0, heard=True)
+
+
+def test_client_that_may_idle_is_held_to_its_pongs_alone() -> None:
+    limits = LimitsConfig()
+    timers = ConnectionTimers(limits, 0.0, may_idle=True)
+    now = 10 * limits.idle_seconds
+    timers.note(now, heard=True, active=False, unsent=None)
+    assert timers.judge(now, half_closed=False) is None
+    verdict = timers.judge(now + limits.silent_seconds, half_closed=False)
+    assert verdict is not None
+    assert verdict.kind == "silent"
