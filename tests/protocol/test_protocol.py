@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from moshi_stt import packed
+from moshi_stt import events, packed
 from moshi_stt.errors import ProtocolError
 from moshi_stt.events import (
     Ack,
@@ -26,7 +26,6 @@ from moshi_stt.events import (
     SpeechStarted,
     Step,
     TurnResumed,
-    Warning,
     Word,
 )
 from moshi_stt.protocol import (
@@ -368,7 +367,7 @@ def test_words_are_packed_as_a_general_packer_does(event: Word) -> None:
         (EndOfTurn(1.5, 0.25), {"type": "EndOfTurn", "time": 1.5, "confidence": 0.25}),
         (TurnResumed(2.0), {"type": "TurnResumed", "time": 2.0}),
         (Ack(24_000), {"type": "Ack", "samples": 24_000}),
-        (Warning("code", "text"), {"type": "Warning", "code": "code", "message": "text"}),
+        (events.Warning("code", "text"), {"type": "Warning", "code": "code", "message": "text"}),
         (Error("gone", 1011), {"type": "Error", "message": "gone"}),
     ],
 )
