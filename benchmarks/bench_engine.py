@@ -41,7 +41,7 @@ from moshi_stt.engine.slots import spare_slots
 from moshi_stt.engine.stream import Stream
 from moshi_stt.errors import NoFreeSlot
 from moshi_stt.events import Error, Step
-from moshi_stt.server.process import tune_interpreter
+from moshi_stt.server.runtime import tune_interpreter
 
 JOIN_SECONDS = 3.0
 """In which all have joined."""

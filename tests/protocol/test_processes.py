@@ -15,8 +15,8 @@ from tests.support.serving import Running, server_config, serving, until
 from tests.support.socket_processes import counts, lent, served, speech
 
 from moshi_stt.engine.batch import BatchEngine
-from moshi_stt.server import processes as server_processes
-from moshi_stt.server.processes import SocketProcesses
+from moshi_stt.server.workers import pool as worker_pool
+from moshi_stt.server.workers.pool import WorkerPool
 
 pytestmark = pytest.mark.skipif(not hasattr(socket, "send_fds"), reason="this system cannot hand sockets over")
 
@@ -47,9 +47,9 @@ async def test_a_failed_model_tells_every_client(monkeypatch: pytest.MonkeyPatch
             assert await waiting == 1
 
 
-async def killed(running: Running, processes: SocketProcesses) -> None:
+async def killed(running: Running, processes: WorkerPool) -> None:
     """Kill the first process, and wait for the next."""
-    first = processes._children[0]
+    first = processes._workers[0]
     process = first.process
     assert process is not None
     os.kill(process.pid, signal.SIGKILL)
@@ -75,11 +75,11 @@ async def test_counts_outlive_their_process_without_growing(monkeypatch: pytest.
 
 async def test_a_process_that_hangs_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
     """It holds sockets and slots that nobody serves: it is killed, its clients see an end, and the slots come back."""
-    monkeypatch.setattr(server_processes, "HANG_SECONDS", 0.5)
-    monkeypatch.setattr(server_processes, "COUNT_SECONDS", 0.01)
+    monkeypatch.setattr(worker_pool, "HANG_SECONDS", 0.5)
+    monkeypatch.setattr(worker_pool, "COUNT_SECONDS", 0.01)
     async with served(monkeypatch, streams=2) as (running, processes, _), await RawClient.connect(running.port) as client:
         assert (await client.receive_event())["type"] == "Ready"
-        first = processes._children[0]
+        first = processes._workers[0]
         process, channel = first.process, first.channel
         assert process is not None
         assert channel is not None
@@ -101,7 +101,7 @@ async def test_a_process_whose_engine_fails_is_replaced(monkeypatch: pytest.Monk
         clients = [await RawClient.connect(running.port) for _ in range(2)]
         for client in clients:
             assert (await client.receive_event())["type"] == "Ready"
-        before = [child.process for child in processes._children]
+        before = [worker.process for worker in processes._workers]
         hub = running.server.service.served[0].engine._hub  # type: ignore[attr-defined]
         port = next(iter(hub._ports))
         port.signal.shutdown(socket.SHUT_RDWR)  # its line to the model breaks, and nothing else
@@ -113,11 +113,11 @@ async def test_a_process_whose_engine_fails_is_replaced(monkeypatch: pytest.Monk
             if event["type"] == "Error":
                 assert (await client.rest())[1] == 1011
                 client.close(1011)
-        await until(lambda: [child.process for child in processes._children] != before, "the new process")
+        await until(lambda: [worker.process for worker in processes._workers] != before, "the new process")
         for client in clients:
             await client.__aexit__()
         await until(lambda: running.server.service.served[0].engine.used_slots == 0, "the slots")
-        await until(lambda: all(child.takes for child in processes._children), "both processes")
+        await until(lambda: all(worker.takes for worker in processes._workers), "both processes")
         for _ in range(2):
             assert (await FLOWS["mac"](running.ws, speech([3]))).text == "w3."
 
@@ -148,7 +148,7 @@ async def test_several_modules() -> None:
     modules = tuple(msgspec.structs.replace(config.modules[0], name=name, path=f"/api/{name}") for name in names)
     engines = {name: made(shared) for name, shared in names.items()}
     async with serving(engines, msgspec.structs.replace(config, modules=modules)) as running:
-        processes = running.server.service.processes
+        processes = running.server.service.workers
         assert processes is not None
         for name, shared in names.items():
             async with await RawClient.connect(running.port, f"/api/{name}") as client:

@@ -106,7 +106,7 @@ def test_soft_limit_of_files_is_raised() -> None:
     code = """
 import resource
 resource.setrlimit(resource.RLIMIT_NOFILE, (256, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
-from moshi_stt.server.process import raise_file_limit
+from moshi_stt.server.runtime import raise_file_limit
 raise_file_limit()
 print(resource.getrlimit(resource.RLIMIT_NOFILE)[0])
 """

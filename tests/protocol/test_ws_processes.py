@@ -82,7 +82,7 @@ async def test_a_process_that_dies_takes_its_own_streams_alone(monkeypatch: pyte
         clients = [await RawClient.connect(running.port) for _ in range(4)]
         for client in clients:
             assert (await client.receive_event())["type"] == "Ready"
-        first = processes._children[0]
+        first = processes._workers[0]
         assert first.process is not None
         os.kill(first.process.pid, signal.SIGKILL)
         ended = 0
@@ -93,7 +93,7 @@ async def test_a_process_that_dies_takes_its_own_streams_alone(monkeypatch: pyte
             except (asyncio.IncompleteReadError, ConnectionError):
                 ended += 1
         assert ended == 2
-        await until(lambda: lent(processes) == [0, 2] and processes._children[0].ready.is_set(), "the new process")
+        await until(lambda: lent(processes) == [0, 2] and processes._workers[0].ready.is_set(), "the new process")
         await until(lambda: running.server.service.served[0].engine.used_slots == 2, "the slots")
         transcript = await FLOWS["mac"](running.ws, speech([3, 9]))
         assert transcript.text == "w3. w9."

@@ -11,10 +11,10 @@ from tests.support.scripted_backend import FakeBackend, LevelModel, loader, spel
 from tests.support.serving import Running, serving
 
 from moshi_stt.engine.batch import BatchEngine
-from moshi_stt.server import processes as server_processes
 from moshi_stt.server.doors import DOORS
 from moshi_stt.server.doors.door import AnyDoor
-from moshi_stt.server.processes import SocketProcesses
+from moshi_stt.server.workers import pool as worker_pool
+from moshi_stt.server.workers.pool import WorkerPool
 
 PROCESSES = 2
 GAP = 0.24
@@ -29,9 +29,9 @@ class Model:
 @asynccontextmanager
 async def served(
     monkeypatch: pytest.MonkeyPatch, streams: int = 8, doors: Sequence[AnyDoor] = DOORS
-) -> AsyncIterator[tuple[Running, SocketProcesses, Model]]:
+) -> AsyncIterator[tuple[Running, WorkerPool, Model]]:
     """A server whose sockets are elsewhere."""
-    monkeypatch.setattr(server_processes, "FIRST_PAUSE_SECONDS", 0.01)
+    monkeypatch.setattr(worker_pool, "FIRST_PAUSE_SECONDS", 0.01)
     model = Model()
 
     def make(slots: int) -> FakeBackend:
@@ -40,21 +40,21 @@ async def served(
 
     engine = BatchEngine(loader(make, streams, spell_level, PROCESSES), delay_frames=6, marker_wait_seconds=0.05)
     async with serving(engine, doors=doors) as running:
-        processes = running.server.service.processes
+        processes = running.server.service.workers
         assert processes is not None
         yield running, processes, model
-    for child in processes._children:
-        assert child.process is not None
-        assert child.process.returncode == 0
+    for worker in processes._workers:
+        assert worker.process is not None
+        assert worker.process.returncode == 0
 
 
 def speech(numbers: list[int]) -> np.ndarray:
     return np.concatenate([say(numbers, gap=GAP), pause(0.5)])
 
 
-def lent(processes: SocketProcesses) -> list[int]:
+def lent(processes: WorkerPool) -> list[int]:
     """How many streams each process carries."""
-    return [len(child.lent) for child in processes._children]
+    return [len(worker.lent) for worker in processes._workers]
 
 
 async def counts(running: Running) -> dict[str, float]:

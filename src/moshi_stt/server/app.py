@@ -17,12 +17,13 @@ from moshi_stt.config import ServerConfig
 from moshi_stt.engine.engine import Engine
 from moshi_stt.errors import ConfigError, EngineFailed, MoshiSttError
 from moshi_stt.server import framing, info, upload, ws
+from moshi_stt.server.aiohttp_internals import send_continue
 from moshi_stt.server.auth import query_pairs
 from moshi_stt.server.doors import DOORS
 from moshi_stt.server.doors.door import AnyDoor, Door, FileDoor, HttpDoor, PageDoor, Refused, Route
 from moshi_stt.server.handshake import handshake_of, query_string, refused
 from moshi_stt.server.metrics import Metrics
-from moshi_stt.server.process import raise_file_limit, run, tune_interpreter
+from moshi_stt.server.runtime import raise_file_limit, run, tune_interpreter
 from moshi_stt.server.service import Service
 from moshi_stt.server.static import StaticFiles
 
@@ -170,8 +171,7 @@ class _Mount:
         except Refused:
             return None
         if self._service.keys.allow(key):
-            await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-            request.writer.output_size = 0  # the answer itself has not begun
+            await send_continue(request)
         return None
 
 
@@ -282,8 +282,8 @@ class Server:
         await self._runner.cleanup()
         for watcher in self._watchers:
             watcher.cancel()
-        if service.processes is not None:
-            await service.processes.stop()
+        if service.workers is not None:
+            await service.workers.stop()
         for name, engine in self._engines.items():
             try:
                 await engine.stop()

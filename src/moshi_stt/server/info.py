@@ -68,8 +68,8 @@ def start_lines(service: Service, host: str, port: int) -> list[str]:
         if about.languages and not any(key.startswith("language") for key in about.details):
             lines.append(f"{name}: languages: {', '.join(about.languages)}")
         lines.append(f"{name}: ready at ws://{shown}:{port}{served.module.path}")
-    if service.processes is not None:
-        lines.append(f"WebSockets are carried by {len(service.processes)} processes beside this one")
+    if service.workers is not None:
+        lines.append(f"WebSockets are carried by {len(service.workers)} processes beside this one")
     everywhere = " (and this machine's other addresses)" if host in ("0.0.0.0", "::") else ""
     lines.append(f"page, metrics and health at http://{shown}:{port}/{everywhere}")
     return lines
@@ -123,5 +123,5 @@ def ready(service: Service) -> web.Response:
 
 async def metrics(service: Service) -> web.Response:
     """The counts of all processes."""
-    others, queued = await service.processes.count() if service.processes is not None else ([], {})
+    others, queued = await service.workers.count() if service.workers is not None else ([], {})
     return web.Response(body=service.metrics.render(others, queued), headers={"Content-Type": CONTENT_TYPE})

@@ -12,7 +12,7 @@ from moshi_stt.server.auth import Keys
 from moshi_stt.server.connections import Connections
 from moshi_stt.server.doors.door import Handshake, HttpDoor
 from moshi_stt.server.metrics import Metrics
-from moshi_stt.server.processes import SocketProcesses
+from moshi_stt.server.workers.pool import WorkerPool
 
 log = logging.getLogger(__name__)
 
@@ -40,7 +40,7 @@ class Service:
     failure: str | None = None
     """Why `/health` is red."""
     stopping: bool = False
-    processes: SocketProcesses | None = None
+    workers: WorkerPool | None = None
     """Who else carries WebSockets."""
 
     @classmethod
@@ -95,12 +95,12 @@ class Service:
         shared = {name: engine for name, engine in engines.items() if engine.processes}
         if shared:
             count = min(engine.processes for engine in shared.values())
-            self.processes = SocketProcesses(self.config, shared, count)
-            await self.processes.start()
+            self.workers = WorkerPool(self.config, shared, count)
+            await self.workers.start()
 
     async def close_connections(self, sentence: str, code: int, within_seconds: float) -> None:
         """End every connection with this Error and status; cut those that have not gone in time."""
-        elsewhere = self.processes.end(sentence, code, within_seconds) if self.processes is not None else asyncio.sleep(0)
+        elsewhere = self.workers.end(sentence, code, within_seconds) if self.workers is not None else asyncio.sleep(0)
         await asyncio.gather(self.connections.close(sentence, code, within_seconds), elsewhere)
 
     async def cancel_uploads(self, within_seconds: float) -> None:

@@ -7,11 +7,12 @@ from aiohttp import web
 
 from moshi_stt.events import Error
 from moshi_stt.server import framing
+from moshi_stt.server.aiohttp_internals import TakenOver, take_over
 from moshi_stt.server.connection import Connection
 from moshi_stt.server.doors.door import Door, Opening, Refused, Route
 from moshi_stt.server.handshake import handshake_of, peer_name, refused
 from moshi_stt.server.service import Served, Service
-from moshi_stt.server.upgrade import TakenOver, switch_protocols, upgrade_problem
+from moshi_stt.server.upgrade import switch_protocols, upgrade_problem
 
 log = logging.getLogger(__name__)
 
@@ -35,15 +36,14 @@ async def handle(request: web.Request, service: Service, door: Door, route: Rout
 
 
 async def _converse(request: web.Request, service: Service, door: Door, opening: Opening, served: Served) -> web.StreamResponse:
-    transport, early = switch_protocols(request, opening.subprotocol, opening.headers)
+    transport, early, lost = take_over(request)
+    switch_protocols(request, transport, opening.subprotocol, opening.headers)
     service.metrics.connects.inc()
     peer = peer_name(request)
-    others = service.processes if service.is_started else None
+    others = service.workers if service.is_started else None
     if others is not None and others.hand_over(served.module.name, door, opening, transport, early, peer):
         return TakenOver()
-    connection = service.connections.take(
-        transport, early, served.engine, door, opening, peer, request.protocol.connection_lost
-    )
+    connection = service.connections.take(transport, early, served.engine, door, opening, peer, lost)
     try:
         if not service.is_started:
             await _wait_started(service, connection)

@@ -1,4 +1,4 @@
-"""A process that carries WebSockets for the server: `python -m moshi_stt.server.socket_process DESCRIPTOR`. Knows no HTTP.
+"""A process that carries WebSockets for the server: `python -m moshi_stt.server.workers.worker DESCRIPTOR`. Knows no HTTP.
 
 The server's first process has the model, answers HTTP and hands sockets over with a slot each (`processes.py`). Here they are
 what they would be there, `Connection`s over an `Engine`; only the rows of its streams go over to the model. Log lines go to
@@ -17,11 +17,11 @@ from typing import Any, cast
 
 from moshi_stt.engine.remote import RemoteEngine
 from moshi_stt.engine.share import Line
-from moshi_stt.server import handover
-from moshi_stt.server.channel import Channel
 from moshi_stt.server.connections import Connections
 from moshi_stt.server.metrics import Metrics
-from moshi_stt.server.process import raise_file_limit, run, tune_interpreter
+from moshi_stt.server.runtime import raise_file_limit, run, tune_interpreter
+from moshi_stt.server.workers import messages
+from moshi_stt.server.workers.ipc import MessageSocket
 
 log = logging.getLogger(__name__)
 
@@ -29,11 +29,11 @@ MOST_LINES = 1_024
 """Of the log, that wait for the first process; further ones are dropped, and counted."""
 
 
-class SocketProcess:
+class Worker:
     """The state of this process. `run` returns when it is to end."""
 
     def __init__(self, sock: socket.socket) -> None:
-        self._channel = Channel(sock, self._on_message, self._on_closed)
+        self._channel = MessageSocket(sock, self._on_message, self._on_closed)
         self._metrics = Metrics()
         self._connections: Connections | None = None
         self._engines: dict[str, RemoteEngine] = {}
@@ -60,18 +60,18 @@ class SocketProcess:
 
     def _on_message(self, message: Any, descriptors: list[int]) -> None:
         match message:
-            case handover.Take():
+            case messages.Take():
                 task = self._begin(self._take(message, descriptors))
                 self._arriving.add(task)
                 task.add_done_callback(self._arriving.discard)
-            case handover.Count():
+            case messages.Count():
                 queued = {name: engine.queued_samples for name, engine in self._engines.items()}
-                self._channel.send(handover.Counted(self._metrics.families(), queued))
-            case handover.SetUp():
+                self._channel.send(messages.Counted(self._metrics.families(), queued))
+            case messages.SetUp():
                 self._begin(self._set_up(message, descriptors))
-            case handover.End():
+            case messages.End():
                 self._begin(self._end(message))
-            case handover.Stop():
+            case messages.Stop():
                 self._over.set()
 
     def _begin(self, work: Coroutine[Any, Any, None]) -> "asyncio.Task[None]":
@@ -89,7 +89,7 @@ class SocketProcess:
 
     # ---- the server's orders -----------------------------------------------------------------------------------------
 
-    async def _set_up(self, message: handover.SetUp, descriptors: list[int]) -> None:
+    async def _set_up(self, message: messages.SetUp, descriptors: list[int]) -> None:
         log_to(self._channel, message.log_level)
         for i, (name, share) in enumerate(message.shares.items()):
             line = Line(descriptors[2 * i], socket.socket(fileno=descriptors[2 * i + 1]))
@@ -99,16 +99,16 @@ class SocketProcess:
             self._begin(self._watch(engine))
         self._connections = Connections(message.config.limits, self._metrics)
         self._begin(self._connections.tick())
-        self._channel.send(handover.Ready())
+        self._channel.send(messages.Ready())
 
     def _freed(self, name: str) -> Any:
-        return lambda slot: self._channel.send(handover.Freed(name, slot))
+        return lambda slot: self._channel.send(messages.Freed(name, slot))
 
     async def _watch(self, engine: RemoteEngine) -> None:
         await engine.wait_failed()
-        self._channel.send(handover.Failed())
+        self._channel.send(messages.Failed())
 
-    async def _take(self, message: handover.Take, descriptors: list[int]) -> None:
+    async def _take(self, message: messages.Take, descriptors: list[int]) -> None:
         """Carry this socket from here on."""
         assert self._connections is not None
         engine = self._engines[message.module]
@@ -123,16 +123,16 @@ class SocketProcess:
                 sock.close()
         if not arrival.arrived:
             for slot in message.slots:
-                self._channel.send(handover.Freed(message.module, slot))
+                self._channel.send(messages.Freed(message.module, slot))
         while (unused := engine.withdraw()) is not None:
-            self._channel.send(handover.Freed(message.module, unused))
+            self._channel.send(messages.Freed(message.module, unused))
 
-    async def _end(self, message: handover.End) -> None:
+    async def _end(self, message: messages.End) -> None:
         if self._arriving:
             await asyncio.wait(self._arriving, timeout=0.5)
         if self._connections is not None:
             await self._connections.close(message.sentence, message.code, message.within_seconds)
-        self._channel.send(handover.Ended())
+        self._channel.send(messages.Ended())
 
 
 def _socket_of(descriptors: list[int]) -> socket.socket:
@@ -151,7 +151,7 @@ def _socket_of(descriptors: list[int]) -> socket.socket:
 class _Arrival(asyncio.Protocol):
     """A socket's protocol until it has its transport."""
 
-    def __init__(self, connections: Connections, engine: RemoteEngine, message: handover.Take) -> None:
+    def __init__(self, connections: Connections, engine: RemoteEngine, message: messages.Take) -> None:
         self._connections = connections
         self._engine = engine
         self._message = message
@@ -176,7 +176,7 @@ class _Arrival(asyncio.Protocol):
 class _ChannelHandler(logging.Handler):
     """Sends lines to the process that writes them. Any thread."""
 
-    def __init__(self, channel: Channel) -> None:
+    def __init__(self, channel: MessageSocket) -> None:
         super().__init__()
         self._channel = channel
         self._loop = asyncio.get_running_loop()
@@ -211,10 +211,10 @@ class _ChannelHandler(logging.Handler):
         if self._dropped:
             plain["msg"] += f" ({self._dropped} lines before this one were dropped: the server did not read them in time)"
             self._dropped = 0
-        self._channel.send(handover.Logged(plain))
+        self._channel.send(messages.Logged(plain))
 
 
-def log_to(channel: Channel, level: int) -> None:
+def log_to(channel: MessageSocket, level: int) -> None:
     """Send every logger's lines of this process to the other end."""
     root = logging.getLogger()
     root.handlers[:] = [_ChannelHandler(channel)]
@@ -223,7 +223,7 @@ def log_to(channel: Channel, level: int) -> None:
 
 
 async def _main(descriptor: int) -> int:
-    return await SocketProcess(socket.socket(fileno=descriptor)).run()
+    return await Worker(socket.socket(fileno=descriptor)).run()
 
 
 def main(descriptor: int) -> int:

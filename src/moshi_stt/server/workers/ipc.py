@@ -19,7 +19,7 @@ _MOST_DESCRIPTORS: Final = 64
 _READ_BYTES: Final = 1 << 16
 
 
-class Channel:
+class MessageSocket:
     """One end. Messages arrive at `on_message(message, descriptors)`, which must use each descriptor up or close it.
 
     Fewer descriptors come than were sent where this process may open no more files.

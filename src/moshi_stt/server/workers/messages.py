@@ -1,4 +1,4 @@
-"""What the server's processes say to each other. Plain values, which go through a `Channel`."""
+"""What the server's processes say to each other. Plain values, which go through a `MessageSocket`."""
 
 from dataclasses import dataclass
 from typing import Any

@@ -1,0 +1,1 @@
+"""The processes that carry WebSockets for the main one, which has the model."""
