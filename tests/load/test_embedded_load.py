@@ -1,11 +1,10 @@
 """Thirty-two streams at once on two threads: nothing lost, nobody starved, the same words as alone."""
 
 import asyncio
-import importlib.metadata
 from functools import partial
+from pathlib import Path
 
 import numpy as np
-import pytest
 from numpy.typing import NDArray
 from tests.support.level_speech import LevelRecogniser, pause, say
 
@@ -15,6 +14,7 @@ from moshi_stt.engine.commands import Audio, Mark
 from moshi_stt.engine.segment import SegmentEngine
 from moshi_stt.engine.stream import StreamLimits
 from moshi_stt.events import AnyEvent, EndWord, Marker, Ready, Word
+from moshi_stt.models.embedded import load_embedded
 
 STREAMS = 32
 DEADLINE = 240.0
@@ -54,13 +54,7 @@ def check(events: list[AnyEvent]) -> None:
 
 async def test_thirty_two_streams_of_speech_on_two_threads() -> None:
     """More than two cores carry in real time, each begun elsewhere in real speech."""
-    try:
-        importlib.metadata.distribution("moonshine-voice")
-    except importlib.metadata.PackageNotFoundError:
-        pytest.skip("moonshine-voice has no wheel for this platform: the embedded model is not here")
-    from moshi_stt.models.embedded import load_embedded, moonshine_file
-
-    recording = read_file(moonshine_file("two_cities.wav"))
+    recording = read_file(Path(__file__).parents[1] / "data" / "two_cities.flac")
     audios = [recording[(1 + index) * SAMPLE_RATE :][: 2 * SAMPLE_RATE] for index in range(STREAMS)]
     engine = SegmentEngine(partial(load_embedded, 2), slots=STREAMS, threads=2)
     await engine.start()

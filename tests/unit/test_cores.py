@@ -84,7 +84,6 @@ async def test_the_embedded_model_has_a_decoder_for_each_thread(
 ) -> None:
     """64 cores and a quota of two: two threads and two decoders, not 64, unless the configuration says another number."""
     alignment = pytest.importorskip("moshi_stt.models.alignment", reason="pocketsphinx is not installed")
-    pytest.importorskip("moonshine_voice", reason="the embedded model is not installed")
     from moshi_stt import engines
 
     monkeypatch.setattr(cores, "ROOT", tree(tmp_path, files))

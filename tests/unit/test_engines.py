@@ -31,7 +31,6 @@ def one_b(**engine: object) -> KyutaiModule:
 
 
 def test_the_embedded_engine() -> None:
-    pytest.importorskip("moonshine_voice", reason="the embedded model is not installed")
     built = build_engines(embedded_config())
     assert list(built) == ["asr"]
     assert built["asr"].total_slots == 64
@@ -39,9 +38,9 @@ def test_the_embedded_engine() -> None:
 
 
 def test_a_missing_wheel_of_the_embedded_model(lacking: Callable[..., None]) -> None:
-    lacking("pocketsphinx")
+    lacking("onnxruntime")
     with pytest.raises(
-        ConfigError, match=r"needs pocketsphinx, not installed here\. Run `pip install pocketsphinx`, or serve Kyu"
+        ConfigError, match=r"needs onnxruntime, not installed here\. Run `pip install onnxruntime`, or serve Kyu"
     ):
         build_engines(embedded_config())
 

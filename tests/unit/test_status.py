@@ -81,7 +81,6 @@ def test_processes() -> None:
 
 def test_the_doctor_finds_this_machine_well(capsys: pytest.CaptureFixture[str]) -> None:
     """The tests run where the base install is, so nothing of it is missing."""
-    pytest.importorskip("moonshine_voice", reason="the embedded model is not installed")
     assert doctor.run(argparse.Namespace(port=0)) == 0
     out = capsys.readouterr().out
     for what in ("Python", "packages", "embedded English model", "weights of stt-1b-en_fr", "microphone", "port 0"):
@@ -98,11 +97,15 @@ def test_the_doctor_names_what_is_missing(monkeypatch: pytest.MonkeyPatch, capsy
         return version(name)
 
     monkeypatch.setattr(importlib.metadata, "version", without_soxr)
+<<<<<<< HEAD
     monkeypatch.setattr("moshi_stt.engines.missing_packages", lambda names: ["pocketsphinx"])
+=======
+    monkeypatch.setattr("moshi_stt.engines.missing_packages", lambda names: ["onnxruntime"])
+>>>>>>> 859820a (models: ship the embedded model's files, place words without pocketsphinx, and read Opus without sphn)
     assert doctor.run(argparse.Namespace(port=0)) == 1
     out = capsys.readouterr().out
     assert "MISSING packages: not installed: soxr\n        pip install --upgrade moshi-stt\n" in out
-    assert "MISSING embedded English model: not installed: pocketsphinx\n        pip install pocketsphinx" in out
+    assert "MISSING embedded English model: not installed: onnxruntime\n        pip install onnxruntime" in out
 
 
 def test_the_packages_of_an_extra() -> None:

@@ -1,6 +1,6 @@
 """Ogg-Opus in any pieces in, 24 kHz mono PCM out, and the way back for clients. Knows nothing of messages or streams.
 
-Each packet goes to libopus (through sphn) on its own, so the output does not depend on how the bytes were cut, and a
+Each packet goes to libopus (through sphn or PyAV) on its own, so the output does not depend on how the bytes were cut, and a
 packet's length is known from its first bytes before anything is decoded (RFC 6716 section 3.1, RFC 7845).
 """
 
@@ -26,14 +26,13 @@ _EMPTY: NDArray[np.float32] = np.zeros(0, np.float32)
 
 
 def libopus() -> Any:
-    """The package that binds libopus. Raises AudioError on machines for which it has no wheel (Linux on ARM, Intel Macs)."""
+    """What binds libopus: the package sphn, or PyAV where sphn has no wheel (Linux on ARM)."""
     try:
         import sphn
     except ImportError:
-        raise AudioError(
-            "Ogg-Opus cannot be read on this machine: the package sphn is not installed. Send PCM in `Audio` messages "
-            "instead, or build it here: pip install 'sphn<0.3' (needs Rust and cmake)"
-        ) from None
+        from moshi_stt.audio import opus_av
+
+        return opus_av
     return sphn
 
 
@@ -161,14 +160,15 @@ class _LogicalStream:
         channels, mapping = data[9], data[18]
         if mapping != 0 or channels not in (1, 2):
             raise AudioError(f"Opus with {channels} channels, mapping {mapping}: send mono or stereo (mapping family 0)")
-        self._skip = int.from_bytes(data[10:12], "little") // _PER_GRANULE
+        self._reader = libopus().OpusStreamReader(SAMPLE_RATE)
+        delay: int = getattr(self._reader, "delay", 0)
+        self._skip = int.from_bytes(data[10:12], "little") // _PER_GRANULE + delay
         gain_db = int.from_bytes(data[16:18], "little", signed=True) / 256
         self._gain = np.float32(10 ** (gain_db / 20))
         self._tags_seen = False
         self._page_start: int | None = None  # granule before this page's first sample
         self._page_samples = 0  # decoded from this page so far
         self._sequence = 2
-        self._reader = libopus().OpusStreamReader(SAMPLE_RATE)
         header = b"OpusHead\x01" + bytes([channels]) + bytes(2) + data[12:16] + bytes(3)
         self._append(encode_page(header, 1, 0, 0, first=True))
         self._append(encode_page(b"OpusTags" + bytes(8), 1, 1, 0))
@@ -183,6 +183,8 @@ class _LogicalStream:
         self._page_samples += len(pcm)
         if packet.page_end:
             if packet.last:
+                if hasattr(self._reader, "flush"):
+                    pcm = np.concatenate([pcm, self._reader.flush()])
                 pcm = pcm[: max(0, len(pcm) - self._surplus(packet.granule))]
                 self.ended = True
             self._page_start = packet.granule if packet.granule >= 0 else None

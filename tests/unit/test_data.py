@@ -1,0 +1,29 @@
+"""The files that ship with the package are those that they were."""
+
+import hashlib
+from pathlib import Path
+
+import pytest
+
+from moshi_stt.data import data_file
+
+SHA256 = {
+    "moonshine-tiny-en/decoder_model_merged.ort": "70ef2777a0d8109a7fcf6d040c79dd6ed2a56a578daecff731307073f1fb5704",
+    "moonshine-tiny-en/encoder_model.ort": "94e90a4654fc45cdfedb77c4c08e1739f48862998e58fada384b25118134f221",
+    "moonshine-tiny-en/tokenizer.bin": "6884b35fd6377d4c4d32336a0bc152f36b64d1e45b6503683cdc238250a8472d",
+    "silero-vad/silero_vad.onnx": "6b99cbfd39246b6706f98ec13c7c50c6b299181f2474fa05cbc8046acc274396",
+    "speech/beckett.wav": "e5a26b3d29e5b0bc8dbd72c11d16a3808a4ec0ac45b21f12a27d2a2fe5c5ae61",
+}
+
+
+@pytest.mark.parametrize("name", SHA256)
+def test_a_shipped_file(name: str) -> None:
+    assert hashlib.sha256(data_file(name).read_bytes()).hexdigest() == SHA256[name]
+
+
+def test_every_shipped_file_has_its_origin_written_down() -> None:
+    folder = data_file("README.md").parent
+    told = (folder / "README.md").read_text()
+    files = [path for path in folder.rglob("*") if path.is_file() and path.suffix not in (".py", ".pyc", ".md")]
+    assert {path.relative_to(folder).as_posix() for path in files if path.name != "LICENSE"} == set(SHA256)
+    assert all(Path(name).name in told for name in SHA256)
