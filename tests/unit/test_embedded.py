@@ -17,12 +17,9 @@ from numpy.typing import NDArray
 from moshi_stt.audio.decode import read_file
 from moshi_stt.audio.resample import StreamingResampler
 from moshi_stt.constants import SAMPLE_RATE
-<<<<<<< HEAD
+from moshi_stt.data import SAMPLE, data_file
 from moshi_stt.engine.commands import Audio, Mark
 from moshi_stt.engine.engine import StreamOptions
-=======
-from moshi_stt.data import SAMPLE, data_file
->>>>>>> 859820a (models: ship the embedded model's files, place words without pocketsphinx, and read Opus without sphn)
 from moshi_stt.engine.recogniser import RECOGNISER_RATE, Spoken
 from moshi_stt.engine.segment import SegmentEngine
 from moshi_stt.engine.segmenter import Segmenter

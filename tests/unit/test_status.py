@@ -97,11 +97,7 @@ def test_the_doctor_names_what_is_missing(monkeypatch: pytest.MonkeyPatch, capsy
         return version(name)
 
     monkeypatch.setattr(importlib.metadata, "version", without_soxr)
-<<<<<<< HEAD
-    monkeypatch.setattr("moshi_stt.engines.missing_packages", lambda names: ["pocketsphinx"])
-=======
     monkeypatch.setattr("moshi_stt.engines.missing_packages", lambda names: ["onnxruntime"])
->>>>>>> 859820a (models: ship the embedded model's files, place words without pocketsphinx, and read Opus without sphn)
     assert doctor.run(argparse.Namespace(port=0)) == 1
     out = capsys.readouterr().out
     assert "MISSING packages: not installed: soxr\n        pip install --upgrade moshi-stt\n" in out

@@ -11,6 +11,7 @@ import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
 
+from moshi_stt.cores import usable_cores
 from moshi_stt.data import MODEL, SAMPLE, VAD, data_file
 from moshi_stt.engine.recogniser import RECOGNISER_RATE, Hypothesis, Span, Spoken
 from moshi_stt.errors import CheckpointError
