@@ -27,7 +27,7 @@ from moshi_stt.errors import CheckpointError
 from moshi_stt.events import AnyEvent, EndWord, Marker, Ready, Word
 from moshi_stt.models import embedded
 from moshi_stt.models.alignment import Aligner, share_out
-from moshi_stt.models.attention import AttentionAligner, monotone_path
+from moshi_stt.models.cross_attention import AttentionAligner, monotone_path
 from moshi_stt.models.embedded import EmbeddedRecogniser, load_embedded
 
 DEADLINE = 120.0

@@ -14,7 +14,19 @@ PACKAGE = Path(__file__).parents[2] / "src" / "moshi_stt"
 
 FRAMEWORKS = {"torch", "triton", "mlx", "aiohttp", "uvloop", "ray", "fastapi", "starlette", "transformers"}
 
-LEAVES = {"data", "constants", "cores", "errors", "events", "packed", "protocol", "config", "config_table", "sample", "signatures"}
+LEAVES = {
+    "data",
+    "constants",
+    "cores",
+    "errors",
+    "events",
+    "packed",
+    "protocol",
+    "config",
+    "config_table",
+    "sample",
+    "signatures",
+}
 """Modules at the top of the package that import only each other."""
 
 ALLOWED = {
@@ -38,7 +50,18 @@ ALLOWED = {
     ),
 }
 
-TORCH_FREE_MODELS = {"spec", "weights", "report", "tensors", "affine", "hub", "embedded", "alignment", "attention", "pronounce"}
+TORCH_FREE_MODELS = {
+    "spec",
+    "weights",
+    "report",
+    "tensors",
+    "affine",
+    "hub",
+    "embedded",
+    "alignment",
+    "cross_attention",
+    "pronounce",
+}
 """Files of models/ that are of no framework."""
 
 

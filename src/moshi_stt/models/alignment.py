@@ -34,7 +34,7 @@ class _Decoder:
     """One pocketsphinx decoder with its dictionary. Not thread-safe."""
 
     def __init__(self) -> None:
-        import pocketsphinx  # has no wheel for some versions of Python: see attention.py
+        import pocketsphinx  # has no wheel for some versions of Python: see cross_attention.py
 
         folder = Path(pocketsphinx.get_model_path("en-us"))
         try:

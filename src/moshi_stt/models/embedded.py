@@ -16,7 +16,7 @@ from moshi_stt.data import MODEL, SAMPLE, VAD, data_file
 from moshi_stt.engine.recogniser import RECOGNISER_RATE, Hypothesis, Span, Spoken
 from moshi_stt.errors import CheckpointError
 from moshi_stt.models.alignment import Aligner
-from moshi_stt.models.attention import AttentionAligner
+from moshi_stt.models.cross_attention import AttentionAligner
 
 ALIGNER_PACKAGE = "pocketsphinx"
 
