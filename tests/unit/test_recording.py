@@ -1,7 +1,9 @@
 """Long recordings in overlapping pieces: whatever is cut wherever, each word comes once, in order, at its time."""
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -10,13 +12,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.support.media import noise
+from tests.support.serving import until
 from tests.support.written import Reader, written
 
-from moshi_stt.audio.cut import CutRule, cut_pieces, find_pause
+from moshi_stt.audio.cut import CutRule, Piece, cut_pieces, find_pause
 from moshi_stt.audio.decode import read_file
 from moshi_stt.constants import SAMPLE_RATE
-from moshi_stt.engine.recording import transcribe_recording
+from moshi_stt.engine.engine import NO_EXTRAS, StreamOptions
+from moshi_stt.engine.recording import RecordingOptions, recording_events, transcribe_recording
+from moshi_stt.engine.stream import Stream
 from moshi_stt.errors import AudioError, EngineError
+from moshi_stt.events import Word
 from moshi_stt.text.merge import merge_words
 from moshi_stt.text.subtitles import TimedWord
 
@@ -52,7 +58,7 @@ async def test_each_word_comes_once_at_its_time(pause_every: int, gap: float, ji
     engine = Reader(jitter_seconds=jitter)
     pcm = written(times, times[-1][1] + 0.5)
     progress: list[float] = []
-    words = await transcribe_recording(engine, in_pieces(pcm), rule=RULE, on_progress=progress.append)
+    words = await transcribe_recording(engine, in_pieces(pcm), RecordingOptions(cut=RULE), on_progress=progress.append)
     check(words, times, jitter + 2e-3)
     assert engine.streams > 5
     assert engine.used_slots == 0
@@ -62,14 +68,99 @@ async def test_each_word_comes_once_at_its_time(pause_every: int, gap: float, ji
 async def test_pieces_run_on_all_slots_at_once() -> None:
     times = speech(250)
     engine = Reader(wait_for_all=True)
-    check(await transcribe_recording(engine, in_pieces(written(times, 90.0)), rule=RULE), times)
+    check(await transcribe_recording(engine, in_pieces(written(times, 90.0)), RecordingOptions(cut=RULE)), times)
 
 
 @pytest.mark.parametrize("rule", [None, RULE])
 async def test_a_prefix_is_taken_out_of_the_times(rule: CutRule | None) -> None:
     times = speech(100)
-    words = await transcribe_recording(Reader(), in_pieces(written(times, 40.0)), rule=rule, prefix_seconds=1.0)
+    words = await transcribe_recording(
+        Reader(), in_pieces(written(times, 40.0)), RecordingOptions(cut=rule, prefix_seconds=1.0)
+    )
     check(words, times)
+
+
+@pytest.mark.parametrize(("asked", "samples"), [(None, 5.5), (0.0, 4.0), (0.5, 4.5)])
+async def test_the_model_says_what_silence_it_needs(asked: float | None, samples: float) -> None:
+    engine = Reader(prefix_silence_seconds=1.5)
+    times = speech(5)
+    check(await transcribe_recording(engine, in_pieces(written(times, 4.0)), RecordingOptions(prefix_seconds=asked)), times)
+    assert engine.samples == [round(samples * SAMPLE_RATE)]
+
+
+@pytest.mark.parametrize(("seconds", "cut"), [(39.0, False), (41.0, True)])
+async def test_up_to_some_length_it_is_one_stream(seconds: float, cut: bool) -> None:
+    engine = Reader()
+    times = speech(100)
+    options = RecordingOptions(cut=RULE, cut_from_seconds=40.0)
+    check(await transcribe_recording(engine, in_pieces(written(times, seconds)), options), times)
+    assert (engine.streams > 1) == cut
+
+
+async def test_an_engine_that_cuts_speech_gets_any_length_as_one_stream() -> None:
+    engine = Reader()
+    engine.cuts_speech = True
+    times = speech(250)
+    check(await transcribe_recording(engine, in_pieces(written(times, 90.0)), RecordingOptions(cut=RULE)), times)
+    assert engine.streams == 1
+
+
+class Counting(Reader):
+    """Counts how many streams there were at once."""
+
+    most = 0
+
+    def open(self, *, live: bool = True, options: StreamOptions = NO_EXTRAS) -> Stream:
+        stream = super().open(live=live, options=options)
+        self.most = max(self.most, self.used_slots)
+        return stream
+
+
+async def test_slots_are_kept_free_for_live_streams_and_one_stream_runs_all_the_same() -> None:
+    """Two live streams on four slots, of which one is to be kept free: one piece runs at a time, and without a slot none."""
+    engine = Counting(slots=4, files_only=False)
+    live = [engine.open(), engine.open()]
+    times = speech(250)
+    options = RecordingOptions(cut=RULE, keep_free=1)
+    check(await transcribe_recording(engine, in_pieces(written(times, 90.0)), options), times)
+    assert engine.most == 3
+    live += [engine.open(), engine.open()]
+    waiting = asyncio.create_task(transcribe_recording(engine, in_pieces(written(times, 90.0)), options))
+    await until(lambda: engine.waiting == 1)
+    live.pop().close()
+    check(await waiting, times)
+    for stream in live:
+        stream.close()
+
+
+async def test_words_come_in_order() -> None:
+    times = speech(250)
+    events = [event async for event in recording_events(Reader(), in_pieces(written(times, 90.0)), RecordingOptions(cut=RULE))]
+    words = [event for event in events if isinstance(event, Word)]
+    assert [word.text for word in words] == [f"w{number}" for number in range(250)]
+    assert [word.start_time for word in words] == sorted(word.start_time for word in words)
+
+
+@pytest.mark.parametrize("fail_on", [None, 2])
+async def test_pieces_from_elsewhere_are_given_back(fail_on: int | None) -> None:
+    times = speech(100)
+    pieces = list(cut_pieces(in_pieces(written(times, 40.0)), RULE))
+    released: list[int] = []
+    given = 0
+
+    async def elsewhere() -> AsyncIterator[Piece]:
+        nonlocal given
+        for number, piece in enumerate(pieces):
+            given += 1
+            yield replace(piece, release=partial(released.append, number))
+
+    if fail_on is None:
+        check(await transcribe_recording(Reader(), elsewhere()), times)
+        assert given == len(pieces)
+    else:
+        with pytest.raises(EngineError):
+            await transcribe_recording(Reader(fail_on=fail_on), elsewhere())
+    assert sorted(released) == list(range(given))
 
 
 async def test_one_stream_where_the_engine_cuts_by_itself() -> None:
@@ -85,7 +176,7 @@ async def test_one_stream_where_the_engine_cuts_by_itself() -> None:
 async def test_an_engine_that_fails_ends_the_recording(rule: CutRule | None) -> None:
     engine = Reader(fail_on=1 if rule is None else 3)
     with pytest.raises(EngineError, match="the model step failed"):
-        await transcribe_recording(engine, in_pieces(written(speech(100), 40.0)), rule=rule)
+        await transcribe_recording(engine, in_pieces(written(speech(100), 40.0)), RecordingOptions(cut=rule))
     assert engine.used_slots == 0
 
 
@@ -97,7 +188,7 @@ async def test_audio_that_fails_ends_the_recording(rule: CutRule | None) -> None
 
     engine = Reader()
     with pytest.raises(AudioError, match="cut short"):
-        await transcribe_recording(engine, broken(), rule=rule)
+        await transcribe_recording(engine, broken(), RecordingOptions(cut=rule))
     assert engine.used_slots == 0
 
 
@@ -112,7 +203,7 @@ async def test_cancelling_frees_every_slot(rule: CutRule | None) -> None:
             yield np.zeros(24_000, np.float32)
 
     engine = Reader()
-    task = asyncio.create_task(transcribe_recording(engine, endless(), rule=rule))
+    task = asyncio.create_task(transcribe_recording(engine, endless(), RecordingOptions(cut=rule)))
     await started.wait()
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
@@ -122,7 +213,7 @@ async def test_cancelling_frees_every_slot(rule: CutRule | None) -> None:
 
 @pytest.mark.parametrize("rule", [None, RULE])
 async def test_an_empty_recording_has_no_words(rule: CutRule | None) -> None:
-    assert await transcribe_recording(Reader(), iter([]), rule=rule) == []
+    assert await transcribe_recording(Reader(), iter([]), RecordingOptions(cut=rule)) == []
 
 
 @settings(max_examples=40, deadline=None)

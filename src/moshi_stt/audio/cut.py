@@ -1,10 +1,10 @@
-"""Long recordings to overlapping pieces, cut at pauses. Knows nothing of words (`text/merge.py` joins them again).
+"""Long recordings to overlapping pieces, cut at pauses (`text/merge.py` joins their words).
 
-Each piece carries some audio from before its first and behind its last second, so that a word at a cut is heard whole on
+Each piece carries some audio from before its first and after its last second, so that a word at a cut is heard whole on
 both sides.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -40,12 +40,16 @@ class CutRule:
 
 @dataclass(frozen=True)
 class Piece:
-    """pcm: float32 (S,) that begins `offset` seconds into the recording. From `start` to `end` it is this piece's own."""
+    """pcm: float32 (S,) that begins `offset` seconds into the recording. From `start` to `end` it is this piece's own.
+
+    release: to be called when `pcm` is no longer looked at, where its memory belongs to somebody else.
+    """
 
     pcm: NDArray[np.float32]
     offset: float
     start: float
     end: float
+    release: Callable[[], None] = lambda: None
 
 
 def cut_pieces(audio: Iterable[NDArray[np.float32]], rule: CutRule) -> Iterator[Piece]:

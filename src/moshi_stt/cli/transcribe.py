@@ -22,7 +22,6 @@ from typing import IO, TYPE_CHECKING, Any, Literal, Self, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from moshi_stt.audio.cut import CutRule
 from moshi_stt.audio.decode import decode_file, probe
 from moshi_stt.config import EmbeddedModule, Module, with_quantize
 from moshi_stt.constants import PUBLIC_KEY, SAMPLE_RATE
@@ -242,7 +241,6 @@ class InProcess(Transcriber):
         self._module = module
         self._engine = build_engine(module, limits, force_cpu=force_cpu)
         embedded = isinstance(module, EmbeddedModule)
-        self._rule = None if embedded else CutRule()
         self.jobs = min(usable_cores(), 8) if embedded else 1
         self._prefix_seconds = prefix_seconds
 
@@ -256,12 +254,10 @@ class InProcess(Transcriber):
         await self._engine.stop()
 
     async def words(self, source: Source, on_progress: Callable[[float], None]) -> list[TimedWord]:
-        from moshi_stt.engine.recording import transcribe_recording
+        from moshi_stt.engine.recording import RecordingOptions, transcribe_recording
 
-        prefix = self._engine.info.prefix_silence_seconds if self._prefix_seconds is None else self._prefix_seconds
-        return await transcribe_recording(
-            self._engine, source.audio(), rule=self._rule, prefix_seconds=prefix, on_progress=on_progress
-        )
+        options = RecordingOptions(prefix_seconds=self._prefix_seconds)
+        return await transcribe_recording(self._engine, source.audio(), options, on_progress=on_progress)
 
 
 def build_transcriber(args: argparse.Namespace) -> Transcriber:

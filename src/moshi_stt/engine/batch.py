@@ -141,7 +141,9 @@ class BatchEngine(Engine):
 
     def open(self, *, live: bool = True, options: StreamOptions = NO_EXTRAS) -> Stream:
         slot = self.lend()
-        stream = Stream(self._limits, live=live, wake=self._wake_stream, release=self._release)
+        stream = Stream(
+            self._limits if live else self._limits.of_recordings, live=live, wake=self._wake_stream, release=self._release
+        )
         self._lanes[stream] = self._table[slot.index] = Lane(stream, slot, partial(self._new_words, options), self._delay)
         stream.deliver([Ready()])
         self.observer.opened()

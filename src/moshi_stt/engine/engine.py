@@ -6,6 +6,7 @@ B row (a stream in this step), T frame, K codebook, H head, D dim, S sample.
 
 import asyncio
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Final, NamedTuple, Protocol, runtime_checkable
 
@@ -216,6 +217,8 @@ class Engine(ABC):
     """Admits streams. All methods are called from the event loop's thread."""
 
     info: EngineInfo
+    cuts_speech = False
+    """Whether it cuts speech to utterances itself: a recording, however long, then goes through it as one stream."""
 
     def __init__(self, observer: EngineObserver | None = None) -> None:
         self.observer: EngineObserver = observer or SilentObserver()
@@ -262,8 +265,15 @@ class Engine(ABC):
     def total_slots(self) -> int:
         return self.info.total_slots
 
-    async def open_when_free(self, timeout_seconds: float, *, live: bool = False, options: StreamOptions = NO_EXTRAS) -> Stream:
-        """`open`, waiting up to timeout_seconds for a slot.
+    async def open_when_free(
+        self,
+        timeout_seconds: float,
+        *,
+        live: bool = False,
+        options: StreamOptions = NO_EXTRAS,
+        keep_free: Callable[[], int] = lambda: 0,
+    ) -> Stream:
+        """`open`, waiting up to timeout_seconds for a slot, and for as many more as `keep_free` says to be free.
 
         Raises NoFreeSlot when none came free, EngineFailed after a failure, also one that comes meanwhile. Who waits is counted
         as refused only when it waited in vain.
@@ -272,7 +282,7 @@ class Engine(ABC):
             self.waiting += 1
             try:
                 async with asyncio.timeout(timeout_seconds):
-                    while self.ready and self.used_slots >= self.total_slots:
+                    while self.ready and self.used_slots + keep_free() >= self.total_slots:
                         await self._slot_freed.wait()
             except TimeoutError:
                 pass  # one last look

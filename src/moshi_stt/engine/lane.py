@@ -244,7 +244,7 @@ class Lane:
         stream = self.stream
         stream.stepped(FRAME_SAMPLES)
         events: list[AnyEvent] = []
-        if pause is not None:
+        if pause is not None and stream.live:  # nobody looks at a file's steps
             events.append(Step(step_idx, tuple(pause), stream.pending_samples))
         if words := self.words.push(token, logprob):
             events += words
@@ -257,7 +257,7 @@ class Lane:
         if tail.partial and tail.kind == "finish":
             self.frames += 1
             self.stream.stepped(self.samples % FRAME_SAMPLES)
-            if pause is not None:
+            if pause is not None and self.stream.live:
                 events.append(Step(step_idx, tuple(pause), self.stream.pending_samples))
         tail.partial = tail.fresh = False
         words = tail.words

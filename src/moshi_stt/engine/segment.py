@@ -96,6 +96,8 @@ class _Lane:
 class SegmentEngine(Engine):
     """Streams on a pool of recogniser threads. See the module's text for how they share it."""
 
+    cuts_speech = True
+
     def __init__(
         self,
         load: Callable[[], Recogniser],
@@ -182,7 +184,7 @@ class SegmentEngine(Engine):
         if len(self._lanes) >= self.info.total_slots:
             self.observer.refused()
             raise NoFreeSlot
-        stream = Stream(self._limits, live=live, wake=self._wake, release=self._release)
+        stream = Stream(self._limits if live else self._limits.of_recordings, live=live, wake=self._wake, release=self._release)
         settings = self._settings if live or options.interim else replace(self._settings, while_speaking=False)
         self._lanes[stream] = _Lane(stream, Segmenter(self._recogniser, settings, options))
         stream.deliver([Ready()])

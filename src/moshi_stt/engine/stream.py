@@ -17,7 +17,7 @@ import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -26,6 +26,9 @@ from moshi_stt.constants import SAMPLE_RATE
 from moshi_stt.engine.commands import Audio, Command, Finish, Mark, Reset
 from moshi_stt.errors import EngineError
 from moshi_stt.events import AnyEvent, Error, Marker, Ready, Step
+
+RECORDING_SAMPLES = 60 * SAMPLE_RATE
+"""Longer than any piece that a long recording is cut to."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,11 @@ class StreamLimits:
     unread_answers: int = 1_024
     inbox_pieces: int = 16_384
     """More than there are in any audio that an engine waits for: a frame has 1,920 samples."""
+
+    @property
+    def of_recordings(self) -> "StreamLimits":
+        """Those of a stream of a file: a piece of it goes in at once, so that nobody is woken for each frame of it."""
+        return replace(self, inbox_samples=max(self.inbox_samples, RECORDING_SAMPLES))
 
 
 _ANSWERS = (Marker, Ready)

@@ -1,4 +1,4 @@
-"""Words of overlapping pieces of one recording to one list, none lost and none doubled. Knows nothing of audio.
+"""Words of overlapping pieces of one recording to one list, none lost and none doubled.
 
 Which piece's word counts is decided by the middle of its time. Where two pieces put the same word on different sides of
 their cut, it is recognised by its text and counts once.
@@ -9,24 +9,43 @@ from collections.abc import Sequence
 from moshi_stt.text.subtitles import TimedWord
 
 SAME_WORD_SECONDS = 1.0
-"""Two pieces may place one word this far apart: the earlier one hears little behind it, and aligners then err."""
+"""Two pieces may place one word this far apart: the earlier one hears little after it, and aligners then err."""
+
+
+class WordMerger:
+    """Takes the pieces in order, and gives their words as soon as no later piece can change them."""
+
+    def __init__(self) -> None:
+        self._start = 0.0
+        self._heard: list[TimedWord] | None = None
+        self._own: list[TimedWord] = []
+        """What of the latest piece's words is its own, but for what the next piece takes."""
+
+    def add(self, start: float, words: Sequence[TimedWord]) -> list[TimedWord]:
+        """One more piece. start: where its own part begins, in seconds; the part of the one before ends there.
+
+        words: all that it heard, those of the overlaps included, in order, with times from the start of the recording.
+        """
+        if self._heard is None:
+            self._heard, self._own = list(words), list(words)
+            return []
+        twice, lost = _disagreements(self._heard, words, start)
+        final = [word for word in self._own if _middle(word) < start] + lost
+        self._own = [word for word in words if start <= _middle(word) and word not in twice]
+        self._heard = list(words)
+        return final
+
+    def finish(self) -> list[TimedWord]:
+        """No piece follows: the rest."""
+        rest, self._own = self._own, []
+        return rest
 
 
 def merge_words(starts: Sequence[float], words: Sequence[Sequence[TimedWord]]) -> list[TimedWord]:
-    """starts: where each piece's own part begins, in seconds; it ends where the next one's begins.
-
-    words: each piece's words, those of the overlaps included, in order, with times from the start of the recording.
-    """
-    merged: list[TimedWord] = []
-    for index, (start, heard) in enumerate(zip(starts, words, strict=True)):
-        end = starts[index + 1] if index + 1 < len(starts) else float("inf")
-        own = [word for word in heard if (start <= _middle(word) or not index) and _middle(word) < end]
-        if index:
-            twice, lost = _disagreements(words[index - 1], heard, start)
-            own = [word for word in own if word not in twice]
-            merged += lost
-        merged += own
-    return merged
+    """The words of all pieces; see `WordMerger.add` for what they are."""
+    merger = WordMerger()
+    merged = [word for start, heard in zip(starts, words, strict=True) for word in merger.add(start, heard)]
+    return merged + merger.finish()
 
 
 def _disagreements(

@@ -7,7 +7,7 @@ characters, seven seconds. Times are seconds from the start of the audio.
 import json
 import math
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 from moshi_stt.events import EndWord, Event, Word
@@ -74,6 +74,13 @@ def pair_words(events: Iterable[Event]) -> list[TimedWord]:
 
 def _logprob(confidence: float | None) -> float | None:
     return None if confidence is None else math.log(max(confidence, sys.float_info.min))
+
+
+def word_events(words: Iterable[TimedWord]) -> Iterator[Word | EndWord]:
+    """Words as events: what `pair_words` takes apart."""
+    for word in words:
+        yield Word(word.text, word.start, None if word.logprob is None else math.exp(word.logprob))
+        yield EndWord(word.end)
 
 
 def join_words(words: Iterable[TimedWord]) -> str:
