@@ -13,6 +13,8 @@ SHA256 = {
     "moonshine-tiny-en/tokenizer.bin": "6884b35fd6377d4c4d32336a0bc152f36b64d1e45b6503683cdc238250a8472d",
     "silero-vad/silero_vad.onnx": "6b99cbfd39246b6706f98ec13c7c50c6b299181f2474fa05cbc8046acc274396",
     "speech/beckett.wav": "e5a26b3d29e5b0bc8dbd72c11d16a3808a4ec0ac45b21f12a27d2a2fe5c5ae61",
+    "speech/en_austen.flac": "5f18827e7428c3de9df41d46b60728df9b4a3308aedabaf2449630246160d0ef",
+    "speech/fr_baudelaire.flac": "82e5039e390f79c80daa66f5039149f7031d4599bb58a5cae990a238408adba4",
 }
 
 
