@@ -20,8 +20,8 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     parser: argparse.ArgumentParser = subparsers.add_parser(
         "selftest",
         help="recognise shipped speech and say PASS or FAIL",
-        description="Load a model, recognise shipped speech in the languages that it knows, and print PASS or FAIL for words, times "
-        "and speed, memory, and a block to paste into a report.",
+        description="Load a model, recognise shipped speech in the languages that it knows, and print PASS or FAIL for words, "
+        "times and speed, memory, and a block to paste into a report.",
         epilog="Exit status: 0 PASS, 1 FAIL.",
     )
     parser.add_argument("--config", "--model", metavar="FILE", help="TOML file or name of a shipped one (default: embedded)")
