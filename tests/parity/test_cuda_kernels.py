@@ -9,9 +9,8 @@ from moshi_stt.models.torch_impl.attention import FP8, Ring, make_ring, rotate_a
 from moshi_stt.models.torch_impl.attention import ring_attention as plain_attention
 from moshi_stt.models.torch_impl.cuda import conv, elementwise
 from moshi_stt.models.torch_impl.cuda.attention import Tiling, ring_attention
-from moshi_stt.models.torch_impl.cuda.gated import gated_product
+from moshi_stt.models.torch_impl.cuda.product import gated_product, product, sliced_product, slices
 from moshi_stt.models.torch_impl.cuda.quantiser import quantise
-from moshi_stt.models.torch_impl.cuda.thin import thin
 from moshi_stt.models.torch_impl.rope import RotaryTable
 
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp:RuntimeWarning")
@@ -121,19 +120,10 @@ def test_first_conv_and_the_cleaning_of_sound() -> None:
     assert difference(out[:, 2:], F.conv1d(placed.transpose(1, 2), weight, bias).transpose(1, 2)) < 1e-5
 
 
-@pytest.mark.parametrize("rows", [1, 3])
-def test_thin(rows: int) -> None:
-    """Few rows, with norm, gate and residual taken along."""
-    x, weight, alpha, eps = randn(rows, 96), randn(40, 96), torch.rand(96, device=DEVICE) + 0.5, 1e-8
-    normed = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * alpha
-    assert difference(thin(x, weight, poisoned(rows, 40)), x @ weight.T) < 1e-5
-    assert difference(thin(x, weight, poisoned(rows, 40), norm=alpha, eps=eps), normed @ weight.T) < 1e-5
-    gate, value = (normed @ weight.T).chunk(2, -1)
-    got = thin(x, weight, poisoned(rows, 20), norm=alpha, eps=eps, gate=True)
-    assert difference(got, F.silu(gate) * value) < 1e-5
-    carried = randn(rows, 40)
-    wanted = carried + x @ weight.T
-    assert difference(thin(x, weight, carried, shortcut=carried), wanted) < 1e-5
+@pytest.mark.parametrize("rows", [1, 37])
+def test_product(rows: int) -> None:
+    x, weight = randn(rows, 96), randn(40, 96)
+    assert difference(product(x, weight), x @ weight.T) < 1e-5
 
 
 @pytest.mark.parametrize("rows", [5, 64])
@@ -142,6 +132,21 @@ def test_gated_product(rows: int) -> None:
     x, weight = randn(rows, 256, dtype=dtype), randn(2 * 70, 256, dtype=dtype)
     gate, value = (x.float() @ weight.float().T).chunk(2, -1)
     assert difference(gated_product(x, weight), F.silu(gate) * value) < (1e-5 if INTERPRETED else 0.01)
+
+
+def test_a_sliced_product_is_the_same_in_parts() -> None:
+    """Its parts, added by the norm that reads them, and one program's sum: the same bits."""
+    columns = 4_096
+    x, weight, alpha = randn(3, columns), randn(48, columns), torch.rand(48, device=DEVICE)
+    assert slices(48, columns) == 4
+    whole, parts = (sliced_product(x, weight, parts=apart) for apart in (False, True))
+    assert (whole.shape, parts.shape) == ((3, 48), (4, 3, 48))
+    assert difference(whole, x @ weight.T) < 1e-5
+    carried = [randn(3, 48)] * 2
+    carried = [tensor.clone() for tensor in carried]
+    normed = [elementwise.add_rms(x, delta, alpha, 1e-8) for x, delta in zip(carried, (whole, parts), strict=True)]
+    assert torch.equal(*normed)
+    assert torch.equal(*carried)
 
 
 def test_tails_go_to_their_slot_and_back() -> None:
@@ -224,14 +229,12 @@ def test_embedding(conditioned: bool) -> None:
     torch.testing.assert_close(got[1], table[start] + table[first + pad].sum(0) + extra)
 
 
-def test_norms_and_gate() -> None:
+def test_norms() -> None:
     x, delta, alpha = randn(3, 96), randn(3, 96), randn(96)
     total = x + delta
     got = elementwise.add_rms(x, delta, alpha, 1e-8)
     torch.testing.assert_close(x, total)
     torch.testing.assert_close(got, F.rms_norm(total, (96,), alpha, 1e-8))
-    both = randn(3, 80)
-    torch.testing.assert_close(elementwise.gate(both), F.silu(both[:, :40]) * both[:, 40:])
     x, delta, scale, weight, bias = randn(6, 64), randn(6, 64), randn(64), randn(64), randn(64)
     total = x + scale * delta
     kept_x = x.clone()

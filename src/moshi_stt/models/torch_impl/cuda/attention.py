@@ -4,8 +4,10 @@ A ring holds, for each slot and head, the keys and values of the last `context` 
 p % context. A call advances each row by T positions (1 in the language model, 2 in Mimi): both are written before anything
 is attended to, so of a full ring the first of a pair sees context - 1 positions and the second all of them.
 
-Entries that the stream has not written are never read, whatever lies there. Rows are independent of each other. The plain
-twin is `torch_impl.attention.rotate_and_attend` with `ring_attention`.
+Entries that the stream has not written are never read, whatever lies there. A row's result is the same to the last bit
+whatever the other rows and their number: the ring's blocks are attended to one by one and joined in their order, by the program
+that read them or, where few rows are split over several programs, by `_combine`. The plain twin is
+`torch_impl.attention.rotate_and_attend` with `ring_attention`.
 Axes: B row, T position, H head, D dim.
 """
 
@@ -19,9 +21,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moshi_stt.models.torch_impl.attention import FP8, Ring
-from moshi_stt.models.torch_impl.cuda.attention_dot import ring_attention_16, ring_attention_fp8
-from moshi_stt.models.torch_impl.cuda.launch import INTERPRETED, device_of
+from moshi_stt.models.torch_impl.attention import FP8, Ring, rotate_and_attend
+from moshi_stt.models.torch_impl.attention import ring_attention as plain_attention
+from moshi_stt.models.torch_impl.cuda.attention_dot import FP8_UP, merge, ring_attention_16, ring_attention_fp8
+from moshi_stt.models.torch_impl.cuda.launch import INTERPRETED, attempt, device_of, launch
+from moshi_stt.models.torch_impl.cuda.limits import Limits, limits_of
 
 
 @triton.jit
@@ -35,26 +39,22 @@ def _rotated(x, cos, sin, D: tl.constexpr):
 
 
 @triton.jit
-def _fold(m, l, acc, scores, seen, v):  # noqa: E741
-    """One block into a running softmax: scores (N,) in powers of two, seen (N,) bool, v (N, D)."""
+def _block(scores, seen, v):
+    """One block by itself: scores (N,) in powers of two, seen (N,) bool, v (N, D)."""
     scores = tl.where(seen, scores, -1e30)
-    new_m = tl.maximum(m, tl.max(scores, 0))
-    shrink = tl.exp2(m - new_m)
-    p = tl.where(seen, tl.exp2(scores - new_m), 0.0)
-    return new_m, l * shrink + tl.sum(p, 0), acc * shrink + tl.sum(p[:, None] * v, 0)
+    m = tl.max(scores, 0)
+    p = tl.where(seen, tl.exp2(scores - m), 0.0)
+    return m, tl.sum(p, 0), tl.sum(p[:, None] * v, 0)
 
 
 @triton.jit
-def _finish(m, l, acc, out, part, where, split, D: tl.constexpr, SPLITS: tl.constexpr):  # noqa: E741
-    """Store the result, or, of a split row, what `_combine` needs: D sums, then the maximum, then the weight."""
+def _put(part, where, block, m, l, acc, write, D: tl.constexpr, BLOCKS: tl.constexpr):  # noqa: E741
+    """Store a block for `_combine`: D sums, the maximum, the weight. Block 0 is the new positions, 1 the ring's first."""
     d = tl.arange(0, D)
-    if SPLITS == 1:
-        tl.store(out + where * D + d, (acc / l).to(out.dtype.element_ty))
-    else:
-        base = part + (where * SPLITS + split) * (D + 2)
-        tl.store(base + d, acc)
-        tl.store(base + D, m)
-        tl.store(base + D + 1, l)
+    base = part + (where * (BLOCKS + 1) + block) * (D + 2)
+    tl.store(base + d, acc, mask=write & (d >= 0))
+    tl.store(base + D, m, mask=write)
+    tl.store(base + D + 1, l, mask=write)
 
 
 @triton.jit
@@ -73,6 +73,9 @@ def _ring_attention(
     ring = (slot * H + head) * CONTEXT
     k_ring += ring * D
     v_ring += ring * D
+    BLOCKS: tl.constexpr = (CONTEXT + BLOCK - 1) // BLOCK
+    where0 = row * T * H + head
+    where1 = where0 + H
 
     # The new positions: rotated, rounded as the projection's dtype rounds, written by the first split.
     first = split == 0
@@ -87,9 +90,9 @@ def _ring_attention(
     v0 = tl.load(x + 2 * H * D + d).to(tl.float32)
     tl.store(k_ring + w0 * D + d, k0, mask=first & (d >= 0))
     tl.store(v_ring + w0 * D + d, v0, mask=first & (d >= 0))
-    m0 = tl.where(first, tl.sum(q0 * k0, 0), -1e30)
-    l0 = tl.where(first, 1.0, 0.0)
-    acc0 = tl.where(first, v0, 0.0)
+    m0 = tl.sum(q0 * k0, 0)
+    l0 = m0 * 0.0 + 1.0
+    acc0 = v0
     w1 = w0
     if T == 2:
         x += 3 * H * D
@@ -103,12 +106,16 @@ def _ring_attention(
         s10 = tl.sum(q1 * k0, 0)
         s11 = tl.sum(q1 * k1, 0)
         top = tl.maximum(s10, s11)
-        m1 = tl.where(first, top, -1e30)
-        l1 = tl.where(first, tl.exp2(s10 - top) + tl.exp2(s11 - top), 0.0)
-        acc1 = tl.where(first, tl.exp2(s10 - top) * v0 + tl.exp2(s11 - top) * v1, 0.0)
+        m1 = top
+        l1 = tl.exp2(s10 - top) + tl.exp2(s11 - top)
+        acc1 = tl.fma(v1, tl.exp2(s11 - top).broadcast_to(v1.shape), tl.exp2(s10 - top) * v0)
+    if SPLITS > 1:
+        _put(part, where0, 0, m0, l0, acc0, first, D, BLOCKS)
+        if T == 2:
+            _put(part, where1, 0, m1, l1, acc1, first, D, BLOCKS)
 
     # The old positions of this split: those written before, less those that the new ones have just replaced.
-    share: tl.constexpr = ((CONTEXT + BLOCK - 1) // BLOCK + SPLITS - 1) // SPLITS * BLOCK
+    share: tl.constexpr = (BLOCKS + SPLITS - 1) // SPLITS * BLOCK
     low = split * share
     high = tl.minimum(tl.minimum(position, CONTEXT).to(tl.int32), low + share)
     for start in tl.range(low, high, BLOCK, num_stages=STAGES):
@@ -117,33 +124,54 @@ def _ring_attention(
         entry = n[:, None] * D + d[None, :]
         k = tl.load(k_ring + entry, mask=seen[:, None], other=0.0).to(tl.float32)
         v = tl.load(v_ring + entry, mask=seen[:, None], other=0.0).to(tl.float32)
-        s0 = tl.sum(k * q0[None, :], 1)
-        m0, l0, acc0 = _fold(m0, l0, acc0, s0, seen, v)
+        m, l, acc = _block(tl.sum(k * q0[None, :], 1), seen, v)  # noqa: E741
+        if SPLITS == 1:
+            m0, l0, acc0 = merge(m0, l0, acc0, m, l, acc)
+        else:
+            _put(part, where0, 1 + start // BLOCK, m, l, acc, True, D, BLOCKS)
         if T == 2:
-            s1 = tl.sum(k * q1[None, :], 1)
-            m1, l1, acc1 = _fold(m1, l1, acc1, s1, seen, v)
+            m, l, acc = _block(tl.sum(k * q1[None, :], 1), seen, v)  # noqa: E741
+            if SPLITS == 1:
+                m1, l1, acc1 = merge(m1, l1, acc1, m, l, acc)
+            else:
+                _put(part, where1, 1 + start // BLOCK, m, l, acc, True, D, BLOCKS)
 
-    _finish(m0, l0, acc0, out, part, row * T * H + head, split, D, SPLITS)
-    if T == 2:
-        _finish(m1, l1, acc1, out, part, (row * T + 1) * H + head, split, D, SPLITS)
+    if SPLITS == 1:
+        tl.store(out + where0 * D + d, (acc0 / l0).to(out.dtype.element_ty))
+        if T == 2:
+            tl.store(out + where1 * D + d, (acc1 / l1).to(out.dtype.element_ty))
 
 
 @triton.jit
-def _combine(part, out, D: tl.constexpr, SPLITS: tl.constexpr):
-    """Join the splits of one head of one position."""
+def _combine(
+    part, positions, out,
+    H: tl.constexpr, D: tl.constexpr, CONTEXT: tl.constexpr, T: tl.constexpr, BLOCK: tl.constexpr, UP: tl.constexpr,
+):  # fmt: skip
+    """Join the blocks of one head of one position, in the order in which a program alone would have. UP: of the sums."""
     where = tl.program_id(0).to(tl.int64)
-    s = tl.arange(0, SPLITS)
+    BLOCKS: tl.constexpr = (CONTEXT + BLOCK - 1) // BLOCK
+    position = tl.load(positions + where // (T * H))
+    written = (tl.minimum(position, CONTEXT).to(tl.int32) + BLOCK - 1) // BLOCK
     d = tl.arange(0, D)
-    base = part + (where * SPLITS + s) * (D + 2)
+    base = part + where * (BLOCKS + 1) * (D + 2)
     m = tl.load(base + D)
-    weight = tl.exp2(m - tl.max(m, 0))
-    total = tl.sum(weight * tl.load(base + D + 1), 0)
-    acc = tl.sum(tl.load(base[:, None] + d[None, :]) * weight[:, None], 0)
-    tl.store(out + where * D + d, (acc / total).to(out.dtype.element_ty))
+    l = tl.load(base + D + 1)  # noqa: E741
+    acc = tl.load(base + d)
+    for block in tl.static_range(1, BLOCKS + 1):
+        there = block <= written
+        base += D + 2
+        block_m = tl.load(base + D, mask=there, other=-1e30)
+        block_l = tl.load(base + D + 1, mask=there, other=0.0)
+        block_acc = tl.load(base + d, mask=there & (d >= 0), other=0.0)
+        m, l, acc = merge(m, l, acc, block_m, block_l, block_acc)  # noqa: E741
+    tl.store(out + where * D + d, (acc / (l * UP)).to(out.dtype.element_ty))
 
 
 class Tiling(NamedTuple):
-    """How a call is cut: splits of the ring, ring entries a block, warps a program, blocks in flight."""
+    """How a call is cut: splits of the ring, ring entries a block, warps a program, blocks in flight.
+
+    Block and warps decide in what order sums are taken; splits and stages do not.
+    """
 
     splits: int
     block: int
@@ -151,23 +179,25 @@ class Tiling(NamedTuple):
     stages: int
 
 
-def choose_tiling(rows: int, heads: int, context: int, dtype: torch.dtype) -> Tiling:
+def choose_tiling(rows: int, heads: int, context: int, dim: int, dtype: torch.dtype, limits: Limits) -> Tiling:
     """Few rows are split, so that every multiprocessor has programs; many rows take one pass. Measured on an H200."""
+    block, warps = _BLOCKS[dtype.itemsize]
     programs = rows * heads
     splits = 1
-    while programs * splits < 512 and splits < 16:
+    while programs * splits < 512 and splits < min(16, triton.cdiv(context, block)):
         splits *= 2
     if dtype is torch.float32:
-        if programs * splits < 512 or splits > 1:
-            return Tiling(min(splits, 8), 32, 2, 1)
-        return Tiling(1, 32, 2, 3)
-    if dtype is FP8:
-        if splits > 1:
-            return Tiling(splits, 64, 2, 3) if splits < 8 else Tiling(splits, 64, 4, 2)
-        return Tiling(1, 64, 2, 4 if programs >= 4_096 else 3)
-    if splits > 1:
-        return Tiling(splits, 64, 4, 3 if splits < 8 else 1)
-    return Tiling(1, 64, 4, 3)
+        stages = 1 if splits > 1 else 3
+    elif dtype is FP8:
+        stages = (2 if splits >= 8 else 3) if splits > 1 else 4 if programs >= 4_096 else 3
+    else:
+        stages = 1 if splits >= 8 else 3
+    fitting = limits.stages(stages, 2 * block * dim * dtype.itemsize)
+    return Tiling(splits, block, warps, max(fitting, 1))
+
+
+_BLOCKS = {4: (32, 2), 2: (64, 4), 1: (64, 2)}
+"""Ring entries and warps by the size of a number."""
 
 
 def ring_attention(
@@ -183,25 +213,42 @@ def ring_attention(
     Returns (B, T, H, D) in qkv's dtype.
     """
     rows, t, three, heads, dim = qkv.shape
-    context = ring.k.shape[2]
     if three != 3 or t not in (1, 2) or not qkv.is_contiguous():
         raise ValueError(f"ring_attention takes contiguous (B, 1 or 2, 3, H, D), got {tuple(qkv.shape)}")
-    tiling = tiling or choose_tiling(rows, heads, context, ring.k.dtype)
+    context = ring.k.shape[2]
+    tiling = tiling or choose_tiling(rows, heads, context, dim, ring.k.dtype, limits_of(qkv.device))
     out = torch.empty(rows, t, heads, dim, dtype=qkv.dtype, device=qkv.device)
-    splits = tiling.splits
-    part = torch.empty(rows * t * heads * splits * (dim + 2), dtype=torch.float32, device=qkv.device) if splits > 1 else cos
+
+    def plain() -> None:
+        out.copy_(rotate_and_attend(qkv, (cos, sin), ring, positions, slots, plain_attention).view(out.shape))
+
+    attempt("attention", lambda: _launch(qkv, cos, sin, ring, slots, positions, out, tiling), plain)
+    return out
+
+
+def _launch(
+    qkv: Tensor, cos: Tensor, sin: Tensor, ring: Ring, slots: Tensor, positions: Tensor, out: Tensor, tiling: Tiling
+) -> None:
+    rows, t, _, heads, dim = qkv.shape
+    context, splits = ring.k.shape[2], tiling.splits
+    blocks = triton.cdiv(context, tiling.block) + 1
+    part = torch.empty(rows * t * heads * blocks * (dim + 2), dtype=torch.float32, device=qkv.device) if splits > 1 else cos
     k_scale, v_scale = (ring.k_scale, ring.v_scale) if ring.k_scale is not None else (cos, cos)
+    up = 1.0
     with device_of(qkv):
+        grid = (heads, rows, splits)
         arguments = (qkv, cos, sin, ring.k, ring.v, k_scale, v_scale, slots, positions, out, part, dim**-0.5)
         constants = {"H": heads, "D": dim, "CONTEXT": context, "T": t, "SPLITS": splits, "BLOCK": tiling.block}
-        launch = {"STAGES": tiling.stages, "num_warps": tiling.warps}
+        options = constants | {"STAGES": tiling.stages, "num_warps": tiling.warps}
         if ring.k.dtype is torch.float32:
-            _ring_attention[(heads, rows, splits)](*arguments, **constants, **launch)
+            launch(_ring_attention, grid, *arguments, **options)
         elif ring.k.dtype is FP8:
-            ring_attention_fp8[(heads, rows, splits)](*arguments, **constants, **launch, ASSEMBLY=not INTERPRETED)
+            up = FP8_UP
+            launch(ring_attention_fp8, grid, *arguments, **options, UP=up, ASSEMBLY=not INTERPRETED)
         else:  # Triton's interpreter cannot multiply bfloat16
             dot = tl.float16 if ring.k.dtype is torch.float16 else tl.float32 if INTERPRETED else tl.bfloat16
-            ring_attention_16[(heads, rows, splits)](*arguments, **constants, **launch, DOT=dot)
+            launch(ring_attention_16, grid, *arguments, **options, DOT=dot)
         if splits > 1:
-            _combine[(rows * t * heads,)](part, out, D=dim, SPLITS=splits, num_warps=1 if dim <= 64 else 2)
-    return out
+            del constants["SPLITS"]
+            warps = 1 if dim <= 64 else 2
+            launch(_combine, (rows * t * heads,), part, positions, out, **constants, UP=up, num_warps=warps)

@@ -10,15 +10,34 @@ what takes the time. Scores and sums are float32; the softmax's weights are roun
 import triton
 import triton.language as tl
 
+FP8_UP = 2048.0
+"""Keeps the softmax's weights, times the scales of fp8 values, clear of float16's small end."""
+
 
 @triton.jit
-def _softmax_step(m, l, scores, seen):  # noqa: E741
-    """A block's scores (16, N), in powers of two, into a running softmax: its state, its weights, and what shrinks the sums."""
+def merge(m, l, acc, block_m, block_l, block_acc):  # noqa: E741
+    """A block's maximum, weight and sums into those of the blocks before it: scalars and (D,), or (N,) and (N, D).
+
+    The one way in which blocks are joined, here and in `_combine`, so that a row's bits do not depend on who joins them.
+    """
+    top = tl.maximum(m, block_m)
+    old = tl.exp2(m - top)
+    new = tl.exp2(block_m - top)
+    l = tl.fma(block_l, new, l * old)  # noqa: E741
+    if len(acc.shape) == 2:
+        acc = tl.fma(block_acc, new[:, None].broadcast_to(acc.shape), acc * old[:, None])
+    else:
+        acc = tl.fma(block_acc, new.broadcast_to(acc.shape), acc * old)
+    return top, l, acc
+
+
+@triton.jit
+def _softmax(scores, seen):
+    """A block's scores (16, N), in powers of two: their maximum, their weights, and the sum of these."""
     scores = tl.where(seen, scores, -1e30)
-    new_m = tl.maximum(m, tl.max(scores, 1))
-    shrink = tl.exp2(m - new_m)
-    p = tl.where(seen, tl.exp2(scores - new_m[:, None]), 0.0)
-    return new_m, l * shrink + tl.sum(p, 1), p, shrink
+    m = tl.max(scores, 1)
+    p = tl.where(seen, tl.exp2(scores - m[:, None]), 0.0)
+    return m, p, tl.sum(p, 1)
 
 
 @triton.jit
@@ -71,6 +90,9 @@ def ring_attention_16(
     stored = k_ring.dtype.element_ty
 
     q = _rotated(x, cos, sin, r, 3 * H * D, T, D).to(dtype).to(DOT)
+    BLOCKS: tl.constexpr = (CONTEXT + BLOCK - 1) // BLOCK
+    where = row * T * H + r * H + head
+    base = part + where * (BLOCKS + 1) * (D + 2)
     m = tl.zeros([16], tl.float32) - 1e30
     l = tl.zeros([16], tl.float32)  # noqa: E741
     acc = tl.zeros([16, D], tl.float32)
@@ -81,8 +103,12 @@ def ring_attention_16(
         tl.store(k_ring + entry, k, mask=new[:, None])
         tl.store(v_ring + entry, v, mask=new[:, None])
         seen = (r[None, :] <= r[:, None]) & new[None, :]
-        m, l, p, shrink = _softmax_step(m, l, tl.dot(q, tl.trans(k.to(DOT))) * scale, seen)  # noqa: E741
+        m, p, l = _softmax(tl.dot(q, tl.trans(k.to(DOT))) * scale, seen)  # noqa: E741
         acc = tl.dot(p.to(DOT), v.to(DOT))
+        if SPLITS > 1:
+            tl.store(base[:, None] + d[None, :], acc, mask=new[:, None])
+            tl.store(base + D, m, mask=new)
+            tl.store(base + D + 1, l, mask=new)
 
     low, high, w0, w1 = _split_range(position, split, T, CONTEXT, SPLITS, BLOCK)
     for start in tl.range(low, high, BLOCK, num_stages=STAGES):
@@ -91,17 +117,18 @@ def ring_attention_16(
         entry = n[:, None] * D + d[None, :]
         k = tl.load(k_ring + entry, mask=old[:, None], other=0.0).to(DOT)
         v = tl.load(v_ring + entry, mask=old[:, None], other=0.0).to(DOT)
-        m, l, p, shrink = _softmax_step(m, l, tl.dot(q, tl.trans(k)) * scale, old[None, :])  # noqa: E741
-        acc = tl.dot(p.to(DOT), v, acc * shrink[:, None])
+        block_m, p, block_l = _softmax(tl.dot(q, tl.trans(k)) * scale, old[None, :])
+        block_acc = tl.dot(p.to(DOT), v)
+        if SPLITS == 1:
+            m, l, acc = merge(m, l, acc, block_m, block_l, block_acc)  # noqa: E741
+        else:
+            at = base + (1 + start // BLOCK) * (D + 2)
+            tl.store(at[:, None] + d[None, :], block_acc, mask=new[:, None])
+            tl.store(at + D, block_m, mask=new)
+            tl.store(at + D + 1, block_l, mask=new)
 
-    where = row * T * H + r * H + head
     if SPLITS == 1:
         tl.store(out + where[:, None] * D + d[None, :], (acc / l[:, None]).to(out.dtype.element_ty), mask=new[:, None])
-    else:
-        base = part + (where * SPLITS + split) * (D + 2)
-        tl.store(base[:, None] + d[None, :], acc, mask=new[:, None])
-        tl.store(base + D, m, mask=new)
-        tl.store(base + D + 1, l, mask=new)
 
 
 # ---- fp8 ---------------------------------------------------------------------------------------------------------------------
@@ -137,6 +164,16 @@ def _store_fp8(even, odd, ring, scales, index, write, D: tl.constexpr):
 
 
 @triton.jit
+def _put_halves(base, even, odd, m, l, write, D: tl.constexpr):  # noqa: E741
+    """Store a block (16, D/2) twice for `attention._combine`: D sums, the maximum, the weight."""
+    j = tl.arange(0, D // 2)
+    tl.store(base[:, None] + 2 * j[None, :], even, mask=write[:, None])
+    tl.store(base[:, None] + 2 * j[None, :] + 1, odd, mask=write[:, None])
+    tl.store(base + D, m, mask=write)
+    tl.store(base + D + 1, l, mask=write)
+
+
+@triton.jit
 def _halves(words, ASSEMBLY: tl.constexpr):
     """float16 of the low and of the high fp8 in each 16-bit word.
 
@@ -164,9 +201,12 @@ def _halves(words, ASSEMBLY: tl.constexpr):
 def ring_attention_fp8(
     qkv, cos, sin, k_ring, v_ring, k_scales, v_scales, slots, positions, out, part, scale,
     H: tl.constexpr, D: tl.constexpr, CONTEXT: tl.constexpr, T: tl.constexpr,
-    SPLITS: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr, ASSEMBLY: tl.constexpr,
+    SPLITS: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr, UP: tl.constexpr, ASSEMBLY: tl.constexpr,
 ):  # fmt: skip
-    """fp8 rings with a scale a vector, multiplied as float16, which holds every fp8 number; even and odd elements apart."""
+    """fp8 rings with a scale a vector, multiplied as float16, which holds every fp8 number; even and odd elements apart.
+
+    UP: what the softmax's weights are multiplied with on their way through float16.
+    """
     head = tl.program_id(0)
     row = tl.program_id(1).to(tl.int64)
     split = tl.program_id(2)
@@ -185,7 +225,9 @@ def ring_attention_fp8(
     sin += row * T * half
     scale = scale * 1.4426950408889634
     dtype = qkv.dtype.element_ty
-    UP: tl.constexpr = 2048.0  # keeps the weights, times the scales of the values, clear of float16's small end
+    BLOCKS: tl.constexpr = (CONTEXT + BLOCK - 1) // BLOCK
+    where = row * T * H + r * H + head
+    base = part + where * (BLOCKS + 1) * (D + 2)
 
     q0, q1 = _rotated_halves(x, cos, sin, r, 3 * H * D, T, D)
     q0 = q0.to(dtype).to(tl.float16)
@@ -203,10 +245,12 @@ def ring_attention_fp8(
         k0, k1, ks = _store_fp8(k0.to(dtype).to(tl.float32), k1.to(dtype).to(tl.float32), k_ring, k_scales, index, new, D)
         v0, v1, vs = _store_fp8(v0, v1, v_ring, v_scales, index, new, D)
         scores = tl.dot(q1, tl.trans(k1), tl.dot(q0, tl.trans(k0))) * (ks * scale)[None, :]
-        m, l, p, shrink = _softmax_step(m, l, scores, (r[None, :] <= r[:, None]) & new[None, :])  # noqa: E741
+        m, p, l = _softmax(scores, (r[None, :] <= r[:, None]) & new[None, :])  # noqa: E741
         p = (p * (vs * UP)[None, :]).to(tl.float16)
         acc0 = tl.dot(p, v0)
         acc1 = tl.dot(p, v1)
+        if SPLITS > 1:
+            _put_halves(base, acc0, acc1, m, l, new, D)
 
     low, high, w0, w1 = _split_range(position, split, T, CONTEXT, SPLITS, BLOCK)
     k_words = k_ring.to(tl.pointer_type(tl.uint16))
@@ -220,20 +264,18 @@ def ring_attention_fp8(
         ks = tl.load(k_scales + n, mask=old, other=0.0) * scale
         vs = tl.load(v_scales + n, mask=old, other=0.0) * UP
         scores = tl.dot(q1, tl.trans(k1), tl.dot(q0, tl.trans(k0))) * ks[None, :]
-        m, l, p, shrink = _softmax_step(m, l, scores, old[None, :])  # noqa: E741
+        block_m, p, block_l = _softmax(scores, old[None, :])
         p = (p * vs[None, :]).to(tl.float16)
-        acc0 = tl.dot(p, v0, acc0 * shrink[:, None])
-        acc1 = tl.dot(p, v1, acc1 * shrink[:, None])
+        block0 = tl.dot(p, v0)
+        block1 = tl.dot(p, v1)
+        if SPLITS == 1:
+            _, _, acc0 = merge(m, l, acc0, block_m, block_l, block0)
+            m, l, acc1 = merge(m, l, acc1, block_m, block_l, block1)  # noqa: E741
+        else:
+            _put_halves(base + (1 + start // BLOCK) * (D + 2), block0, block1, block_m, block_l, new, D)
 
-    where = row * T * H + r * H + head
     if SPLITS == 1:
         at = out + where[:, None] * D + 2 * j[None, :]
         l = l * UP  # noqa: E741
         tl.store(at, (acc0 / l[:, None]).to(out.dtype.element_ty), mask=new[:, None])
         tl.store(at + 1, (acc1 / l[:, None]).to(out.dtype.element_ty), mask=new[:, None])
-    else:
-        base = part + (where * SPLITS + split) * (D + 2)
-        tl.store(base[:, None] + 2 * j[None, :], acc0 / UP, mask=new[:, None])
-        tl.store(base[:, None] + 2 * j[None, :] + 1, acc1 / UP, mask=new[:, None])
-        tl.store(base + D, m, mask=new)
-        tl.store(base + D + 1, l, mask=new)

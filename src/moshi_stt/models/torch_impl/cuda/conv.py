@@ -4,6 +4,9 @@ Data lies channels-last, each row with its kept columns in front: (B, context + 
 contiguous run of kernel * C numbers, stride * C after the last output's, so that a convolution is a matrix product over
 overlapping rows and copies nothing. Weights are (C_out, kernel * C_in). An input reaches a convolution with its ELU already
 taken by whoever stored it; only residual blocks take raw input, which they add back.
+
+A row's result is the same to the last bit whatever the number of rows: every output is one chain of sums over the window, in
+its order, whatever the tile.
 """
 
 # Triton's language has no types.
@@ -12,13 +15,14 @@ taken by whoever stored it; only residual blocks take raw input, which they add 
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from moshi_stt.models.report import LOUDEST
-from moshi_stt.models.torch_impl.cuda.launch import device_of
-from moshi_stt.models.torch_impl.cuda.thin import MOST_ROWS, launch
+from moshi_stt.models.torch_impl.cuda.launch import attempt, device_of, launch
+from moshi_stt.models.torch_impl.cuda.limits import Limits, limits_of
 
 
 def conv_weight(weight: Tensor) -> Tensor:
@@ -56,8 +60,8 @@ def _place_sound(x, out, T, row_in, row_out, skip, LOUDEST: tl.constexpr, BLOCK:
 
 @triton.jit(do_not_specialize=["count", "T"])
 def _conv(
-    x, weight, bias, shortcut, out, count, T, row_in, step_in, row_shortcut, row_out, skip, N,
-    K: tl.constexpr, ELU_IN: tl.constexpr, ACTIVATION: tl.constexpr, BIAS: tl.constexpr, SHORTCUT: tl.constexpr,
+    x, weight, bias, shortcut, out, count, T, row_in, step_in, row_shortcut, row_out, skip, N, K,
+    ELU_IN: tl.constexpr, ACTIVATION: tl.constexpr, BIAS: tl.constexpr, SHORTCUT: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """out[m, n] = bias[n] + window(m) . weight[n] (+ shortcut[m, n]) for `count` = B * T outputs m."""
@@ -147,16 +151,18 @@ def place_sound(pcm: Tensor, out: Tensor) -> None:
     rows, count = pcm.shape
     skip = out.shape[1] - count
     with device_of(pcm):
-        _place_sound[(triton.cdiv(count, 1024), rows)](
-            pcm, out, count, pcm.stride(0), out.stride(0), skip, LOUDEST=LOUDEST, BLOCK=1024, num_warps=4
-        )
+        launch(
+            _place_sound, (triton.cdiv(count, 1024), rows), pcm, out, count, pcm.stride(0), out.stride(0), skip,
+            LOUDEST=LOUDEST, BLOCK=1024, num_warps=4,
+        )  # fmt: skip
 
 
 def first_conv(x: Tensor, weight: Tensor, bias: Tensor, out: Tensor, kept: int) -> None:
     """x (B, context + S, 1) float32 -> out[:, kept:] (B, S, C), raw; weight (C, kernel)."""
     rows, length, channels = x.shape[0], out.shape[1] - kept, out.shape[2]
     with device_of(x):
-        _first_conv[(triton.cdiv(length, 64), rows)](
+        launch(
+            _first_conv, (triton.cdiv(length, 64), rows),
             x, weight, bias, out, length, x.stride(0), out.stride(0), kept * channels,
             C=channels, KERNEL=weight.shape[1], BLOCK=64, num_warps=4,
         )  # fmt: skip
@@ -184,23 +190,27 @@ def conv(
     """
     rows, t, n = x.shape[0], out.shape[1] - kept, out.shape[2]
     count, k = rows * t, weight.shape[1]
-    if count <= MOST_ROWS and tile is None:
-        strides = (x.stride(0), stride * x.shape[2], out.stride(0), kept * n)
-        launch(
-            x, weight, out, count, t, *strides,
-            n=n, bias=bias, shortcut=shortcut, elu_in=elu_in, activation=activation,
-        )  # fmt: skip
-        return
-    tile = tile or choose_tile(count, n, k, x.dtype, precision)
-    with device_of(x):
-        _conv[(triton.cdiv(count, tile.m), n // tile.n)](
-            x, weight, weight if bias is None else bias, x if shortcut is None else shortcut, out,
-            count, t, x.stride(0), stride * x.shape[2],
-            0 if shortcut is None else shortcut.stride(0), out.stride(0), kept * n, n,
-            K=k, ELU_IN=elu_in, ACTIVATION=activation, BIAS=bias is not None, SHORTCUT=shortcut is not None,
-            BM=tile.m, BN=tile.n, BK=tile.k, PRECISION=precision,
-            num_warps=tile.warps, num_stages=tile.stages,
-        )  # fmt: skip
+
+    def kernel() -> None:
+        cut = tile or choose_tile(count, n, k, x.dtype, precision, limits_of(x.device))
+        with device_of(x):
+            launch(
+                _conv, (triton.cdiv(count, cut.m), n // cut.n),
+                x, weight, weight if bias is None else bias, x if shortcut is None else shortcut, out,
+                count, t, x.stride(0), stride * x.shape[2],
+                0 if shortcut is None else shortcut.stride(0), out.stride(0), kept * n, n, k,
+                ELU_IN=elu_in, ACTIVATION=activation, BIAS=bias is not None, SHORTCUT=shortcut is not None,
+                BM=cut.m, BN=cut.n, BK=cut.k, PRECISION=precision,
+                num_warps=cut.warps, num_stages=cut.stages,
+            )  # fmt: skip
+
+    def plain() -> None:
+        windows = x.as_strided((rows, t, k), (x.stride(0), stride * x.shape[2], 1))
+        y = F.linear(F.elu(windows) if elu_in else windows, weight, bias).float()
+        y = y if shortcut is None else y + shortcut
+        out[:, kept:] = {"": lambda z: z, "elu": F.elu, "gelu": F.gelu}[activation](y)
+
+    attempt("convolution", kernel, plain)
 
 
 def residual(
@@ -218,30 +228,37 @@ def residual(
     """A residual block and the ELU behind it: x (B, 2 + T, C) raw -> out[:, kept:] (B, T, C)."""
     rows, t, channels = x.shape[0], out.shape[1] - kept, out.shape[2]
     count, hidden = rows * t, weight1.shape[0]
-    if channels > 128 and tile is None:  # too wide to keep what lies between in registers
+
+    def apart() -> None:
         between = torch.empty(rows, t, hidden, dtype=x.dtype, device=x.device)
         conv(x, weight1, bias1, between, elu_in=True, activation="elu", precision=precision)
         conv(between, weight2, bias2, out, kept=kept, shortcut=x[:, 2:], activation="elu", precision=precision)
+
+    if channels > 128 and tile is None:  # too wide to keep what lies between in registers
+        apart()
         return
-    tile = tile or choose_residual_tile(count, channels, x.dtype, precision)
-    with device_of(x):
-        _residual[(triton.cdiv(count, tile.m),)](
-            x, weight1, bias1, weight2, bias2, out, count, t, x.stride(0), out.stride(0), kept * channels,
-            C=channels, HIDDEN=hidden, BM=tile.m, BN=tile.n, BK=tile.k, PRECISION=precision,
-            num_warps=tile.warps, num_stages=tile.stages,
-        )  # fmt: skip
+
+    def kernel() -> None:
+        cut = tile or choose_residual_tile(count, channels, hidden, x.dtype, precision, limits_of(x.device))
+        with device_of(x):
+            launch(
+                _residual, (triton.cdiv(count, cut.m),),
+                x, weight1, bias1, weight2, bias2, out, count, t, x.stride(0), out.stride(0), kept * channels,
+                C=channels, HIDDEN=hidden, BM=cut.m, BN=cut.n, BK=cut.k, PRECISION=precision,
+                num_warps=cut.warps, num_stages=cut.stages,
+            )  # fmt: skip
+
+    attempt("residual block", kernel, apart)
 
 
-def choose_tile(count: int, n: int, k: int, dtype: torch.dtype, precision: str) -> Tile:
+def choose_tile(count: int, n: int, k: int, dtype: torch.dtype, precision: str, limits: Limits) -> Tile:
     """Small tiles where there is little work, so that every multiprocessor has some; large ones where there is much.
 
-    Measured on an H200; a tile's depth is in float32 numbers, doubled for bfloat16.
+    Measured on an H200, then cut to what the device allows; a tile's depth is in float32 numbers, doubled for bfloat16.
     """
     work = count * n
     if precision == "ieee":
         tile = Tile(32, 32, 32, 4, 2)
-    elif precision == "tf32x3":
-        tile = Tile(16, 32, 128, 4, 4) if work < 1 << 17 else Tile(32, 64, 64, 4, 4) if count <= 512 else Tile(64, 64, 32, 4, 4)
     elif count <= 16 or work <= 1 << 15:
         tile = Tile(16, 16, 256, 4, 3)
     elif work <= 1 << 17:
@@ -258,10 +275,10 @@ def choose_tile(count: int, n: int, k: int, dtype: torch.dtype, precision: str) 
         tile = Tile(128, 64, 32, 4, 4)
     else:
         tile = Tile(128, 128, 32, 8, 3)
-    return _fitted(tile if dtype is torch.float32 else tile._replace(k=2 * tile.k), n, k)
+    return _fitted(tile if dtype is torch.float32 else tile._replace(k=2 * tile.k), n, k, dtype.itemsize, limits)
 
 
-def choose_residual_tile(count: int, channels: int, dtype: torch.dtype, precision: str) -> Tile:
+def choose_residual_tile(count: int, channels: int, hidden: int, dtype: torch.dtype, precision: str, limits: Limits) -> Tile:
     """As `choose_tile`, for the two products of a residual block."""
     bk = 32 if dtype is torch.float32 else 64
     if precision == "ieee":
@@ -272,17 +289,22 @@ def choose_residual_tile(count: int, channels: int, dtype: torch.dtype, precisio
         tile = Tile(32, 64, bk, 4, 3)
     else:
         tile = Tile(64, 64, bk, 4, 3)
-    return _fitted(tile, channels, channels)
+    return _fitted(tile, channels, channels, dtype.itemsize, limits, width=hidden)
 
 
-def _fitted(tile: Tile, n: int, k: int) -> Tile:
-    """The tile, its sides halved until they divide n and k."""
+def _fitted(tile: Tile, n: int, k: int, itemsize: int, limits: Limits, width: int = 0) -> Tile:
+    """The tile, its sides halved until they divide n and k, and with fewer stages and columns where memory is short.
+
+    width: weight rows of the product that is pipelined; 0: the tile's.
+    """
     bn, bk = tile.n, tile.k
     while n % bn:
         bn //= 2
     while k % bk:
         bk //= 2
-    return tile._replace(n=bn, k=bk)
+    while not (stages := limits.stages(tile.stages, (tile.m + (width or bn)) * bk * itemsize, tile.m)) and bk > 16:
+        bk //= 2
+    return tile._replace(n=bn, k=bk, stages=max(stages, 2))
 
 
 class TailMap:
@@ -340,6 +362,7 @@ class TailMap:
     ) -> None:
         count = at.shape[0]
         with device_of(tails):
-            _swap_tails[(triton.cdiv(count, 1024), slots.shape[0])](
-                whole, tails, at, apart, self._columns, slots, frames, count, self.width, BLOCK=1024, SAVE=save, num_warps=4
-            )
+            launch(
+                _swap_tails, (triton.cdiv(count, 1024), slots.shape[0]),
+                whole, tails, at, apart, self._columns, slots, frames, count, self.width, BLOCK=1024, SAVE=save, num_warps=4,
+            )  # fmt: skip

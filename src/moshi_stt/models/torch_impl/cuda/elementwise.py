@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moshi_stt.models.torch_impl.cuda.launch import device_of
+from moshi_stt.models.torch_impl.cuda.launch import device_of, launch
 
 
 @triton.jit
@@ -44,7 +44,7 @@ def advance(slots: Tensor, fresh: Tensor, frames: Tensor) -> Tensor:
     """Take each row's next frame number: int64 (B,), 0 where `fresh` (B,) is not 0. frames (slots,) int64 moves on."""
     rows = torch.empty(slots.shape[0], dtype=torch.int64, device=slots.device)
     with device_of(slots):
-        _advance[(slots.shape[0],)](slots, fresh, frames, rows, num_warps=1)
+        launch(_advance, (slots.shape[0],), slots, fresh, frames, rows, num_warps=1)
     return rows
 
 
@@ -60,7 +60,7 @@ def angles(frames: Tensor, rates: Tensor, positions: int) -> tuple[Tensor, Tenso
     cos = torch.empty(frames.shape[0], positions, half, dtype=torch.float32, device=frames.device)
     sin = torch.empty_like(cos)
     with device_of(frames):
-        _angles[(frames.shape[0],)](frames, rates, cos, sin, T=positions, HALF=half, num_warps=1)
+        launch(_angles, (frames.shape[0],), frames, rates, cos, sin, T=positions, HALF=half, num_warps=1)
     return cos, sin
 
 
@@ -105,7 +105,8 @@ def embed(
     books, dim = codes.shape[1], table.shape[1]
     out = torch.empty(slots.shape[0], dim, dtype=table.dtype, device=table.device)
     with device_of(out):
-        _embed[(slots.shape[0], triton.cdiv(dim, 512))](
+        launch(
+            _embed, (slots.shape[0], triton.cdiv(dim, 512)),
             slots, frames, texts, codes, table, table if condition is None else condition, out,
             START=start_token, PAD=pad_code, K=books, D=dim, BLOCK=512, CONDITION=condition is not None, num_warps=2,
         )  # fmt: skip
@@ -113,13 +114,18 @@ def embed(
 
 
 @triton.jit
-def _add_rms(x, delta, alpha, out, eps, D: tl.constexpr, BLOCK: tl.constexpr, ADD: tl.constexpr):
+def _add_rms(
+    x, delta, alpha, out, eps, apart, D: tl.constexpr, BLOCK: tl.constexpr, ADD: tl.constexpr, PARTS: tl.constexpr
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     d = tl.arange(0, BLOCK)
     inside = d < D
     value = tl.load(x + row * D + d, mask=inside, other=0.0).to(tl.float32)
     if ADD:
-        value += tl.load(delta + row * D + d, mask=inside, other=0.0).to(tl.float32)
+        total = tl.load(delta + row * D + d, mask=inside, other=0.0).to(tl.float32)
+        for part in tl.static_range(1, PARTS):
+            total += tl.load(delta + part * apart + row * D + d, mask=inside, other=0.0)
+        value += total.to(x.dtype.element_ty).to(tl.float32)
         value = value.to(x.dtype.element_ty).to(tl.float32)
         tl.store(x + row * D + d, value.to(x.dtype.element_ty), mask=inside)
     scale = tl.rsqrt(tl.sum(value * value, 0) / D + eps)
@@ -128,34 +134,18 @@ def _add_rms(x, delta, alpha, out, eps, D: tl.constexpr, BLOCK: tl.constexpr, AD
 
 
 def add_rms(x: Tensor, delta: Tensor | None, alpha: Tensor, eps: float) -> Tensor:
-    """x += delta (in place), then the RMS norm of x times alpha (D,), both (B, D)."""
+    """x += delta (in place), then the RMS norm of x times alpha (D,), both (B, D).
+
+    delta: (B, D), or float32 (parts, B, D) whose sum over the parts, rounded to x's dtype, it is.
+    """
     rows, dim = x.shape
     out = torch.empty_like(x)
+    parts = delta.shape[0] if delta is not None and delta.dim() == 3 else 1
     with device_of(x):
-        _add_rms[(rows,)](
-            x, x if delta is None else delta, alpha, out, eps,
-            D=dim, BLOCK=triton.next_power_of_2(dim), ADD=delta is not None, num_warps=4,
+        launch(
+            _add_rms, (rows,), x, x if delta is None else delta, alpha, out, eps, rows * dim,
+            D=dim, BLOCK=triton.next_power_of_2(dim), ADD=delta is not None, PARTS=parts, num_warps=4,
         )  # fmt: skip
-    return out
-
-
-@triton.jit
-def _gate(x, out, F: tl.constexpr, BLOCK: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)
-    f = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = f < F
-    gate = tl.load(x + row * 2 * F + f, mask=inside, other=0.0).to(tl.float32)
-    value = tl.load(x + row * 2 * F + F + f, mask=inside, other=0.0).to(tl.float32)
-    gate = (gate / (1.0 + tl.exp(-gate))).to(out.dtype.element_ty).to(tl.float32)
-    tl.store(out + row * F + f, (gate * value).to(out.dtype.element_ty), mask=inside)
-
-
-def gate(x: Tensor) -> Tensor:
-    """silu of the first half of x (B, 2F) times the second: (B, F)."""
-    rows, width = x.shape
-    out = torch.empty(rows, width // 2, dtype=x.dtype, device=x.device)
-    with device_of(x):
-        _gate[(rows, triton.cdiv(width // 2, 1024))](x, out, F=width // 2, BLOCK=1024, num_warps=4)
     return out
 
 
@@ -195,7 +185,8 @@ def scaled_add_norm(
     out = torch.empty_like(x)
     add = delta is not None
     with device_of(x):
-        _scaled_add_norm[(x.shape[0],)](
+        launch(
+            _scaled_add_norm, (x.shape[0],),
             x, delta if add else x, layer_scale if add else x, weight, bias, out, x, x, eps,
             D=x.shape[1], ADD=add, NORM=True, TAIL=0, T=1, REPLICATE=False, num_warps=4,
         )  # fmt: skip
@@ -211,7 +202,8 @@ def scaled_add_into(
     """
     t = out.shape[1] - kept
     with device_of(x):
-        _scaled_add_norm[(x.shape[0],)](
+        launch(
+            _scaled_add_norm, (x.shape[0],),
             x, delta, layer_scale, x, x, x, out, frames, 0.0,
             D=x.shape[1], ADD=True, NORM=False, TAIL=kept, T=t, REPLICATE=replicate, num_warps=4,
         )  # fmt: skip
@@ -254,6 +246,17 @@ def choose(logits: Tensor, slots: Tensor, texts: Tensor, out: Tensor, vocabulary
     log-probability, and each head's first probability.
     """
     with device_of(logits):
-        _choose[(logits.shape[0],)](
-            logits, slots, texts, out, V=vocabulary, HEADS=heads, DIM=head_dim, WIDTH=logits.shape[1], BLOCK=2048, num_warps=4
+        launch(
+            _choose,
+            (logits.shape[0],),
+            logits,
+            slots,
+            texts,
+            out,
+            V=vocabulary,
+            HEADS=heads,
+            DIM=head_dim,
+            WIDTH=logits.shape[1],
+            BLOCK=2048,
+            num_warps=4,
         )

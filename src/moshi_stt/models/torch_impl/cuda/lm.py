@@ -1,19 +1,14 @@
 """The language model's step in fused kernels. Knows nothing of sound, of graphs, or of who owns a slot."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from moshi_stt.models.spec import Condition, LMSpec
 from moshi_stt.models.torch_impl.cuda.attention import ring_attention
-from moshi_stt.models.torch_impl.cuda.elementwise import add_rms, angle_rates, angles, choose, embed, gate
-from moshi_stt.models.torch_impl.cuda.gated import fits, gated_product
-from moshi_stt.models.torch_impl.cuda.thin import thin
+from moshi_stt.models.torch_impl.cuda.elementwise import add_rms, angle_rates, angles, choose, embed
+from moshi_stt.models.torch_impl.cuda.product import gated_product, product, sliced_product
 from moshi_stt.models.torch_impl.lm import LMState, condition_vector
 from moshi_stt.models.torch_impl.sampling import choose as sample
-
-THIN_ROWS = 2
-"""Up to here one kernel with all around it beats the library's product; beyond, the library's is better (H200)."""
 
 
 class FusedLayer:
@@ -63,8 +58,7 @@ class FusedLM:
         The token goes into its slot's `texts` (slots,) too.
         """
         spec = self.spec
-        attend = self._attend_thin if x.shape[0] <= THIN_ROWS else self._attend
-        logits = attend(state, x, frames, slots)
+        logits = self._attend(state, x, frames, slots)
         out = torch.empty(x.shape[0], 2 + spec.extra_heads, dtype=torch.float32, device=x.device)
         choose(logits, slots, texts, out, spec.text_card, spec.extra_heads, spec.extra_head_dim)
         if self.temperature > 0:
@@ -74,26 +68,14 @@ class FusedLM:
         return out
 
     def _attend(self, state: LMState, x: Tensor, frames: Tensor, slots: Tensor) -> Tensor:
-        """All layers and the logits (B, text_card + heads * head_dim), through the library's products."""
+        """All layers and the logits (B, text_card + heads * head_dim)."""
         spec, eps = self.spec, self.spec.norm_eps
         cos, sin = angles(frames, self.rates, 1)
         delta: Tensor | None = None
         for layer, ring in zip(self.layers, state.rings, strict=True):
-            qkv = F.linear(add_rms(x, delta, layer.norm1, eps), layer.in_proj).view(-1, 1, 3, spec.heads, spec.head_dim)
-            delta = F.linear(ring_attention(qkv, cos, sin, ring, slots, frames).view(-1, spec.dim), layer.out_proj)
-            normed = add_rms(x, delta, layer.norm2, eps)
-            inner = gated_product(normed, layer.linear_in) if fits(normed) else gate(F.linear(normed, layer.linear_in))
-            delta = F.linear(inner, layer.linear_out)
-        return F.linear(add_rms(x, delta, self.out_norm, eps), self.head)
-
-    def _attend_thin(self, state: LMState, x: Tensor, frames: Tensor, slots: Tensor) -> Tensor:
-        """As `_attend`, for few rows."""
-        spec, eps, rows = self.spec, self.spec.norm_eps, x.shape[0]
-        cos, sin = angles(frames, self.rates, 1)
-        for layer, ring in zip(self.layers, state.rings, strict=True):
-            qkv = thin(x, layer.in_proj, x.new_empty(rows, 3 * spec.dim), norm=layer.norm1, eps=eps)
-            qkv = qkv.view(rows, 1, 3, spec.heads, spec.head_dim)
-            thin(ring_attention(qkv, cos, sin, ring, slots, frames).view(rows, -1), layer.out_proj, x, shortcut=x)
-            hidden = x.new_empty(rows, layer.linear_out.shape[1])
-            thin(thin(x, layer.linear_in, hidden, norm=layer.norm2, eps=eps, gate=True), layer.linear_out, x, shortcut=x)
-        return thin(x, self.head, x.new_empty(rows, self.head.shape[0]), norm=self.out_norm, eps=eps)
+            qkv = product(add_rms(x, delta, layer.norm1, eps), layer.in_proj).view(-1, 1, 3, spec.heads, spec.head_dim)
+            attended = ring_attention(qkv, cos, sin, ring, slots, frames).view(-1, spec.dim)
+            delta = sliced_product(attended, layer.out_proj)
+            inner = gated_product(add_rms(x, delta, layer.norm2, eps), layer.linear_in)
+            delta = sliced_product(inner, layer.linear_out)
+        return product(add_rms(x, delta, self.out_norm, eps), self.head)

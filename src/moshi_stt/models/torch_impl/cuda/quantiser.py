@@ -13,7 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moshi_stt.models.torch_impl.cuda.launch import device_of
+from moshi_stt.models.torch_impl.cuda.launch import attempt, device_of, launch
+from moshi_stt.models.torch_impl.cuda.limits import Limits, limits_of
 
 _NOTHING_YET = torch.iinfo(torch.int64).max
 
@@ -67,25 +68,46 @@ def quantise(projected: Tensor, books: Tensor, half_norms: Tensor, codes: Tensor
     books      (K, size, D) float32: the semantic codebook, then the acoustic levels; half_norms (K, size): |e|^2 / 2
     precision  `ieee` or `tf32x3`: both are float32 in effect; `tf32` is coarser
     """
+
+    def kernel() -> None:
+        _launch(projected, books, half_norms, codes, slots, precision)
+
+    def plain() -> None:
+        residual = projected[:, books.shape[2] :]
+        chosen = [(half_norms[0] - projected[:, : books.shape[2]] @ books[0].T).argmin(1)]
+        for book, norms in zip(books[1:], half_norms[1:], strict=True):
+            chosen.append((norms - residual @ book.T).argmin(1))
+            residual = residual - book[chosen[-1]]
+        codes[slots] = torch.stack(chosen, 1).to(codes.dtype)
+
+    attempt("quantiser", kernel, plain)
+
+
+def choose_tile(rows: int, dim: int, precision: str, limits: Limits) -> tuple[int, int, int, int, int]:
+    """Rows, vectors and numbers of them at once, warps, stages. `tf32x3` sums by as many numbers as are there at once,
+    which therefore do not depend on the rows."""
+    if precision == "ieee":
+        return 16, 32, min(64, dim), 4, 3
+    br, bn, bk, stages = (16, 32, min(64, dim), 4) if rows <= 64 else (64, 64, min(64, dim), 3)
+    return br, bn, bk, 4, max(2, limits.stages(stages, 4 * (br + bn) * bk, br))
+
+
+def _launch(projected: Tensor, books: Tensor, half_norms: Tensor, codes: Tensor, slots: Tensor, precision: str) -> None:
     rows = projected.shape[0]
     levels, size, dim = books.shape
     best = torch.full((levels, rows), _NOTHING_YET, dtype=torch.int64, device=projected.device)
     buffers = torch.empty(2, rows, dim, dtype=torch.float32, device=projected.device)
-    if precision == "ieee":
-        br, bn, bk, warps, stages = 16, 32, 64, 4, 3
-    elif rows <= 64:
-        br, bn, bk, warps, stages = 16, 32, dim, 4, 1
-    else:
-        br, bn, bk, warps, stages = (64, 64, 32, 4, 3) if rows <= 512 else (64, 128, 32, 4, 3)
+    br, bn, bk, warps, stages = choose_tile(rows, dim, precision, limits_of(projected.device))
     grid = (triton.cdiv(rows, br), size // bn)
     with device_of(projected):
         for level in range(levels):
-            subtract = level >= 2
             source = projected if level == 0 else projected[:, dim:] if level < 3 else buffers[level % 2]
-            _level[grid](
+            launch(
+                _level, grid,
                 source, source.stride(0), buffers[(level + 1) % 2], best[max(level - 1, 0)],
                 books, half_norms, best[level], rows, level,
-                SIZE=size, D=dim, BR=br, BN=bn, BK=bk, SUBTRACT=subtract, PRECISION=precision,
+                SIZE=size, D=dim, BR=br, BN=bn, BK=bk, SUBTRACT=level >= 2, PRECISION=precision,
                 num_warps=warps, num_stages=stages,
             )  # fmt: skip
-        _keep_codes[(rows,)](best, codes, slots, rows, K=levels, BLOCK=triton.next_power_of_2(levels), num_warps=1)
+        block = triton.next_power_of_2(levels)
+        launch(_keep_codes, (rows,), best, codes, slots, rows, K=levels, BLOCK=block, num_warps=1)

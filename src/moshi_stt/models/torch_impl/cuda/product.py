@@ -1,0 +1,223 @@
+"""Products with a matrix of weights, in Triton: x Wᵀ, gated or not. No model is known here.
+
+A row's result is the same to the last bit whatever the number of rows: every output is one chain of sums over the columns, in
+their order, whatever the tile. Long chains are cut into slices (`slices`, which depends on the weight's shape alone) whose
+sums are added in their order: where there are few rows each slice has programs of its own and the reader of the parts adds
+them up, where there are many one program does them all.
+"""
+
+# Triton's language has no types.
+# mypy: disable-error-code="no-untyped-def,untyped-decorator,attr-defined,operator"
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from moshi_stt.models.torch_impl.cuda.launch import attempt, device_of, launch
+from moshi_stt.models.torch_impl.cuda.limits import Limits, limits_of
+
+
+@triton.jit
+def _chain(
+    x, w, there, inside, low, high, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    STAGES: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """float32 (BM, BN): the products of columns low .. high - 1. x (BM, BK) and w (BK, BN): pointers to the first columns."""
+    total = tl.zeros([BM, BN], tl.float32)
+    for start in tl.range(low, high, BK, num_stages=STAGES):
+        a = tl.load(x + start, mask=there, other=0.0)
+        b = tl.load(w + start, mask=inside, other=0.0)
+        total = tl.dot(a, b, total, input_precision=PRECISION)
+    return total
+
+
+@triton.jit(do_not_specialize=["count"])
+def _product(
+    x, weight, out, count, N, K, share,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
+    SLICES: tl.constexpr, PARTS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """out[m, n] = x[m] . weight[n] for `count` rows m, in slices of `share` columns.
+
+    With PARTS out is float32 (slices, count, N), and the third axis of the grid says which slice.
+    """
+    n = tl.program_id(0) * BN + tl.arange(0, BN)
+    m = tl.program_id(1) * BM + tl.arange(0, BM)
+    k = tl.arange(0, BK)
+    there = (m < count)[:, None]
+    inside = (n < N)[None, :]
+    a = x + m[:, None].to(tl.int64) * K + k[None, :]
+    b = weight + n[None, :].to(tl.int64) * K + k[:, None]
+    at = m[:, None].to(tl.int64) * N + n[None, :]
+    if PARTS:
+        part = tl.program_id(2)
+        low = part * share
+        total = _chain(a, b, there, inside, low, low + share, BM, BN, BK, STAGES, PRECISION)
+        at += part.to(tl.int64) * count * N
+    else:
+        total = _chain(a, b, there, inside, 0, share, BM, BN, BK, STAGES, PRECISION)
+        for part in tl.static_range(1, SLICES):
+            total += _chain(a, b, there, inside, part * share, part * share + share, BM, BN, BK, STAGES, PRECISION)
+    tl.store(out + at, total.to(out.dtype.element_ty), mask=there & inside)
+
+
+@triton.jit(do_not_specialize=["count"])
+def _gated(
+    x, weight, out, count, N, K,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """out[m, n] = silu(x[m] . weight[n]) * (x[m] . weight[N + n]) for `count` rows m."""
+    n = tl.program_id(0) * BN + tl.arange(0, BN)
+    m = tl.program_id(1) * BM + tl.arange(0, BM)
+    k = tl.arange(0, BK)
+    there = (m < count)[:, None]
+    inside = (n < N)[None, :]
+    a = x + m[:, None].to(tl.int64) * K + k[None, :]
+    b = weight + n[None, :].to(tl.int64) * K + k[:, None]
+    second = N.to(tl.int64) * K
+    gate = tl.zeros([BM, BN], tl.float32)
+    value = tl.zeros([BM, BN], tl.float32)
+    for start in tl.range(0, K, BK, num_stages=STAGES):
+        row = tl.load(a + start, mask=there, other=0.0)
+        gate = tl.dot(row, tl.load(b + start, mask=inside, other=0.0), gate, input_precision=PRECISION)
+        value = tl.dot(row, tl.load(b + second + start, mask=inside, other=0.0), value, input_precision=PRECISION)
+    y = gate / (1.0 + tl.exp(-gate)) * value
+    tl.store(out + m[:, None].to(tl.int64) * N + n[None, :], y.to(out.dtype.element_ty), mask=there & inside)
+
+
+class Tile(NamedTuple):
+    """Rows, weight rows and columns a program has at once; its warps; blocks in flight."""
+
+    m: int
+    n: int
+    k: int
+    warps: int
+    stages: int
+
+
+def slices(n: int, k: int) -> int:
+    """Into how many slices the columns of a weight (n, k) are cut: more where it is long and has few rows to share out."""
+    if n > 4_096 or k < 2_048:
+        return 1
+    count = 4 if k >= 4_096 else 2
+    while k % (16 * count):
+        count //= 2
+    return count
+
+
+def choose_tile(count: int, n: int, k: int, itemsize: int, limits: Limits, *, gated: bool = False) -> Tile:
+    """Small tiles where there is little work, so that every multiprocessor has some; large ones where there is much.
+
+    k: columns that must be a multiple of the tile's. Chosen on an H200, then cut to what the device allows.
+    """
+    if itemsize == 4:
+        tile = Tile(16 if count <= 16 else 32, 32, 32, 4, 2)
+    elif count <= 16:
+        tile = Tile(16, 32 if n > 4_096 else 16, 256, 4, 4)
+    elif count <= 32:
+        tile = Tile(32, 32, 128, 4, 5)
+    elif count <= 64:
+        tile = Tile(64, 64 if n > 4_096 else 32, 128, 4, 4)
+    elif count <= 128:
+        tile = Tile(64, 64, 64, 4, 5)
+    elif count <= 512 or n <= 4_096:
+        tile = Tile(128, 64, 64, 4, 4)
+    else:
+        tile = Tile(128, 64 if gated else 128, 64, 8 if not gated else 4, 4)
+    return fitted(tile, k, itemsize, limits, weights=2 if gated else 1)
+
+
+def fitted(tile: Tile, k: int, itemsize: int, limits: Limits, weights: int = 1) -> Tile:
+    """The tile with fewer stages, then fewer columns and rows, until it divides k and fits into shared memory."""
+    while k % tile.k:
+        tile = tile._replace(k=tile.k // 2)
+    while True:
+        stages = limits.stages(tile.stages, (tile.m + weights * tile.n) * tile.k * itemsize, tile.m)
+        if stages >= min(3, tile.stages) or tile.k <= 32:
+            return tile._replace(stages=max(stages, 2))
+        tile = tile._replace(k=tile.k // 2)
+
+
+def product(x: Tensor, weight: Tensor, *, tile: Tile | None = None) -> Tensor:
+    """x (B, K) times weight (N, K): (B, N) of x's dtype, summed in float32."""
+    rows, k = x.shape
+    n = weight.shape[0]
+    out = x.new_empty(rows, n)
+    attempt(
+        "product",
+        lambda: _launch_product(
+            x, weight, out, 1, tile or choose_tile(rows, n, k, x.element_size(), limits_of(x.device)), False
+        ),
+        lambda: torch.matmul(x, weight.T, out=out),
+    )
+    return out
+
+
+def sliced_product(x: Tensor, weight: Tensor, *, tile: Tile | None = None, parts: bool | None = None) -> Tensor:
+    """As `product`, cut into `slices`: (B, N) of x's dtype, or float32 (slices, B, N), whose sum over the first axis it is.
+
+    parts: whether to leave the slices apart; None does so where there would be too few programs otherwise.
+    """
+    rows, k = x.shape
+    n = weight.shape[0]
+    count = slices(n, k)
+    tile = tile or choose_tile(rows, n, k // count, x.element_size(), limits_of(x.device))
+    if parts is None:
+        parts = triton.cdiv(n, tile.n) * triton.cdiv(rows, tile.m) < _FEW_PROGRAMS
+    apart = parts and count > 1
+    out = x.new_empty(count, rows, n, dtype=torch.float32) if apart else x.new_empty(rows, n)
+
+    def plain() -> None:
+        out.zero_()
+        torch.matmul(x, weight.T, out=out) if not apart else out[0].copy_(torch.matmul(x, weight.T))
+
+    attempt("product", lambda: _launch_product(x, weight, out, count, tile, apart), plain)
+    return out
+
+
+_FEW_PROGRAMS = 128
+"""Fewer leave multiprocessors of a large GPU idle."""
+
+
+def _launch_product(x: Tensor, weight: Tensor, out: Tensor, count: int, tile: Tile, apart: bool) -> None:
+    rows, k = x.shape
+    n = weight.shape[0]
+    with device_of(x):
+        launch(
+            _product,
+            (triton.cdiv(n, tile.n), triton.cdiv(rows, tile.m), count if apart else 1),
+            x, weight, out, rows, n, k, k // count,
+            BM=tile.m, BN=tile.n, BK=tile.k, STAGES=tile.stages, SLICES=count, PARTS=apart, PRECISION=_precision(x),
+            num_warps=tile.warps,
+        )  # fmt: skip
+
+
+def gated_product(x: Tensor, weight: Tensor, *, tile: Tile | None = None) -> Tensor:
+    """x (B, K) -> (B, N) of x's dtype, silu of the gate times the value; weight (2N, K): the gate's half, then the value's."""
+    rows, k = x.shape
+    n = weight.shape[0] // 2
+    out = x.new_empty(rows, n)
+
+    def kernel() -> None:
+        cut = tile or choose_tile(rows, n, k, x.element_size(), limits_of(x.device), gated=True)
+        with device_of(x):
+            launch(
+                _gated, (triton.cdiv(n, cut.n), triton.cdiv(rows, cut.m)), x, weight, out, rows, n, k,
+                BM=cut.m, BN=cut.n, BK=cut.k, STAGES=cut.stages, PRECISION=_precision(x), num_warps=cut.warps,
+            )  # fmt: skip
+
+    def plain() -> None:
+        gate, value = F.linear(x, weight).chunk(2, dim=-1)
+        torch.mul(F.silu(gate), value, out=out)
+
+    attempt("gated product", kernel, plain)
+    return out
+
+
+def _precision(x: Tensor) -> str:
+    """float32 is multiplied as float32; of other dtypes this says nothing."""
+    return "ieee" if x.dtype is torch.float32 else "tf32"
