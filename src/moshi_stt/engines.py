@@ -210,6 +210,8 @@ def load_kyutai(
         backend = load_backend(module, lm_file, mimi_file, spec, slots_for(streams))
     if module.batch_size == "auto":
         streams = fit_streams(backend, slots_for)
+    while streams > 1 and slots_for(streams) > backend.slots:  # memory had room for fewer, and the report says so
+        streams -= 1
     report = backend.report
     assert report is not None
     details = {
@@ -268,8 +270,9 @@ def free_bytes(backend: "KyutaiBackend") -> int:
     if backend.device.type == "cuda":
         import torch
 
-        free: int = torch.cuda.mem_get_info(str(backend.device))[0]
-        return free
+        from moshi_stt.models.torch_impl.device import free_bytes as free_on
+
+        return free_on(torch.device(str(backend.device)))
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
 
 

@@ -25,6 +25,8 @@ from moshi_stt.models.torch_impl.device import (
     choose_kv_dtype,
     choose_threads,
     device_name,
+    free_bytes,
+    hold_to_pretended_memory,
     without_kernels,
 )
 from moshi_stt.models.torch_impl.linear import QuantizedWeights
@@ -58,17 +60,22 @@ def load_backend(
     """
     start = time.perf_counter()
     target, notes = choose_device(device or module.engine.device)
+    if pretends := hold_to_pretended_memory(target):
+        notes += (pretends,)
     dtype = choose_dtype(module.dtype_override, target)
     lm_plan, hidden = plan_lm(lm_file, spec.lm)
     mimi_plan = plan_mimi(mimi_file, spec.mimi)
     why_plain = without_kernels(spec.lm, dtype, target)
-    kv_dtype = choose_kv_dtype(module.engine.kv_dtype, dtype, why_plain)
+    kv_dtype = choose_kv_dtype(module.engine.kv_dtype, dtype, why_plain, target)
     scheme = choose_scheme(lm_plan, module, target)
     beside = choose_threads(module.engine.threads) if target.type == "cpu" else None
     with torch.inference_mode():
         params, quantized = load_lm(lm_plan, spec, hidden, dtype, target, scheme, beside)
         mimi_params = load_mimi_params(mimi_plan, target)
         weight_bytes = _bytes(params) + _bytes(mimi_params) + _quantized_bytes(quantized)
+    if target.type == "cuda":
+        slots, said = fit_slots(spec, slots, kv_dtype, target, fused=not why_plain)
+        notes += said
     state = make_state(spec, slots, kv_dtype, target)
     notes += quantized_notes(quantized, lm_plan, scheme)
     if target.type == "cuda":
@@ -90,6 +97,44 @@ def load_backend(
         backend = fused_backend(spec, params, mimi_params, state, options)
     backend.report = replace(report, load_seconds=time.perf_counter() - start)  # repacking and compiling included
     return backend
+
+
+RESERVED_BYTES = 700 << 20
+"""Of a GPU's memory, for what is no state: the context, kernels, graphs and libraries."""
+
+
+def fit_slots(
+    spec: ModelSpec, slots: int, kv_dtype: torch.dtype, device: torch.device, *, fused: bool, free: int | None = None
+) -> tuple[int, tuple[str, ...]]:
+    """As many of `slots` as the device has memory for beside the weights, and what to say where that is fewer.
+
+    free: bytes that can be had; None asks the device. Raises ConfigError where there is no room for two slots: a stream's, and
+    one to answer its markers with.
+    """
+    free = free_bytes(device) if free is None else free
+    with torch.inference_mode():
+        slot = make_state(spec, 1, kv_dtype, torch.device("meta")).slot_bytes()
+    each = slot + step_bytes(spec, slot, fused=fused)
+    most = (free - RESERVED_BYTES) // each - 1  # one is scratch
+    if most >= slots:
+        return slots, ()
+    if most < 2:
+        raise ConfigError(
+            f"{device_name(device)} has {free / 1e9:.1f} GB free beside the weights, and a stream needs {each / 1e9:.2f} GB of "
+            f"{spec.lm.context} positions: free memory on it, or use a smaller model"
+        )
+    return most, (f"room for {most} of {slots} slots in the {free / 1e9:.1f} GB that are free beside the weights: all of them",)
+
+
+def step_bytes(spec: ModelSpec, slot_bytes: int, *, fused: bool) -> int:
+    """About how much memory a row of the largest step takes while it runs."""
+    steps, floats = spec.mimi.frame_samples, 0
+    for conv in spec.mimi.convs:
+        floats += 2 * (conv.context + steps) * conv.channels_in
+        steps //= conv.stride
+    language = 16 * spec.lm.dim + 2 * spec.lm.text_card
+    gathered = 0 if fused else 4 * slot_bytes // spec.lm.layers  # PyTorch's own operations copy a layer's ring
+    return 4 * (floats + language) + gathered
 
 
 def choose_scheme(plan: Plan, module: KyutaiModule, device: torch.device) -> Scheme | None:

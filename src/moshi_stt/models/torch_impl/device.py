@@ -11,6 +11,8 @@ from moshi_stt.cores import usable_cores
 from moshi_stt.errors import ConfigError
 from moshi_stt.models.spec import LMSpec
 from moshi_stt.models.torch_impl.beside import Beside
+from moshi_stt.models.torch_impl.cuda.limits import limits_of, pretended_limits
+from moshi_stt.models.torch_impl.cuda.toolchain import NO_COMPILER, c_compiler
 
 DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32, "f64": torch.float64}
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -57,14 +59,25 @@ def choose_dtype(override: str | None, device: torch.device) -> torch.dtype:
     return DTYPES[override] if override else torch.float32 if device.type == "cpu" else torch.bfloat16
 
 
-def choose_kv_dtype(setting: str, dtype: torch.dtype, without_kernels: str) -> torch.dtype:
+FP8_CAPABILITY = (8, 9)
+"""From which compute capability on there are conversions to and from 8-bit floats: Ada, Hopper and later."""
+
+
+def choose_kv_dtype(setting: str, dtype: torch.dtype, without_kernels: str, device: torch.device) -> torch.dtype:
     """The dtype of the language model's keys and values: the model's own unless set.
 
-    without_kernels: why Triton's kernels cannot run here; empty where they can.
+    without_kernels: why Triton's kernels cannot run on the device; empty where they can.
+    Raises ConfigError where 8 bits were asked for and cannot be had.
     """
     if setting == "fp8":
         if without_kernels:
             raise ConfigError(f'kv_dtype = "fp8" needs a CUDA device with Triton, and {without_kernels}; use "auto"')
+        capability = limits_of(device).capability
+        if capability < FP8_CAPABILITY:
+            raise ConfigError(
+                f'kv_dtype = "fp8": {device_name(device)} has compute capability {_dotted(capability)}, which has no 8-bit '
+                f'floats; they begin with {_dotted(FP8_CAPABILITY)} (Ada, Hopper): use "auto"'
+            )
         return torch.float8_e4m3fn
     return dtype if setting == "auto" else DTYPES[setting]
 
@@ -75,13 +88,56 @@ def without_kernels(spec: LMSpec, dtype: torch.dtype, device: torch.device) -> s
         return f"this is {device.type}"
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed (pip install triton)"
-    if torch.cuda.get_device_capability(device) < (8, 0):
+    if limits_of(device).capability < (8, 0):
         return f"{torch.cuda.get_device_name(device)} is older than they need (compute capability 8.0)"
     if dtype not in (torch.bfloat16, torch.float32):
         return f"they know no {DTYPE_NAMES[dtype]}"
     if spec.head_dim not in (32, 64, 128, 256) or spec.extra_head_dim > 16:
         return f"they know no attention heads of {spec.head_dim} or extra heads of {spec.extra_head_dim}"
+    if c_compiler() is None:
+        return NO_COMPILER
+    return try_kernel(device)
+
+
+def try_kernel(device: torch.device) -> str:
+    """Build and launch one small kernel. Why that cannot be done, in one line; empty where it can."""
+    try:
+        from moshi_stt.models.torch_impl.cuda.elementwise import advance
+
+        slots, fresh = torch.zeros(1, dtype=torch.int64, device=device), torch.ones(1, dtype=torch.uint8, device=device)
+        advance(slots, fresh, torch.zeros(1, dtype=torch.int64, device=device))
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+    except Exception as error:  # whatever Triton, the C compiler, the assembler or the driver raise
+        said = next(iter(str(error).splitlines()), "") or type(error).__name__
+        return f"a first kernel could not be built or launched ({said})"
     return ""
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory of a CUDA device that this process can still take, cached memory of PyTorch's included."""
+    reserved = torch.cuda.memory_reserved(device)
+    free = torch.cuda.mem_get_info(device)[0]
+    pretended = pretended_limits()
+    if pretended is not None and pretended.memory_bytes is not None:
+        free = min(free, pretended.memory_bytes - reserved)
+    return max(0, free + reserved - torch.cuda.memory_allocated(device))
+
+
+def hold_to_pretended_memory(device: torch.device) -> str:
+    """Give this process no more memory than the pretended card has. What was pretended, for the log; empty where nothing is."""
+    pretended = pretended_limits()
+    if pretended is None:
+        return ""
+    if pretended.memory_bytes is not None and device.type == "cuda":
+        total = torch.cuda.get_device_properties(device).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, pretended.memory_bytes / total), device)
+    memory = "its own memory" if pretended.memory_bytes is None else f"{pretended.memory_bytes / 1e9:.0f} GB"
+    return f"pretends compute capability {_dotted(pretended.capability)} and {memory} (MOSHI_STT_PRETEND_GPU)"
+
+
+def _dotted(capability: tuple[int, int]) -> str:
+    return f"{capability[0]}.{capability[1]}"
 
 
 def device_name(device: torch.device) -> str:

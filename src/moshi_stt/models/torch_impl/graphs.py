@@ -1,4 +1,4 @@
-"""Steps of fixed sizes, captured once and replayed: `GraphRunner`. Knows no model: it captures a function of three tensors.
+"""Steps of fixed sizes, captured once and replayed: `GraphRunner`. It knows no model and captures a function of three tensors.
 
 A step of n rows runs in the smallest bucket that holds them; spare rows point at the scratch slot and are always fresh.
 Inputs lie in one pinned buffer, which the caller may fill in place. Slots go over first, the sound beside what needs none;
@@ -21,6 +21,9 @@ StepRows = Callable[[Callable[[], Tensor], Tensor, Tensor], Tensor]
 
 load: copies the sound to the device, on the stream that is current, and returns it: float32 (B, 1920). To be called once.
 """
+
+SMALL_ROWS = 8
+"""Steps of up to so many rows, and that of all rows, are captured before the first stream; others while streams are served."""
 
 BRIEF_ROWS = 256
 """A step of so many rows is waited for without sleeping: to be woken takes longer than a tenth of it."""
@@ -108,11 +111,46 @@ class GraphRunner:
         pcm, slots, fresh = self._cut(self._host_in, largest)
         self.inputs = StepInputs(pcm.numpy(), slots.numpy(), fresh.numpy())
         self._captured: dict[int, _Bucket] = {}
+        self._usable = buckets
 
     def prepare(self) -> None:
         """Capture every bucket, the largest first, so that the smaller ones fit into its memory."""
         for rows in reversed(self.buckets):
             self._bucket(rows)
+        self._usable = self.buckets
+
+    @property
+    def first_buckets(self) -> tuple[int, ...]:
+        """What `begin` captures, in this order: the largest, which needs most memory, then the small ones."""
+        largest = self.buckets[-1]
+        return (largest, *(rows for rows in self.buckets if rows <= SMALL_ROWS and rows != largest))
+
+    @property
+    def later_buckets(self) -> tuple[int, ...]:
+        """What `begin` leaves to `go_on`, in this order."""
+        return tuple(rows for rows in self.buckets if rows not in self.first_buckets)
+
+    def begin(self) -> None:
+        """Capture the first buckets. Until `go_on` captures others, a step runs in the smallest captured one that holds it."""
+        for rows in self.first_buckets:
+            self._bucket(rows)
+        self._usable = tuple(sorted(self._captured))
+
+    def go_on(self, is_ready: Callable[[int], bool] = lambda rows: True) -> bool:
+        """Capture the next bucket that is ready. Whether any are left to capture."""
+        left = [rows for rows in self.buckets if rows not in self._captured]
+        for rows in left:
+            if is_ready(rows):
+                self._bucket(rows)
+                self._usable = tuple(sorted(self._captured))
+                return len(left) > 1
+        return bool(left)
+
+    def read(self, rows: int) -> None:
+        """Run a step of so many rows outside a graph, on inputs of zeros: for who reads what it launches."""
+        self._device_in.zero_()
+        pcm, slots, fresh = self._cut(self._device_in, rows)
+        self._step_rows(lambda: pcm, slots, fresh)
 
     def step(self, pcm: NDArray[np.float32], slots: NDArray[np.int64], fresh: NDArray[np.bool_]) -> NDArray[np.float32]:
         """Step rows, any number of them: float32 (B, width). More than the largest bucket holds go in several steps."""
@@ -124,7 +162,7 @@ class GraphRunner:
 
     def _step(self, given: StepInputs) -> NDArray[np.float32]:
         rows = len(given.slots)
-        size = next(size for size in self.buckets if size >= rows)
+        size = next(size for size in self._usable if size >= rows)
         output, replay = self._bucket(size)
         self.inputs.put(given)
         self.inputs.slots[rows:size] = self._scratch

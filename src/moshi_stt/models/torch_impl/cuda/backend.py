@@ -3,7 +3,10 @@
 Within the graph, Mimi and the language model run side by side: step n of the language model reads the codes of frame n - 1.
 """
 
+import logging
+import time
 from collections.abc import Callable
+from concurrent.futures import Future
 
 import numpy as np
 import torch
@@ -14,10 +17,14 @@ from moshi_stt.engine.engine import StepInputs, StepOutput, StepRecorder
 from moshi_stt.models.report import LoadReport
 from moshi_stt.models.spec import ModelSpec
 from moshi_stt.models.torch_impl.backend import BackendState, SlotBackend
+from moshi_stt.models.torch_impl.cuda.compile import Compiler, finish
 from moshi_stt.models.torch_impl.cuda.elementwise import advance
+from moshi_stt.models.torch_impl.cuda.launch import INTERPRETED
 from moshi_stt.models.torch_impl.cuda.lm import FusedLM
 from moshi_stt.models.torch_impl.cuda.mimi import FusedMimi
 from moshi_stt.models.torch_impl.graphs import Capturer, CudaGraphs, GraphRunner, bucket_sizes
+
+log = logging.getLogger(__name__)
 
 FIXED_ROWS = 64
 """Rows of every step where shapes must not depend on the neighbours."""
@@ -50,6 +57,8 @@ class CudaBackend(SlotBackend):
         self._buckets = buckets
         self._graphs = graphs
         self.runner = self._make_runner()
+        self._compiler: Compiler | None = None
+        self._compiling: dict[int, list[Future[None]]] = {}
 
     def _make_runner(self) -> GraphRunner:
         sizes = (min(FIXED_ROWS, self.slots),) if self._fixed_shapes else bucket_sizes(self.slots)
@@ -91,11 +100,61 @@ class CudaBackend(SlotBackend):
 
     def warm_up(self) -> None:
         """Compile the kernels and capture every bucket."""
+        self._compile(self.runner.buckets[::-1])
+        self._wait_compiled(self.runner.buckets)
         with torch.inference_mode():
             self.runner.prepare()
+        self._stop_compiling()
+
+    def begin_warm_up(self) -> None:
+        """Capture the largest bucket and the small ones. The kernels of the others go on being compiled in the background."""
+        runner = self.runner
+        self._compile((*runner.first_buckets, *runner.later_buckets))
+        self._wait_compiled(runner.first_buckets)
+        begun = time.monotonic()
+        with torch.inference_mode():
+            runner.begin()
+        log.info("start: graphs of %s rows took %.1f s", _listed(sorted(runner.first_buckets)), time.monotonic() - begun)
+
+    def go_on_warming_up(self) -> bool:
+        """Capture one more bucket, if its kernels are compiled. Whether any are left; takes about as long as a step of it."""
+        begun = time.monotonic()
+        with torch.inference_mode():
+            left = self.runner.go_on(self._is_compiled)
+        if not left:
+            self._stop_compiling()
+            log.info("start: the graphs of all sizes are captured, the last in %.2f s", time.monotonic() - begun)
+        return left
+
+    def _compile(self, buckets: tuple[int, ...]) -> None:
+        """Have the kernels of these buckets compiled, in this order, without waiting for it."""
+        if INTERPRETED:
+            return
+        self._compiler = self._compiler or Compiler(self.device)
+        with torch.inference_mode():
+            for rows in buckets:
+                self._compiling[rows] = self._compiler.read(lambda rows=rows: self.runner.read(rows))  # type: ignore[misc]
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()  # what the reading took, the graphs take from a pool of their own
+
+    def _is_compiled(self, rows: int) -> bool:
+        return all(future.done() for future in self._compiling.get(rows, ()))
+
+    def _wait_compiled(self, buckets: tuple[int, ...]) -> None:
+        begun = time.monotonic()
+        futures = {future for rows in buckets for future in self._compiling.get(rows, ())}
+        finish(futures)
+        log.info("start: %d kernels, compiled or from Triton's cache, took %.1f s", len(futures), time.monotonic() - begun)
+
+    def _stop_compiling(self) -> None:
+        self._compiling.clear()
+        if self._compiler is not None:
+            self._compiler.close()
+            self._compiler = None
 
     def close(self) -> None:
         """Free the graphs, the weights and the state. No step may follow."""
+        self._stop_compiling()
         del self.runner, self.lm, self.mimi, self.state
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -143,3 +202,9 @@ class CudaBackend(SlotBackend):
     def _with_codes(self, output: Tensor, slots: Tensor) -> Tensor:
         """The columns of `width`."""
         return output if self.recorder is None else torch.cat([output, self.state.codes[slots].float()], dim=1)
+
+
+def _listed(numbers: list[int]) -> str:
+    """`1, 2 and 4`."""
+    head, last = ", ".join(map(str, numbers[:-1])), str(numbers[-1])
+    return f"{head} and {last}" if head else last

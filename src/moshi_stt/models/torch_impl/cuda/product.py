@@ -152,9 +152,14 @@ def product(x: Tensor, weight: Tensor, *, tile: Tile | None = None) -> Tensor:
         lambda: _launch_product(
             x, weight, out, 1, tile or choose_tile(rows, n, k, x.element_size(), limits_of(x.device)), False
         ),
-        lambda: torch.matmul(x, weight.T, out=out),
+        lambda: _into(out, x, weight),
     )
     return out
+
+
+def _into(out: Tensor, x: Tensor, weight: Tensor) -> None:
+    """The library's product."""
+    torch.matmul(x, weight.T, out=out)
 
 
 def sliced_product(x: Tensor, weight: Tensor, *, tile: Tile | None = None, parts: bool | None = None) -> Tensor:
@@ -172,8 +177,10 @@ def sliced_product(x: Tensor, weight: Tensor, *, tile: Tile | None = None, parts
     out = x.new_empty(count, rows, n, dtype=torch.float32) if apart else x.new_empty(rows, n)
 
     def plain() -> None:
-        out.zero_()
-        torch.matmul(x, weight.T, out=out) if not apart else out[0].copy_(torch.matmul(x, weight.T))
+        if apart:
+            out.zero_()[0] = torch.matmul(x, weight.T)
+        else:
+            _into(out, x, weight)
 
     attempt("product", lambda: _launch_product(x, weight, out, count, tile, apart), plain)
     return out
