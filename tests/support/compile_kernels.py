@@ -26,6 +26,7 @@ from moshi_stt.models.spec import LMSpec, MimiSpec, ModelSpec
 from moshi_stt.models.torch_impl.attention import FP8
 from moshi_stt.models.torch_impl.backend import make_state
 from moshi_stt.models.torch_impl.cuda import limits as limits_module
+from moshi_stt.models.torch_impl.cuda.compile import identity
 from moshi_stt.models.torch_impl.cuda.elementwise import advance
 from moshi_stt.models.torch_impl.cuda.launch import Launch, instead
 from moshi_stt.models.torch_impl.cuda.limits import SHARED_BYTES, Limits
@@ -83,15 +84,6 @@ def launches(
             fused.step(state.mimi, pcm, frames, slots, state.codes)
             lm.step(state.lm, x, frames, slots, state.text)
     yield from found
-
-
-def identity(launch: Launch) -> tuple[Any, ...]:
-    """What Triton tells compiled kernels apart by."""
-    arguments = tuple(
-        str(value.dtype) if isinstance(value, torch.Tensor) else (value % 16 == 0, value == 1) if isinstance(value, int) else 0
-        for value in launch.arguments
-    )
-    return launch.kernel, arguments, tuple(sorted((name, str(value)) for name, value in launch.options.items()))
 
 
 def size(launch: Launch) -> int:

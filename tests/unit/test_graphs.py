@@ -34,6 +34,9 @@ class Recorder:
     def host(self, count: int) -> "torch.Tensor":
         return NoGraphs().host(count)
 
+    def seconds(self) -> float | None:
+        return None
+
 
 def make(buckets: tuple[int, ...] = (1, 2, 4, 8)) -> tuple[Recorder, GraphRunner]:
     recorder = Recorder()
@@ -86,6 +89,24 @@ def test_every_bucket_is_captured_once_the_largest_first() -> None:
         runner.step(*rows(count))
     assert recorder.captured == 4
     assert recorder.sizes == [1, 8, 4, 1]
+
+
+def test_the_largest_and_the_small_are_captured_first_and_others_while_steps_go_on() -> None:
+    recorder, runner = make((1, 2, 4, 8, 16, 32, 64))
+    runner.begin()
+    assert list(runner._captured) == [64, 1, 2, 4, 8]
+    runner.step(*rows(9))
+    assert recorder.sizes[-1] == 64, "no bucket between is there yet"
+    assert runner.go_on(lambda size: size != 16), "16 is not ready, so 32 is next"
+    runner.step(*rows(9))
+    assert recorder.sizes[-1] == 32
+    assert runner.go_on(lambda size: False), "nothing is ready"
+    assert not runner.go_on()
+    out = runner.step(*rows(9))
+    assert recorder.sizes[-1] == 16
+    np.testing.assert_array_equal(out, np.stack([rows(9)[0][:, 0], rows(9)[1], rows(9)[2]], axis=1))
+    assert recorder.captured == 7
+    assert not runner.go_on()
 
 
 def test_what_was_written_in_place_is_stepped_even_where_the_bucket_is_yet_to_be_captured() -> None:

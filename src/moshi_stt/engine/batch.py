@@ -32,11 +32,14 @@ from moshi_stt.engine.engine import (
     StepRecorder,
     StreamOptions,
     TakesInPlace,
+    TimesSteps,
+    WarmsUpInParts,
 )
 from moshi_stt.engine.lane import Lane
 from moshi_stt.engine.rows import RowBlock, RowHub, RowRequest, shared_file
 from moshi_stt.engine.share import Line, Share
 from moshi_stt.engine.slots import Slot, SlotPool, spare_share
+from moshi_stt.engine.stalls import StallWatch
 from moshi_stt.engine.stream import Delivery, Stream, StreamLimits, deliver_all
 from moshi_stt.errors import EngineError, EngineFailed, MoshiSttError, NoFreeSlot
 from moshi_stt.events import Ready
@@ -49,6 +52,12 @@ FIRST_STEP_IDX = 3
 
 LIVE_BUDGET_SECONDS = FRAME_SECONDS / 2
 """While live streams speak, rows of files are added only as far as a step is expected to stay below this."""
+
+WARMING_SECONDS = 0.05
+"""How often an idle engine asks its backend whether more of the warm-up can be done."""
+
+WARMING_TURNS = 16
+"""A busy engine does so each so manieth turn."""
 
 FILE_TURN = 8
 """Where there is no room at all for files beside live streams, one file row goes along in each so manieth step."""
@@ -108,6 +117,8 @@ class BatchEngine(Engine):
         self._woken: deque[Lane] = deque()
         self._step_started: float | None = None
         self._steps = 0
+        self._step_seconds = 0.0
+        self._warming: WarmsUpInParts | None = None
         self._forked: list[Lane] = []
 
     # ---- the event loop's side ---------------------------------------------------------------------------------------
@@ -313,11 +324,30 @@ class BatchEngine(Engine):
 
     def _run(self) -> None:
         """Turn, and wait where there is nothing to do."""
-        while not self._stopping and self.failure is None:
-            self._wake.clear()
-            now = time.monotonic()
-            if not self._turn(now):
-                self._wake.wait(self._idle_seconds(now))
+        backend = self._backend
+        watch = StallWatch((lambda: backend.device_seconds) if isinstance(backend, TimesSteps) else lambda: None)
+        turns = 0
+        try:
+            while not self._stopping and self.failure is None:
+                self._wake.clear()
+                watch.begin()
+                now, self._step_seconds = time.monotonic(), 0.0
+                rows = self._turn(now)
+                turns += 1
+                if self._warming is not None and (not rows or turns % WARMING_TURNS == 0):
+                    self._go_on_warming_up(watch)
+                watch.end(rows, self._step_seconds)
+                if not rows:
+                    self._wake.wait(self._idle_seconds(now))
+        finally:
+            watch.close()
+
+    def _go_on_warming_up(self, watch: StallWatch) -> None:
+        """Do the next part of the warm-up, between two steps."""
+        assert self._warming is not None
+        if not self._warming.go_on_warming_up():
+            self._warming = None
+        watch.note("went on warming up")
 
     def _turn(self, now: float) -> int:
         """Gather, step, scatter. How many rows were stepped."""
@@ -390,7 +420,8 @@ class BatchEngine(Engine):
         output = self._backend.step(*self._inputs.rows(0, rows))
         self._step_started = None
         self._steps += 1
-        self._stepped(time.monotonic() - begun, rows)
+        self._step_seconds = time.monotonic() - begun
+        self._stepped(self._step_seconds, rows)
         return output
 
     def _stepped(self, seconds: float, rows: int) -> None:
@@ -448,6 +479,8 @@ class BatchEngine(Engine):
     def _idle_seconds(self, now: float) -> float | None:
         """How long nothing happens unless somebody wakes this thread."""
         waits = [self._marker_wait - (now - lane.heard_at) for lane in self._waiting_lanes()]
+        if self._warming is not None:
+            waits.append(WARMING_SECONDS)
         return max(0.001, min(waits)) if waits else None
 
     # ---- start -------------------------------------------------------------------------------------------------------
@@ -469,8 +502,15 @@ class BatchEngine(Engine):
         else:
             pcm = np.zeros((streams, FRAME_SAMPLES), np.float32)
             self._inputs = StepInputs(pcm, np.zeros(streams, np.int64), np.zeros(streams, np.bool_))
-        backend.warm_up()
+        begun = time.monotonic()
+        if isinstance(backend, WarmsUpInParts):
+            backend.begin_warm_up()
+            self._warming = backend
+        else:
+            backend.warm_up()
+        warm = time.monotonic()
         self._costs = loaded.costs if loaded.costs is not None else measure(backend, streams)
+        log.info("start: warming up took %.1f s, measuring steps %.1f s", warm - begun, time.monotonic() - warm)
         if loaded.processes:
             self._hub = self._wake = RowHub()
         self.info = replace(loaded.info, total_slots=streams, details=loaded.info.details | self._costs.describe(streams))

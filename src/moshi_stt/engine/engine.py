@@ -103,6 +103,29 @@ class Ages(Protocol):
         ...
 
 
+@runtime_checkable
+class WarmsUpInParts(Protocol):
+    """A backend that can serve before everything is as fast as it gets."""
+
+    def begin_warm_up(self) -> None:
+        """As `warm_up`, but for what `go_on_warming_up` does: steps of some numbers of rows may take as long as larger ones."""
+        ...
+
+    def go_on_warming_up(self) -> bool:
+        """Do the next part, if it can be done now. Whether any are left. Takes about as long as a step of all rows."""
+        ...
+
+
+@runtime_checkable
+class TimesSteps(Protocol):
+    """A backend that knows how long its device worked on the last step."""
+
+    @property
+    def device_seconds(self) -> float | None:
+        """None where there was no step yet."""
+        ...
+
+
 class StepInputs(NamedTuple):
     """What `Backend.step` takes. pcm float32 (B, 1920), slots int64 (B,), fresh bool (B,)."""
 

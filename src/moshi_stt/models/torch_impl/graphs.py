@@ -43,6 +43,10 @@ class Capturer(Protocol):
         """`count` bytes of memory that copies to and from the device do not have to stage."""
         ...
 
+    def seconds(self) -> float | None:
+        """How long the device worked on the last replay; None where that is not known."""
+        ...
+
 
 class CudaGraphs:
     """CUDA graphs on one stream, sharing one pool: they never run at the same time."""
@@ -51,6 +55,7 @@ class CudaGraphs:
         self._device = device
         self._pool = torch.cuda.graph_pool_handle()
         self.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._last: tuple[Any, Any] | None = None
 
     def capture(self, run: Callable[[], None], *, brief: bool) -> Callable[[], None]:
         with torch.cuda.stream(self.stream):
@@ -59,15 +64,24 @@ class CudaGraphs:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool, stream=self.stream, capture_error_mode="thread_local"):
             run()
-        done = torch.cuda.Event(blocking=not brief)  # type: ignore[no-untyped-call]
+        started = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        done = torch.cuda.Event(enable_timing=True, blocking=not brief)  # type: ignore[no-untyped-call]
 
         def replay() -> None:
             with torch.cuda.stream(self.stream):
+                started.record(self.stream)
                 graph.replay()
                 done.record(self.stream)
             done.synchronize()
+            self._last = started, done
 
         return replay
+
+    def seconds(self) -> float | None:
+        if self._last is None:
+            return None
+        started, done = self._last
+        return float(started.elapsed_time(done)) / 1e3
 
     def host(self, count: int) -> Tensor:
         return torch.empty(count, dtype=torch.uint8, pin_memory=True)
@@ -81,6 +95,9 @@ class NoGraphs:
 
     def host(self, count: int) -> Tensor:
         return torch.empty(count, dtype=torch.uint8)
+
+    def seconds(self) -> float | None:
+        return None
 
 
 class _Bucket(NamedTuple):
@@ -145,6 +162,11 @@ class GraphRunner:
                 self._usable = tuple(sorted(self._captured))
                 return len(left) > 1
         return bool(left)
+
+    @property
+    def device_seconds(self) -> float | None:
+        """How long the device worked on the last replay."""
+        return self._graphs.seconds()
 
     def read(self, rows: int) -> None:
         """Run a step of so many rows outside a graph, on inputs of zeros: for who reads what it launches."""

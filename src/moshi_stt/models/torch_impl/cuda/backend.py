@@ -126,6 +126,11 @@ class CudaBackend(SlotBackend):
             log.info("start: the graphs of all sizes are captured, the last in %.2f s", time.monotonic() - begun)
         return left
 
+    @property
+    def device_seconds(self) -> float | None:
+        """See `engine.TimesSteps`."""
+        return self.runner.device_seconds
+
     def _compile(self, buckets: tuple[int, ...]) -> None:
         """Have the kernels of these buckets compiled, in this order, without waiting for it."""
         if INTERPRETED:

@@ -1,0 +1,146 @@
+"""Where a kernel cannot be built or launched, PyTorch's own operations take its place; what a GPU has not is refused or fitted."""
+
+import logging
+from typing import Any
+
+import numpy as np
+import pytest
+from tests.parity.test_cuda_backend import SPEC, pair, step_both
+from tests.support.triton_twins import torch
+
+from moshi_stt.errors import ConfigError
+from moshi_stt.models.torch_impl import build, device
+from moshi_stt.models.torch_impl.attention import FP8
+from moshi_stt.models.torch_impl.build import fit_slots
+from moshi_stt.models.torch_impl.cuda import attention, conv, launch, limits, product, quantiser
+from moshi_stt.models.torch_impl.cuda.limits import Limits
+from moshi_stt.models.torch_impl.cuda.toolchain import c_compiler
+
+pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp:RuntimeWarning")
+
+KERNELS = {
+    "product": (product, product._product),
+    "gated product": (product, product._gated),
+    "attention": (attention, attention._ring_attention),
+    "convolution": (conv, conv._conv),
+    "residual block": (conv, conv._residual),
+    "quantiser": (quantiser, quantiser._level),
+}
+
+
+@pytest.fixture(autouse=True)
+def nothing_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "_replaced", {})
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_a_kernel_that_cannot_be_launched_is_replaced_and_said_once(
+    name: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The tokens and codes stay those of the plain backend."""
+    from triton.runtime.errors import OutOfResources
+
+    module, broken = KERNELS[name]
+    whole = module.launch
+    failed = 0
+
+    def refuse(kernel: Any, *arguments: Any, **options: Any) -> None:
+        nonlocal failed
+        if kernel is broken:
+            failed += 1
+            raise OutOfResources(147_456, 101_376, "shared memory")
+        whole(kernel, *arguments, **options)
+
+    monkeypatch.setattr(module, "launch", refuse)
+    backends = pair(SPEC)
+    rng = np.random.default_rng(0)
+    with caplog.at_level(logging.WARNING):
+        step_both(backends, rng, [4, 0, 2], [4, 0, 2])
+        step_both(backends, rng, [0, 4], [])
+    assert failed == 1, "it is not tried again"
+    assert list(launch.replaced()) == [name]
+    said = [line for line in caplog.messages if "cannot run on this GPU" in line]
+    assert len(said) == 1
+    assert f"the {name} kernel" in said[0]
+    assert "147456" in said[0]
+
+
+def test_memory_that_runs_out_is_no_reason_to_replace_a_kernel() -> None:
+    def run_out() -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with pytest.raises(torch.OutOfMemoryError):
+        launch.attempt("product", run_out, lambda: None)
+    assert not launch.replaced()
+
+
+def test_without_a_c_compiler_there_are_plain_kernels(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
+    monkeypatch.delenv("CC", raising=False)
+    assert c_compiler()
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert c_compiler() is None
+    monkeypatch.setattr(device, "limits_of", lambda _: Limits((9, 0), 232_448))
+    why = device.without_kernels(SPEC.lm, torch.bfloat16, torch.device("cuda"))
+    assert why == "Triton needs a C compiler and finds none (install gcc, or set CC)"
+    monkeypatch.setenv("CC", "/no/such/compiler -O2")
+    assert c_compiler() is None
+
+
+def test_a_triton_that_fails_is_said_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    from moshi_stt.models.torch_impl.cuda import elementwise
+
+    def fail(*arguments: Any, **options: Any) -> None:
+        raise RuntimeError("fatal error: Python.h: No such file or directory\ncompilation terminated.")
+
+    assert device.try_kernel(torch.device("cpu")) == "", "the interpreter can"
+    monkeypatch.setattr(elementwise, "launch", fail)
+    why = device.try_kernel(torch.device("cpu"))
+    assert why == "a first kernel could not be built or launched (fatal error: Python.h: No such file or directory)"
+
+
+@pytest.mark.parametrize(("capability", "refused"), [((8, 0), True), ((8, 6), True), ((8, 9), False), ((12, 0), False)])
+def test_eight_bit_floats_are_refused_where_there_are_none(
+    capability: tuple[int, int], refused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(device, "limits_of", lambda _: Limits(capability, 101_376))
+    monkeypatch.setattr(device, "device_name", lambda _: "cuda (NVIDIA A10)")
+    if not refused:
+        assert device.choose_kv_dtype("fp8", torch.bfloat16, "", torch.device("cuda")) is FP8
+        return
+    with pytest.raises(ConfigError, match=r"A10\) has compute capability 8\.[06].*begin with 8\.9.*use \"auto\""):
+        device.choose_kv_dtype("fp8", torch.bfloat16, "", torch.device("cuda"))
+
+
+@pytest.mark.parametrize("gigabytes", [12, 24])
+def test_slots_are_as_many_as_the_card_has_room_for(gigabytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The 1B on cards of 12 and 24 GB, of which the weights have 2.2."""
+    from tests.support.compile_kernels import MODELS
+
+    from moshi_stt.models.spec import MimiSpec, ModelSpec
+
+    lm, _ = MODELS["1b"]
+    spec = ModelSpec(lm=lm, mimi=MimiSpec(codebooks=lm.codebooks), delay_frames=6)
+    monkeypatch.setattr(build, "device_name", lambda _: "cuda")
+    free = int((gigabytes - 2.2) * 1e9)
+    cuda = torch.device("cuda")
+    fitting, said = fit_slots(spec, 1_024, torch.bfloat16, cuda, fused=True, free=free)
+    slot_bytes = 2 * 16 * 16 * 750 * 128 * 2  # keys and values of every layer, in 16 bits
+    assert 0.8 * free < fitting * slot_bytes < free
+    assert said == (
+        f"room for {fitting} of 1024 slots in the {free / 1e9:.1f} GB that are free beside the weights: all of them",
+    )
+    assert fit_slots(spec, 1_024, FP8, cuda, fused=True, free=free)[0] > 1.7 * fitting
+    assert fit_slots(spec, 16, torch.bfloat16, cuda, fused=True, free=free) == (16, ())
+    with pytest.raises(ConfigError, match=r"0\.9 GB free beside the weights.*smaller model"):
+        fit_slots(spec, 16, torch.bfloat16, cuda, fused=True, free=900_000_000)
+
+
+def test_a_pretended_card_is_read_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    read = limits.pretended_limits.__wrapped__
+    monkeypatch.setenv(limits.PRETEND_VARIABLE, "8.9:24")
+    assert read() == Limits((8, 9), 101_376, 24_000_000_000)
+    monkeypatch.setenv(limits.PRETEND_VARIABLE, "8.0")
+    assert read() == Limits((8, 0), 166_912, None)
+    monkeypatch.setenv(limits.PRETEND_VARIABLE, "4090")
+    with pytest.raises(ConfigError, match=r"8\.9:24"):
+        read()
