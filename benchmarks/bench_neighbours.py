@@ -2,6 +2,10 @@
 """How often neighbours change what a stream says, and what a step costs that lets none.
 
     bench_neighbours.py CHECKPOINT [--speech FOLDER] [--frames 100000] [--streams 16] [--device cuda]
+    bench_neighbours.py --shape 1b --rows 256 [--frames 100000] [--kv auto,fp8] [--device cuda] [--seconds 300]
+
+The second form needs no files, and steps a crowd of up to `rows` streams by two schedules that share nothing but the streams
+(`crowd.py`), and then one row a step: how many tokens, probabilities and codes differ, to the last bit. The first:
 
 Codes and tokens of streams stepped together against the same streams stepped alone, over `frames` frames in all: as this
 program does it on the device, under `fixed_shapes`, and, on a CPU, with plain products instead of repacked ones, without and
@@ -28,7 +32,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from moshi_stt.audio.decode import read_file
 from moshi_stt.config import EngineConfig, KyutaiModule
 from moshi_stt.config_load import load_config
 from moshi_stt.constants import FRAME_SAMPLES
@@ -80,6 +83,8 @@ def sound(folder: Path | None, frames: int, streams: int) -> Pcm:
     if folder is None:
         level = rng.uniform(0, 0.3, (streams, frames, 1)).astype(np.float32)
         return rng.standard_normal((streams, frames, FRAME_SAMPLES), np.float32) * level
+    from moshi_stt.audio.decode import read_file  # wants PyAV, which noise does without
+
     files = sorted(path for path in folder.iterdir() if path.suffix in {".wav", ".flac", ".mp3", ".ogg", ".opus"})
     whole = np.concatenate([read_file(path) for path in files])
     rows = [np.roll(whole, -int(rng.integers(len(whole)))) for _ in range(streams)]
@@ -161,16 +166,54 @@ def neighbours(args: argparse.Namespace) -> dict[str, Any]:
     return {"streams": args.streams, "results": results}
 
 
+def crowds(args: argparse.Namespace) -> dict[str, Any]:
+    """A crowd by two schedules, and alone, for each dtype of keys and values."""
+    from bench_step import build, release
+    from crowd import Crowd, compare
+
+    from moshi_stt.models.torch_impl.device import choose_device
+
+    device, _ = choose_device(args.device)
+    begun, results = time.monotonic(), []
+    for kv in args.kv.split(","):
+        backend = build(args.shape, device, args.rows, kv=kv)
+        crowd = Crowd(backend, args.rows)
+        first, told = crowd.run(args.frames, seed=1)
+        for name, rows, frames in (("another schedule", 0, args.frames), ("one row a step", 1, args.frames // 20)):
+            if time.monotonic() - begun > args.seconds:
+                print("the time is up", flush=True)
+                break
+            second, told_second = crowd.run(frames, seed=2, rows=rows)
+            found = compare(first, second)
+            results.append({"kv": kv, "against": name, **found, "first": told, "second": told_second})
+            print(
+                f"{kv:5} {told['rows']} rows against {name}: {found['frames']} frames of both, {told['steps']} and "
+                f"{told_second['steps']} steps, {told['joins']} streams; differ: {found['tokens']} tokens, "
+                f"{found['logprobs']} probabilities, {found['codes']} frames' codes",
+                flush=True,
+            )
+        backend.close()
+        del crowd, backend
+        release(device)
+    return {"rows": args.rows, "results": results}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("checkpoint", type=Path, nargs="?")
+    parser.add_argument("--shape", help="random weights of this shape, and no files")
+    parser.add_argument("--rows", type=int, default=256, help="the most rows of a step, with --shape")
+    parser.add_argument("--kv", default="auto", help="dtypes of keys and values, with --shape")
+    parser.add_argument("--seconds", type=float, default=300.0, help="begin nothing more after so many, with --shape")
     parser.add_argument("--speech", type=Path, help="a folder of recordings")
     parser.add_argument("--frames", type=int, default=100_000)
     parser.add_argument("--streams", type=int, default=16)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", type=Path, help="a file for the JSON")
     args = parser.parse_args()
-    result = neighbours(args)
+    if (args.checkpoint is None) == (args.shape is None):
+        parser.error("a CHECKPOINT, or --shape")
+    result = crowds(args) if args.shape else neighbours(args)
     here = Path(__file__).parent
     commit = (
         os.environ.get("COMMIT")
@@ -182,7 +225,7 @@ def main() -> None:
         "machine": f"{platform.machine()} {platform.system()}, {os.cpu_count()} cores",
         "device": name,
         "weights": "random",
-        "checkpoint": args.checkpoint.name,
+        "checkpoint": args.shape or args.checkpoint.name,
         "torch": torch.__version__,
         "commit": commit.strip(),
         **result,

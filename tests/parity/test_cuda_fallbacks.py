@@ -1,4 +1,4 @@
-"""Where a kernel cannot be built or launched, PyTorch's own operations take its place; what a GPU has not is refused or fitted."""
+"""A kernel that cannot be built or launched is replaced by PyTorch's own; what a GPU has not is refused or fitted."""
 
 import logging
 from typing import Any

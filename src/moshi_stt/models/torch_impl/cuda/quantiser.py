@@ -52,12 +52,12 @@ def _level(
     tl.atomic_min(best + row, key, mask=inside, sem="relaxed")
 
 
-@triton.jit(do_not_specialize=["rows"])
-def _keep_codes(best, codes, slots, rows, K: tl.constexpr, BLOCK: tl.constexpr):
+@triton.jit(do_not_specialize=["apart"])
+def _keep_codes(best, codes, slots, apart, K: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     k = tl.arange(0, BLOCK)
     slot = tl.load(slots + row).to(tl.int64)
-    code = tl.load(best + k.to(tl.int64) * rows + row, mask=k < K, other=0) & 0x7FFFFFFF
+    code = tl.load(best + k.to(tl.int64) * apart + row, mask=k < K, other=0) & 0x7FFFFFFF
     tl.store(codes + slot * K + k, code.to(codes.dtype.element_ty), mask=k < K)
 
 
@@ -95,7 +95,8 @@ def choose_tile(rows: int, dim: int, precision: str, limits: Limits) -> tuple[in
 def _launch(projected: Tensor, books: Tensor, half_norms: Tensor, codes: Tensor, slots: Tensor, precision: str) -> None:
     rows = projected.shape[0]
     levels, size, dim = books.shape
-    best = torch.full((levels, rows), _NOTHING_YET, dtype=torch.int64, device=projected.device)
+    apart = rows + rows % 2  # so that every level's minima begin at a multiple of 16 bytes
+    best = torch.full((levels, apart), _NOTHING_YET, dtype=torch.int64, device=projected.device)
     buffers = torch.empty(2, rows, dim, dtype=torch.float32, device=projected.device)
     br, bn, bk, warps, stages = choose_tile(rows, dim, precision, limits_of(projected.device))
     grid = (triton.cdiv(rows, br), size // bn)
@@ -110,4 +111,4 @@ def _launch(projected: Tensor, books: Tensor, half_norms: Tensor, codes: Tensor,
                 num_warps=warps, num_stages=stages,
             )  # fmt: skip
         block = triton.next_power_of_2(levels)
-        launch(_keep_codes, (rows,), best, codes, slots, rows, K=levels, BLOCK=block, num_warps=1)
+        launch(_keep_codes, (rows,), best, codes, slots, apart, K=levels, BLOCK=block, num_warps=1)
