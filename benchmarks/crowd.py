@@ -54,7 +54,7 @@ class Crowd:
         following, stepped, steps, joins = self.most, 0, 0, self.most
         begun = time.monotonic()
         while stepped < frames:
-            count = rows or int(round(self.most ** rng.random()))
+            count = rows or round(self.most ** rng.random())
             chosen = [int(i) for i in rng.choice(self.most, count, replace=False)]
             pcm = np.stack([self.frame(streams[i], at[i]) for i in chosen])
             where = np.array([slots[i] for i in chosen], np.int64)

@@ -37,7 +37,7 @@ class Compiler:
         found: dict[tuple[Any, ...], Future[None]] = {}
 
         def note(launch: Launch) -> None:
-            light = launch._replace(arguments=tuple(_light(value) for value in launch.arguments))
+            light = lighter(launch)
             key = identity(light)
             if key not in self._known:
                 self._known[key] = self._pool.submit(_compile, light)
@@ -76,8 +76,13 @@ class Pointer:
         return 0
 
 
-def _light(value: Any) -> Any:
-    return Pointer(value.dtype, value.data_ptr() % 16) if isinstance(value, Tensor) else value
+def lighter(launch: Launch) -> Launch:
+    """The same launch without its tensors' memory."""
+
+    def light(value: Any) -> Any:
+        return Pointer(value.dtype, value.data_ptr() % 16) if isinstance(value, Tensor) else value
+
+    return launch._replace(arguments=tuple(light(value) for value in launch.arguments))
 
 
 def identity(launch: Launch) -> tuple[Any, ...]:
