@@ -14,6 +14,7 @@ import argparse
 import json
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -46,11 +47,31 @@ CANDIDATES = {
         Tile(64, 16, 128, 4, 5), Tile(64, 32, 128, 4, 4), Tile(64, 64, 128, 4, 4), Tile(64, 64, 64, 4, 6),
         Tile(64, 32, 64, 4, 6),
     ],
-    128: [Tile(64, 32, 64, 4, 6), Tile(64, 64, 64, 4, 5), Tile(128, 32, 64, 4, 5), Tile(128, 64, 64, 4, 4)],
-    256: [Tile(64, 64, 64, 4, 5), Tile(128, 64, 64, 4, 4), Tile(128, 128, 64, 8, 4)],
-    1_024: [Tile(128, 64, 64, 4, 4), Tile(128, 128, 64, 8, 4), Tile(128, 128, 64, 4, 4), Tile(128, 256, 64, 8, 3)],
+    128: [
+        Tile(64, 64, 128, 4, 4), Tile(128, 64, 64, 4, 4), Tile(128, 64, 128, 4, 3), Tile(128, 64, 128, 8, 3),
+        Tile(128, 32, 128, 4, 4), Tile(64, 32, 128, 4, 4),
+    ],
+    256: [
+        Tile(128, 64, 64, 4, 4), Tile(128, 64, 128, 4, 3), Tile(128, 128, 64, 8, 4), Tile(128, 128, 64, 8, 3),
+        Tile(64, 64, 128, 4, 4), Tile(64, 128, 64, 4, 4), Tile(128, 64, 128, 8, 3),
+    ],
+    1_024: [
+        Tile(128, 128, 64, 8, 4), Tile(128, 256, 64, 8, 3), Tile(128, 128, 64, 8, 3), Tile(128, 128, 128, 8, 2),
+        Tile(256, 64, 64, 8, 4), Tile(256, 128, 64, 8, 3),
+    ],
 }  # fmt: skip
 """Tiles to try, by the most rows they are tried for."""
+
+CONVS = {
+    "strided": (1_024, 8_192), "last": (512, 3_072), "in_proj": (1_536, 512), "out_proj": (512, 512), "linear1": (2_048, 512),
+    "linear2": (512, 2_048),
+}  # fmt: skip
+"""Products of Mimi's with few outputs: columns out and in."""
+
+CONV_TILES = [
+    (16, 16, 256, 4, 3), (16, 16, 256, 4, 5), (16, 16, 256, 2, 5), (16, 16, 128, 4, 6), (16, 16, 128, 2, 8),
+    (16, 32, 128, 4, 6), (16, 16, 512, 4, 3), (16, 16, 64, 2, 8), (16, 32, 64, 4, 6), (32, 32, 64, 4, 5), (32, 16, 128, 4, 4), (64, 32, 64, 4, 4),
+]  # fmt: skip
 
 Run = Callable[[int], torch.Tensor]
 
@@ -127,6 +148,8 @@ def measure(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
             cut = fitted(tile, share, 2, limits, weights=2 if name == "gated" else 1)
         work.append((name, count, cut, runs(name, wide[2_048][:count], wide[k][:count], weights[name], cut)))
     compiler = Compiler(device)
+    small = small_convs(device, args.layers)
+    futures = [future for _, _, _, run in small for future in compiler.read(lambda run=run: run(0))]  # type: ignore[misc]
     finish([future for _, _, _, run in work for future in compiler.read(lambda run=run: run(0))])  # type: ignore[misc]
     compiled = time.monotonic() - begun
     print(f"compiled {compiler.kernels} kernels in {compiled:.1f} s", flush=True)
@@ -156,7 +179,32 @@ def measure(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
         else:
             line["tile"] = tile
         found.append(line)
+    finish(futures)
+    for name, count, tile, run in small:
+        try:
+            taken = microseconds(run, args.layers, device)
+        except Exception as error:
+            print(f"mimi {name} {count} {tile}: {str(error)[:80]}", flush=True)
+            continue
+        found.append({"product": f"mimi {name}", "rows": count, "tile": tile, "us": round(taken, 2), "bits": True})
     return {"compile_seconds": round(compiled, 1), "products": found, "mimi": mimi_bits(device)}
+
+
+def small_convs(device: torch.device, layers: int) -> list[tuple[str, int, tuple[int, ...], Run]]:
+    """Mimi's products of few outputs, at every tile."""
+    found: list[tuple[str, int, tuple[int, ...], Run]] = []
+    for name, (n, k) in CONVS.items():
+        weights = torch.randn(layers, n, k, device=device) * 0.02
+        for count in (2, 16, 128):
+            x, out = torch.randn(count, 1, k, device=device), torch.empty(count, 1, n, device=device)
+
+            def run(i: int, tile: tuple[int, ...], x=x, out=out, weights=weights) -> torch.Tensor:  # type: ignore[no-untyped-def]
+                convs.conv(x, weights[i], None, out, precision="tf32", tile=convs.Tile(*tile))
+                return out
+
+            tiles = [tile for tile in CONV_TILES if tile[0] <= 16 or count > 16]
+            found += [(name, count, tile, partial(run, tile=tile)) for tile in tiles]
+    return found
 
 
 def mimi_bits(device: torch.device) -> dict[str, Any]:

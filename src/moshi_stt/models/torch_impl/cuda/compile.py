@@ -106,6 +106,8 @@ def _use_device(index: int | None) -> None:
 def _compile(launch: Launch) -> None:
     """Compile, and leave a failure to the launch itself, which knows what to do then."""
     try:
-        launch.kernel.warmup(*launch.arguments, grid=launch.grid, **launch.options)
+        compiled = launch.kernel.warmup(*launch.arguments, grid=launch.grid, **launch.options)
+        if torch.cuda.is_available() and hasattr(compiled, "_init_handles"):
+            compiled._init_handles()  # onto the device, which takes some milliseconds of the first launch otherwise
     except Exception as error:
         log.debug("%s was not compiled ahead: %s", launch.kernel, error)

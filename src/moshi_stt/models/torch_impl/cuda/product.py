@@ -1,9 +1,8 @@
 """Products with a matrix of weights, in Triton: x Wᵀ, gated or not. No model is known here.
 
 A row's result is the same to the last bit whatever the number of rows: every output is one chain of sums over the columns, in
-their order, whatever the tile. Long chains are cut into slices (`slices`, which depends on the weight's shape alone) whose
-sums are added in their order: where there are few rows each slice has programs of its own and the reader of the parts adds
-them up, where there are many one program does them all.
+their order, whatever the tile. Long chains of few output columns are cut into slices (`slices`, which depends on the weight's
+shape alone), so that there are programs for every multiprocessor; who reads the parts adds them up in their order.
 """
 
 # Triton's language has no types.
@@ -21,48 +20,26 @@ from moshi_stt.models.torch_impl.cuda.launch import attempt, device_of, launch
 from moshi_stt.models.torch_impl.cuda.limits import Limits, limits_of
 
 
-@triton.jit
-def _chain(
-    x, w, there, inside, low, high, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-    STAGES: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """float32 (BM, BN): the products of columns low .. high - 1. x (BM, BK) and w (BK, BN): pointers to the first columns."""
-    total = tl.zeros([BM, BN], tl.float32)
-    for start in tl.range(low, high, BK, num_stages=STAGES):
-        a = tl.load(x + start, mask=there, other=0.0)
-        b = tl.load(w + start, mask=inside, other=0.0)
-        total = tl.dot(a, b, total, input_precision=PRECISION)
-    return total
-
-
 @triton.jit(do_not_specialize=["count"])
 def _product(
     x, weight, out, count, N, K, share,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
-    SLICES: tl.constexpr, PARTS: tl.constexpr, PRECISION: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """out[m, n] = x[m] . weight[n] for `count` rows m, in slices of `share` columns.
-
-    With PARTS out is float32 (slices, count, N), and the third axis of the grid says which slice.
-    """
+    """out[s, m, n] = the products of columns s * share .. (s + 1) * share - 1 of x[m] and weight[n], for `count` rows m."""
     n = tl.program_id(0) * BN + tl.arange(0, BN)
     m = tl.program_id(1) * BM + tl.arange(0, BM)
+    part = tl.program_id(2)
     k = tl.arange(0, BK)
     there = (m < count)[:, None]
     inside = (n < N)[None, :]
-    a = x + m[:, None].to(tl.int64) * K + k[None, :]
-    b = weight + n[None, :].to(tl.int64) * K + k[:, None]
-    at = m[:, None].to(tl.int64) * N + n[None, :]
-    if PARTS:
-        part = tl.program_id(2)
-        low = part * share
-        total = _chain(a, b, there, inside, low, low + share, BM, BN, BK, STAGES, PRECISION)
-        at += part.to(tl.int64) * count * N
-    else:
-        total = _chain(a, b, there, inside, 0, share, BM, BN, BK, STAGES, PRECISION)
-        for part in tl.static_range(1, SLICES):
-            total += _chain(a, b, there, inside, part * share, part * share + share, BM, BN, BK, STAGES, PRECISION)
-    tl.store(out + at, total.to(out.dtype.element_ty), mask=there & inside)
+    a = x + m[:, None].to(tl.int64) * K + k[None, :] + part * share
+    b = weight + n[None, :].to(tl.int64) * K + k[:, None] + part * share
+    total = tl.zeros([BM, BN], tl.float32)
+    for start in tl.range(0, share, BK, num_stages=STAGES):
+        row = tl.load(a + start, mask=there, other=0.0)
+        total = tl.dot(row, tl.load(b + start, mask=inside, other=0.0), total, input_precision=PRECISION)
+    at = out + part.to(tl.int64) * count * N + m[:, None].to(tl.int64) * N + n[None, :]
+    tl.store(at, total.to(out.dtype.element_ty), mask=there & inside)
 
 
 @triton.jit(do_not_specialize=["count"])
@@ -114,20 +91,21 @@ def choose_tile(count: int, n: int, k: int, itemsize: int, limits: Limits, *, ga
 
     k: columns that must be a multiple of the tile's. Chosen on an H200, then cut to what the device allows.
     """
+    wide = n > 4_096
     if itemsize == 4:
         tile = Tile(16 if count <= 16 else 32, 32, 32, 4, 2)
     elif count <= 16:
-        tile = Tile(16, 32 if n > 4_096 else 16, 256, 4, 4)
+        tile = Tile(16, 32, 128, 4, 6) if k <= 1_024 else Tile(16, 64, 128, 4, 5)
     elif count <= 32:
-        tile = Tile(32, 32, 128, 4, 5)
+        tile = Tile(32, 64, 128, 4, 4) if gated else Tile(32, 32, 128, 4, 5)
     elif count <= 64:
-        tile = Tile(64, 64 if n > 4_096 else 32, 128, 4, 4)
+        tile = Tile(64, 64, 128, 4, 4) if wide else Tile(64, 32, 128, 4, 4)
     elif count <= 128:
-        tile = Tile(64, 64, 64, 4, 5)
-    elif count <= 512 or n <= 4_096:
+        tile = Tile(128, 64, 64, 4, 4) if gated else Tile(64, 64, 64, 4, 5)
+    elif count <= 256 and not wide:
         tile = Tile(128, 64, 64, 4, 4)
     else:
-        tile = Tile(128, 64 if gated else 128, 64, 8 if not gated else 4, 4)
+        tile = Tile(128, 128, 64, 8, 4)
     return fitted(tile, k, itemsize, limits, weights=2 if gated else 1)
 
 
@@ -144,63 +122,39 @@ def fitted(tile: Tile, k: int, itemsize: int, limits: Limits, weights: int = 1) 
 
 def product(x: Tensor, weight: Tensor, *, tile: Tile | None = None) -> Tensor:
     """x (B, K) times weight (N, K): (B, N) of x's dtype, summed in float32."""
-    rows, k = x.shape
-    n = weight.shape[0]
-    out = x.new_empty(rows, n)
-    attempt(
-        "product",
-        lambda: _launch_product(
-            x, weight, out, 1, tile or choose_tile(rows, n, k, x.element_size(), limits_of(x.device)), False
-        ),
-        lambda: _into(out, x, weight),
-    )
+    out = x.new_empty(x.shape[0], weight.shape[0])
+    attempt("product", lambda: _launch(x, weight, out[None], tile), lambda: _library(x, weight, out))
     return out
 
 
-def _into(out: Tensor, x: Tensor, weight: Tensor) -> None:
-    """The library's product."""
-    torch.matmul(x, weight.T, out=out)
-
-
-def sliced_product(x: Tensor, weight: Tensor, *, tile: Tile | None = None, parts: bool | None = None) -> Tensor:
-    """As `product`, cut into `slices`: (B, N) of x's dtype, or float32 (slices, B, N), whose sum over the first axis it is.
-
-    parts: whether to leave the slices apart; None does so where there would be too few programs otherwise.
-    """
-    rows, k = x.shape
-    n = weight.shape[0]
-    count = slices(n, k)
-    tile = tile or choose_tile(rows, n, k // count, x.element_size(), limits_of(x.device))
-    if parts is None:
-        parts = triton.cdiv(n, tile.n) * triton.cdiv(rows, tile.m) < _FEW_PROGRAMS
-    apart = parts and count > 1
-    out = x.new_empty(count, rows, n, dtype=torch.float32) if apart else x.new_empty(rows, n)
+def sliced_product(x: Tensor, weight: Tensor, *, tile: Tile | None = None) -> Tensor:
+    """As `product`, in parts: float32 (slices, B, N), whose sum it is. Where there is one slice, as `product`."""
+    count = slices(*weight.shape)
+    if count == 1:
+        return product(x, weight, tile=tile)
+    parts = x.new_empty(count, x.shape[0], weight.shape[0], dtype=torch.float32)
 
     def plain() -> None:
-        if apart:
-            out.zero_()[0] = torch.matmul(x, weight.T)
-        else:
-            _into(out, x, weight)
+        parts.zero_()[0] = torch.matmul(x, weight.T)
 
-    attempt("product", lambda: _launch_product(x, weight, out, count, tile, apart), plain)
-    return out
+    attempt("product", lambda: _launch(x, weight, parts, tile), plain)
+    return parts
 
 
-_FEW_PROGRAMS = 128
-"""Fewer leave multiprocessors of a large GPU idle."""
-
-
-def _launch_product(x: Tensor, weight: Tensor, out: Tensor, count: int, tile: Tile, apart: bool) -> None:
-    rows, k = x.shape
-    n = weight.shape[0]
+def _launch(x: Tensor, weight: Tensor, out: Tensor, tile: Tile | None) -> None:
+    """out (slices, B, N)."""
+    count, rows, n = out.shape
+    k = x.shape[1]
+    cut = tile or choose_tile(rows, n, k // count, x.element_size(), limits_of(x.device))
     with device_of(x):
         launch(
-            _product,
-            (triton.cdiv(n, tile.n), triton.cdiv(rows, tile.m), count if apart else 1),
-            x, weight, out, rows, n, k, k // count,
-            BM=tile.m, BN=tile.n, BK=tile.k, STAGES=tile.stages, SLICES=count, PARTS=apart, PRECISION=_precision(x),
-            num_warps=tile.warps,
+            _product, (triton.cdiv(n, cut.n), triton.cdiv(rows, cut.m), count), x, weight, out, rows, n, k, k // count,
+            BM=cut.m, BN=cut.n, BK=cut.k, STAGES=cut.stages, PRECISION=_precision(x), num_warps=cut.warps,
         )  # fmt: skip
+
+
+def _library(x: Tensor, weight: Tensor, out: Tensor) -> None:
+    torch.matmul(x, weight.T, out=out)
 
 
 def gated_product(x: Tensor, weight: Tensor, *, tile: Tile | None = None) -> Tensor:

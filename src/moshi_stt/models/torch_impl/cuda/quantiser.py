@@ -19,6 +19,12 @@ from moshi_stt.models.torch_impl.cuda.limits import Limits, limits_of
 _NOTHING_YET = torch.iinfo(torch.int64).max
 
 
+@triton.jit
+def _tf32(x):
+    """What the matrix units keep of float32: the first 10 bits of its fraction."""
+    return (x.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
+
+
 @triton.jit(do_not_specialize=["rows", "level"])
 def _level(
     source, source_stride, residual, previous, books, half_norms, best, rows, level,
@@ -37,13 +43,24 @@ def _level(
         chosen = tl.load(previous + row, mask=inside, other=0) & 0x7FFFFFFF
         chosen += (level - 1) * SIZE
     products = tl.zeros([BR, BN], tl.float32)
+    first = tl.zeros([BR, BN], tl.float32)  # the products of what TF32 leaves of one side: sums of their own, so that the
+    second = tl.zeros([BR, BN], tl.float32)  # order of summation does not depend on BK
     for start in range(0, D, BK):
         x = tl.load(source + row[:, None] * source_stride + (start + k)[None, :], mask=inside[:, None], other=0.0)
         if SUBTRACT:
             x -= tl.load(books + chosen[:, None] * D + (start + k)[None, :], mask=inside[:, None], other=0.0)
             tl.store(residual + row[:, None] * D + (start + k)[None, :], x, mask=inside[:, None] & (piece == 0))
         e = tl.load(books + (level * SIZE + n)[None, :] * D + (start + k)[:, None])
-        products = tl.dot(x, e, products, input_precision=PRECISION)
+        if PRECISION == "tf32x3":
+            big_x = _tf32(x)
+            big_e = _tf32(e)
+            first = tl.dot(x - big_x, big_e, first, input_precision="tf32")
+            second = tl.dot(big_x, e - big_e, second, input_precision="tf32")
+            products = tl.dot(big_x, big_e, products, input_precision="tf32")
+        else:
+            products = tl.dot(x, e, products, input_precision=PRECISION)
+    if PRECISION == "tf32x3":
+        products += first + second
     distance = tl.load(half_norms + level * SIZE + n)[None, :] - products
     least, at = tl.min(distance, 1, return_indices=True)
     bits = least.to(tl.int32, bitcast=True)
@@ -84,12 +101,13 @@ def quantise(projected: Tensor, books: Tensor, half_norms: Tensor, codes: Tensor
 
 
 def choose_tile(rows: int, dim: int, precision: str, limits: Limits) -> tuple[int, int, int, int, int]:
-    """Rows, vectors and numbers of them at once, warps, stages. `tf32x3` sums by as many numbers as are there at once,
-    which therefore do not depend on the rows."""
+    """Rows, vectors and numbers of them at once, warps, stages."""
     if precision == "ieee":
         return 16, 32, min(64, dim), 4, 3
-    br, bn, bk, stages = (16, 32, min(64, dim), 4) if rows <= 64 else (64, 64, min(64, dim), 3)
-    return br, bn, bk, 4, max(2, limits.stages(stages, 4 * (br + bn) * bk, br))
+    if rows <= 64:
+        return 16, 32, min(256, dim), 4, 2
+    br, bn, bk, warps, stages = (64, 64, min(32, dim), 4, 3) if rows <= 512 else (64, 128, min(32, dim), 8, 3)
+    return br, bn, bk, warps, max(2, limits.stages(stages, 4 * (br + bn) * bk, br))
 
 
 def _launch(projected: Tensor, books: Tensor, half_norms: Tensor, codes: Tensor, slots: Tensor, precision: str) -> None:
