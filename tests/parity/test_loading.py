@@ -126,10 +126,10 @@ def test_dtypes() -> None:
     assert choose_dtype("f64", cpu) is torch.float64
     with pytest.raises(ConfigError, match="Metal has no float64"):
         choose_dtype("f64", mps)
-    assert choose_kv_dtype("auto", torch.float64, cpu) is torch.float64
-    assert choose_kv_dtype("bf16", torch.float32, cpu) is torch.bfloat16
-    with pytest.raises(ConfigError, match="fp8"):
-        choose_kv_dtype("fp8", torch.float32, cpu)
+    assert choose_kv_dtype("auto", torch.float64, "", cpu) is torch.float64
+    assert choose_kv_dtype("bf16", torch.float32, "", cpu) is torch.bfloat16
+    with pytest.raises(ConfigError, match="fp8.*this is cpu"):
+        choose_kv_dtype("fp8", torch.float32, "this is cpu", cpu)
 
 
 def test_narrow_keys_and_values(small: Checkpoint) -> None:
