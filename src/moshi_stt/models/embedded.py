@@ -5,16 +5,14 @@ import math
 import wave
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import NamedTuple, Protocol
 
 import numpy as np
-import onnxruntime
 from numpy.typing import NDArray
 
+from moshi_stt.audio.vad import SileroState, SileroVad, load_vad, one_thread_session
 from moshi_stt.cores import usable_cores
-from moshi_stt.data import MODEL, SAMPLE, VAD, data_file
+from moshi_stt.data import MODEL, SAMPLE, data_file
 from moshi_stt.engine.recogniser import RECOGNISER_RATE, Hypothesis, Span, Spoken
-from moshi_stt.errors import CheckpointError
 from moshi_stt.models.alignment import Aligner
 from moshi_stt.models.cross_attention import AttentionAligner
 
@@ -37,19 +35,6 @@ SPARE_SECONDS = 0.3
 
 SHORTEST_SAMPLES = RECOGNISER_RATE // 4
 """Anything shorter is padded with silence: the encoder's convolutions need some length."""
-
-
-def one_thread_session(path: Path) -> onnxruntime.InferenceSession:
-    """A session that computes on the calling thread alone, so that the engine's thread pool bounds the cores in use."""
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = 1
-    options.inter_op_num_threads = 1
-    options.enable_mem_pattern = False
-    options.enable_cpu_mem_arena = False  # lengths vary: an arena would keep the largest of each thread for ever
-    try:
-        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    except Exception as error:
-        raise CheckpointError(f"onnxruntime {onnxruntime.__version__} cannot load {path}: {error}") from error
 
 
 class EmbeddedTokenizer:
@@ -193,37 +178,6 @@ def _best(logits: NDArray[np.float32]) -> tuple[int, float]:
     return token, -math.log(float(np.exp(logits - logits[token]).sum()))
 
 
-class SileroState(NamedTuple):
-    """hidden: float32 (2, 1, 128). context: float32 (64,), the end of the frame before."""
-
-    hidden: NDArray[np.float32]
-    context: NDArray[np.float32]
-
-
-class SileroVad:
-    """Silero's detector (MIT), 0.08 ms a frame. Thread-safe: the state is the caller's."""
-
-    def __init__(self, path: Path) -> None:
-        self._session = one_thread_session(path)
-        self._rate = np.array(RECOGNISER_RATE, np.int64)
-
-    def start(self) -> SileroState:
-        return SileroState(np.zeros((2, 1, 128), np.float32), np.zeros(64, np.float32))
-
-    def __call__(self, frame: NDArray[np.float32], state: SileroState) -> tuple[float, SileroState]:
-        window = np.concatenate([state.context, frame])[None]  # (1, 576)
-        probability, hidden = self._session.run(None, {"input": window, "state": state.hidden, "sr": self._rate})
-        return float(probability[0, 0]), SileroState(hidden, frame[-64:].copy())
-
-
-class WordAligner(Protocol):
-    """Says when words were said. Thread-safe."""
-
-    def align(self, samples: NDArray[np.float32], texts: Sequence[str], needed: int | None = None) -> list[Span]: ...
-
-    def close(self) -> None: ...
-
-
 class EmbeddedRecogniser:
     """The embedded model. See `Recogniser` for the methods."""
 
@@ -295,7 +249,7 @@ def load_embedded(threads: int = 0) -> EmbeddedRecogniser:
     return EmbeddedRecogniser(
         moonshine,
         tokenizer,
-        SileroVad(data_file(VAD)),
+        load_vad(),
         aligner,
         read_wav(data_file(SAMPLE))[: SAMPLE_SECONDS * RECOGNISER_RATE],
     )
