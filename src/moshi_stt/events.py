@@ -105,4 +105,26 @@ class Warning(Event, frozen=True, tag=True):  # noqa: A001 - the name is that of
     message: str
 
 
-AnyEvent = Ready | Step | Word | EndWord | Marker | Error | Interim | SpeechStarted | EndOfTurn | TurnResumed | Ack | Warning
+# ---- inside the server ---------------------------------------------------------------------------------------------------
+
+
+class Pause(Event, frozen=True, tag=True):
+    """How far a stream is heard, and how long nobody has spoken. Once for each 80 ms of the client's audio, never merged.
+
+    Comes to streams opened with `turns`, and is on no wire: sessions make turns of it (`engine/turns.py`).
+
+    time: seconds of audio that the source has heard.
+    settled: no word that starts before this many seconds comes any more.
+    silence: seconds since somebody last spoke; 0.0 in speech, infinite before the first.
+    heads: the model's pause probabilities, per horizon; empty where it has none.
+    """
+
+    time: float
+    settled: float
+    silence: float
+    heads: tuple[float, ...] = ()
+
+
+AnyEvent = (
+    Ready | Step | Word | EndWord | Marker | Error | Interim | SpeechStarted | EndOfTurn | TurnResumed | Ack | Warning | Pause
+)

@@ -41,6 +41,7 @@ from moshi_stt.engine.share import Line, Share
 from moshi_stt.engine.slots import Slot, SlotPool, spare_share
 from moshi_stt.engine.stalls import StallWatch
 from moshi_stt.engine.stream import Delivery, Stream, StreamLimits, deliver_all
+from moshi_stt.engine.turns import PauseMeter, SpeechDetector
 from moshi_stt.errors import EngineError, EngineFailed, MoshiSttError, NoFreeSlot
 from moshi_stt.events import Ready
 from moshi_stt.text.words import WordAssembler
@@ -155,7 +156,9 @@ class BatchEngine(Engine):
         stream = Stream(
             self._limits if live else self._limits.of_recordings, live=live, wake=self._wake_stream, release=self._release
         )
-        self._lanes[stream] = self._table[slot.index] = Lane(stream, slot, partial(self._new_words, options), self._delay)
+        self._lanes[stream] = self._table[slot.index] = Lane(
+            stream, slot, partial(self._new_words, options), self._delay, self._meter(options)
+        )
         stream.deliver([Ready()])
         self.observer.opened()
         return stream
@@ -518,6 +521,12 @@ class BatchEngine(Engine):
     def _new_words(self, options: StreamOptions) -> WordAssembler:
         """The word assembler of a new stream, or of one that was reset."""
         return WordAssembler(self._loaded.decode, self._delay, confidence=options.confidence, interim=options.interim)
+
+    def _meter(self, options: StreamOptions) -> PauseMeter | None:
+        """What makes the `Pause` events of a stream that asked for turns: from the model's heads, else from a detector."""
+        if not options.turns:
+            return None
+        return PauseMeter(None if self._backend.heads else SpeechDetector())
 
     def _pools(self, loaded: LoadedModel) -> tuple[SlotPool, SlotPool]:
         """The slots that this process lends: of streams, and for copies."""

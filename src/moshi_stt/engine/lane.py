@@ -25,6 +25,7 @@ from moshi_stt.constants import FRAME_SAMPLES, SAMPLE_RATE
 from moshi_stt.engine.commands import Audio, Command, Finish, Mark, Reset
 from moshi_stt.engine.slots import Slot
 from moshi_stt.engine.stream import Stream
+from moshi_stt.engine.turns import PauseMeter
 from moshi_stt.events import AnyEvent, Marker, Ready, Step
 from moshi_stt.text.words import WordAssembler
 
@@ -81,6 +82,7 @@ class Lane:
         "fresh",
         "heard_at",
         "marks",
+        "meter",
         "new_words",
         "row_fresh",
         "row_slot",
@@ -93,11 +95,20 @@ class Lane:
         "words",
     )
 
-    def __init__(self, stream: Stream, slot: Slot, new_words: Callable[[], WordAssembler], delay_frames: int) -> None:
+    def __init__(
+        self,
+        stream: Stream,
+        slot: Slot,
+        new_words: Callable[[], WordAssembler],
+        delay_frames: int,
+        meter: PauseMeter | None = None,
+    ) -> None:
+        """meter: makes the `Pause` events of a stream that asked for turns."""
         self.stream = stream
         self.slot = slot
         self.new_words = new_words
         self.delay = delay_frames
+        self.meter = meter
         self.words = new_words()
         self.framer = Framer()
         self.commands: deque[Command] = deque()
@@ -173,6 +184,8 @@ class Lane:
         self.fresh = True
         self.samples = self.framer.samples
         self.answered = -1
+        if self.meter is not None:
+            self.meter.restart()
         events.append(Ready())
         return True
 
@@ -226,11 +239,15 @@ class Lane:
         if tail is None:
             self.arrived = self.framer.pop(row)
             self.row_slot, self.row_fresh = self.slot.index, self.fresh
+            if self.meter is not None:
+                self.meter.hear(row)
             return
         if not tail.partial:
             row[:] = 0.0
         elif tail.kind == "finish":
             self.arrived = self.framer.pop(row)
+            if self.meter is not None:
+                self.meter.hear(row)
         else:
             self.arrived = self.framer.peek(row)
         self.row_slot, self.row_fresh = tail.slot, tail.fresh
@@ -248,6 +265,8 @@ class Lane:
             events.append(Step(step_idx, tuple(pause), stream.pending_samples))
         if words := self.words.push(token, logprob):
             events += words
+        if self.meter is not None:
+            events.append(self.meter.pause(self.words, pause))
         if self.marks:
             self._release(self.words, 0, events)
         return events
@@ -259,9 +278,12 @@ class Lane:
             self.stream.stepped(self.samples % FRAME_SAMPLES)
             if pause is not None and self.stream.live:
                 events.append(Step(step_idx, tuple(pause), self.stream.pending_samples))
+        is_audio = tail.partial and tail.kind == "finish"
         tail.partial = tail.fresh = False
         words = tail.words
         events += words.push(token, logprob)
+        if self.meter is not None and is_audio:
+            events.append(self.meter.pause(words, pause))
         self._release(words, 1, events)
         over = words.steps >= tail.end and (not words.under_way or words.steps >= tail.end + HOLD_FRAMES)
         if over and (tail.kind == "finish" or not self.marks):

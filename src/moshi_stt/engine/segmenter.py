@@ -13,10 +13,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moshi_stt.audio.resample import StreamingResampler
+from moshi_stt.constants import FRAME_SECONDS as PAUSE_SECONDS
 from moshi_stt.constants import SAMPLE_RATE
 from moshi_stt.engine.engine import NO_EXTRAS, StreamOptions
 from moshi_stt.engine.recogniser import RECOGNISER_RATE, VAD_FRAME, Recogniser, Spoken
-from moshi_stt.events import AnyEvent, EndWord, Word
+from moshi_stt.events import AnyEvent, EndWord, Pause, Word
 
 BLOCK_SAMPLES = 768
 """Samples at 24 kHz that are resampled at once: one detector frame."""
@@ -123,6 +124,11 @@ class Segmenter:
         """Fresh state, clock at 0."""
         self._received = 0  # samples at 24 kHz since the stream's start
         self._last_stop = 0.0
+        self._last_voice: float | None = None
+        """Seconds of the stream at which speech was last heard."""
+        self._pauses = 0
+        """`Pause` events made: one for each 80 ms."""
+        self._settled_to = 0.0
         self._begin_epoch()
 
     def _begin_epoch(self) -> None:
@@ -192,6 +198,26 @@ class Segmenter:
                 self._segment.voiced = [False] * ((self._framed - VAD_FRAME - start) // VAD_FRAME)
             if self._segment is not None:
                 yield from self._follow(self._segment, probability)
+            if self.options.turns and (events := self._heard_pauses(probability)):
+                yield events
+
+    def _heard_pauses(self, probability: float) -> list[AnyEvent]:
+        """The `Pause` events up to the frame just taken, whose speech probability this is."""
+        segment, heard = self._segment, self._seconds(self._framed)
+        voice_from = self.settings.speech_until if segment is not None else self.settings.speech_from
+        if probability >= voice_from:
+            self._last_voice = heard
+        if segment is None or segment.quiet:
+            self._settled_to = max(self._settled_to, heard)
+        else:
+            self._settled_to = max(self._settled_to, min(self._last_stop, heard))
+        events: list[AnyEvent] = []
+        limit = min(heard, self._received / SAMPLE_RATE) + 1e-9
+        while (time := (self._pauses + 1) * PAUSE_SECONDS) <= limit:
+            self._pauses += 1
+            silence = math.inf if self._last_voice is None else max(0.0, time - self._last_voice)
+            events.append(Pause(round(time, 3), min(self._settled_to, time), silence))
+        return events
 
     def _follow(self, segment: _Segment, probability: float) -> Iterator[list[AnyEvent]]:
         """Count the frame to the segment, and make the hypothesis that is due behind it."""

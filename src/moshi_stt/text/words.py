@@ -111,6 +111,12 @@ class WordAssembler:
         """Whether a word has begun, or is about to, that was not emitted yet."""
         return self._announced or bool(self._ids)
 
+    @property
+    def settled(self) -> float:
+        """No word that starts before this many seconds of the stream is emitted any more."""
+        heard = max(0.0, self._time(self.steps))
+        return min(heard, max(0.0, self._start)) if self.under_way else heard
+
     def push(self, token: int, logprob: float = 0.0) -> Sequence[WordEvent]:
         """Take the next step's token and its natural-log probability; return what it completes."""
         self.steps = step = self.steps + 1
