@@ -4,6 +4,8 @@ The tables are those of moshi-server (contract section 4). What is ours alone li
 moshi-server ignores: `[moshi_stt]` for the server, `[modules.NAME.moshi_stt]` for a module.
 """
 
+import ipaddress
+import re
 from typing import Literal
 
 import msgspec
@@ -37,6 +39,8 @@ class LimitsConfig(msgspec.Struct, frozen=True, kw_only=True):
     """How long a POST waits for a free slot."""
     socket_processes: int | Literal["auto"] = "auto"
     """Further processes that carry the WebSockets of Kyutai's models; auto: none below 128 streams (docs/gpu.md)."""
+    ignore_unsupported: bool = False
+    """Take options of other protocols that a caller relies on and that this server cannot do, and ignore them."""
 
 
 class TransformerConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -160,6 +164,30 @@ def with_quantize(module: Module, scheme: Literal["none", "int8", "int4"]) -> Mo
     return module
 
 
+class WyomingConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """`[wyoming]`: Home Assistant's protocol, on a port of its own. It knows no keys."""
+
+    uri: str = "tcp://127.0.0.1:10300"
+    endpointing: bool = False
+    """End a command after a pause by ourselves, for a Home Assistant that does not."""
+    profanity_filter: bool = False
+
+    @property
+    def address(self) -> tuple[str, int]:
+        """Host, as an IP address, and port. Raises ConfigError."""
+        match = re.fullmatch(r"tcp://(\[[0-9A-Fa-f:]+\]|[^:/]+):(\d{1,5})", self.uri)
+        host = "" if match is None else match[1].strip("[]")
+        try:
+            host = "127.0.0.1" if host == "localhost" else str(ipaddress.ip_address(host))
+            if match is None or int(match[2]) > 65_535:
+                raise ValueError
+        except ValueError:
+            raise ConfigError(
+                f'wyoming: uri {self.uri!r}: expected an IP address and a port, such as "tcp://127.0.0.1:10300"'
+            ) from None
+        return host, int(match[2])
+
+
 class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
     """A whole file, checked."""
 
@@ -171,6 +199,8 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
     authorized_ids: frozenset[str]
     modules: tuple[Module, ...]
     limits: LimitsConfig = LimitsConfig()
+    wyoming: WyomingConfig | None = None
+    """None: not served."""
 
 
 def inbox_samples(limits: LimitsConfig) -> int:

@@ -27,6 +27,7 @@ from moshi_stt.config import (
     Module,
     ServerConfig,
     TransformerConfig,
+    WyomingConfig,
 )
 from moshi_stt.config_table import Table, did_you_mean, show
 from moshi_stt.constants import DEFAULT_PATH, FRAME_RATE, PUBLIC_KEY
@@ -111,6 +112,7 @@ def parse_config(text: str, file: str) -> LoadedConfig:
     if not keys:
         top.warn("authorized_ids", "the list is empty, so no client can connect; add a key")
     limits = _limits(top.table("moshi_stt"))
+    wyoming = _wyoming(top.table("wyoming"))
     modules = _modules(top)
     top.warn_unknown()
     config = ServerConfig(
@@ -120,6 +122,7 @@ def parse_config(text: str, file: str) -> LoadedConfig:
         authorized_ids=frozenset(keys),
         modules=modules,
         limits=limits,
+        wyoming=wyoming,
     )
     return LoadedConfig(config, file, top.warnings)
 
@@ -189,7 +192,7 @@ def _limits(table: Table | None) -> LimitsConfig:
         return LimitsConfig()
     limits = table.struct(LimitsConfig)
     for key in LimitsConfig.__struct_fields__:
-        if key != "socket_processes" and getattr(limits, key) <= 0:
+        if key not in ("socket_processes", "ignore_unsupported") and getattr(limits, key) <= 0:
             table.fail(key, "expected a number above 0. Leave the key out for the default.")
     if limits.socket_processes != "auto" and limits.socket_processes > MOST_SOCKET_PROCESSES:
         table.fail("socket_processes", f'expected 0 to {MOST_SOCKET_PROCESSES}, or "auto".')
@@ -200,6 +203,17 @@ def _limits(table: Table | None) -> LimitsConfig:
             "ping_seconds", f"expected less than silent_seconds ({limits.silent_seconds:g}); a ping keeps a quiet client."
         )
     return limits
+
+
+def _wyoming(table: Table | None) -> WyomingConfig | None:
+    if table is None:
+        return None
+    config = table.struct(WyomingConfig)
+    try:
+        _ = config.address
+    except ConfigError:
+        table.fail("uri", 'expected an IP address and a port, such as "tcp://127.0.0.1:10300".')
+    return config
 
 
 def _modules(top: Table) -> tuple[Module, ...]:

@@ -50,14 +50,6 @@ class SileroVad:
         return float(probability[0, 0]), SileroState(hidden, frame[-64:].copy())
 
 
-class WordAligner(Protocol):
-    """Says when words were said. Thread-safe."""
-
-    def align(self, samples: NDArray[np.float32], texts: Sequence[str], needed: int | None = None) -> list[Span]: ...
-
-    def close(self) -> None: ...
-
-
 def load_vad() -> SileroVad:
     """The speech detector alone. Raises CheckpointError."""
     return SileroVad(data_file(VAD))

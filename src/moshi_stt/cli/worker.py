@@ -8,7 +8,15 @@ from typing import Any, Literal
 
 import msgspec
 
-from moshi_stt.config import MOST_SOCKET_PROCESSES, EngineConfig, KyutaiModule, Module, ServerConfig, with_quantize
+from moshi_stt.config import (
+    MOST_SOCKET_PROCESSES,
+    EngineConfig,
+    KyutaiModule,
+    Module,
+    ServerConfig,
+    WyomingConfig,
+    with_quantize,
+)
 from moshi_stt.constants import DEFAULT_PORT, PUBLIC_KEY
 from moshi_stt.errors import ConfigError
 
@@ -38,6 +46,7 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     ours.add_argument(
         "--socket-processes", type=_processes, metavar="N", help="further processes that carry WebSockets, or auto (default)"
     )
+    ours.add_argument("--wyoming", metavar="URI", help="also serve Home Assistant's protocol, e.g. tcp://127.0.0.1:10300")
     return parser
 
 
@@ -125,7 +134,11 @@ def override(config: ServerConfig, args: argparse.Namespace) -> ServerConfig:
     limits = config.limits
     if args.socket_processes is not None:
         limits = msgspec.structs.replace(limits, socket_processes=args.socket_processes)
-    return msgspec.structs.replace(config, modules=tuple(modules), limits=limits)
+    wyoming = config.wyoming
+    if args.wyoming is not None:
+        wyoming = msgspec.structs.replace(wyoming or WyomingConfig(), uri=args.wyoming)
+        _ = wyoming.address  # raises ConfigError where it is none
+    return msgspec.structs.replace(config, modules=tuple(modules), limits=limits, wyoming=wyoming)
 
 
 def warnings_of(config: ServerConfig, host: str) -> list[str]:

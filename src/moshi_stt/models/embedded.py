@@ -5,6 +5,7 @@ import math
 import wave
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -176,6 +177,14 @@ def read_wav(path: Path) -> NDArray[np.float32]:
 def _best(logits: NDArray[np.float32]) -> tuple[int, float]:
     token = int(logits.argmax())
     return token, -math.log(float(np.exp(logits - logits[token]).sum()))
+
+
+class WordAligner(Protocol):
+    """Says when words were said. Thread-safe."""
+
+    def align(self, samples: NDArray[np.float32], texts: Sequence[str], needed: int | None = None) -> list[Span]: ...
+
+    def close(self) -> None: ...
 
 
 class EmbeddedRecogniser:

@@ -3,6 +3,7 @@
 import asyncio
 import errno
 import gc
+import ipaddress
 import logging
 import signal
 import socket
@@ -14,6 +15,7 @@ from aiohttp import hdrs, web
 from aiohttp.http import HttpProcessingError
 
 from moshi_stt.config import ServerConfig
+from moshi_stt.constants import PUBLIC_KEY
 from moshi_stt.engine.engine import Engine
 from moshi_stt.errors import ConfigError, EngineFailed, MoshiSttError
 from moshi_stt.server import framing, info, upload, ws
@@ -22,6 +24,7 @@ from moshi_stt.server.auth import query_pairs
 from moshi_stt.server.doors import DOORS
 from moshi_stt.server.doors.door import AnyDoor, Door, FileDoor, HttpDoor, PageDoor, Refused, Route
 from moshi_stt.server.handshake import handshake_of, query_string, refused
+from moshi_stt.server.listeners import SocketListeners
 from moshi_stt.server.metrics import Metrics
 from moshi_stt.server.runtime import raise_file_limit, run, tune_interpreter
 from moshi_stt.server.service import Service
@@ -170,7 +173,7 @@ class _Mount:
             key = found[0].key(handshake_of(request, self._service))
         except Refused:
             return None
-        if self._service.keys.allow(key):
+        if self._service.allows(found[0], key):
             await send_continue(request)
         return None
 
@@ -213,6 +216,8 @@ class Server:
         self._engines = {module.name: engines[module.name] for module in config.modules}
         self._app = create_app(config, engines, metrics, doors)
         self.service = self._app[SERVICE]
+        self.service.is_private = ipaddress.ip_address(host).is_loopback and config.authorized_ids <= {PUBLIC_KEY}
+        self.listeners = SocketListeners(self.service, doors, bind)
         self._runner = web.AppRunner(
             self._app,
             access_log=None,
@@ -247,6 +252,7 @@ class Server:
         try:
             await self._runner.setup()
             await web.SockSite(self._runner, self._listener, backlog=BACKLOG).start()
+            await self.listeners.start()
             for name, engine in self._engines.items():
                 await engine.start()
                 self._watchers.append(asyncio.create_task(self._watch(name, engine)))
@@ -271,6 +277,7 @@ class Server:
         """Take nothing new; end what runs with an Error and 1001, in bounded time; stop the engines. Idempotent."""
         service = self.service
         service.stopping = True
+        self.listeners.stop()
         for site in list(self._runner.sites):
             await site.stop()
         if self._listener is not None:

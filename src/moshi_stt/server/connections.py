@@ -11,6 +11,7 @@ from moshi_stt.events import Error
 from moshi_stt.server.connection import Connection, Surroundings
 from moshi_stt.server.disconnects import DisconnectMonitor
 from moshi_stt.server.doors.door import Door, Opening, SocketDoor
+from moshi_stt.server.doors.options import on_ignored
 from moshi_stt.server.metrics import Metrics
 from moshi_stt.server.timers import tick_seconds
 from moshi_stt.server.websocket import WebSocketFraming
@@ -27,6 +28,7 @@ class Connections:
     def __init__(self, limits: LimitsConfig, metrics: Metrics) -> None:
         self._limits = limits
         self._metrics = metrics
+        on_ignored(metrics.ignored)
         self._monitor = DisconnectMonitor()
         self._connections: set[Connection] = set()
 

@@ -20,6 +20,7 @@ def handshake_of(request: web.BaseRequest, service: Service) -> Handshake:
         tuple(name.strip() for name in offered.split(",") if name.strip()),
         peer_name(request),
         {each.module.name: each.engine.info for each in service if each.engine.ready},
+        service.config.limits.ignore_unsupported,
     )
 
 

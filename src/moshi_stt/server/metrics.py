@@ -58,11 +58,18 @@ class Metrics:
         self.errors = counter("moshi_stt_errors", "Sessions that ended with an Error, by kind.", "kind")
         self.uploads = counter("moshi_stt_uploads", "Files received by POST, by status of the answer.", "status")
         self.websockets = Gauge("moshi_stt_websockets", "Open WebSockets, with or without a slot.", registry=self.registry)
+        self.ignored_options = counter(
+            "moshi_stt_ignored_options", "Options of requests that were taken and did nothing.", "door", "option"
+        )
         self.registry.register(_Plain(self))
 
     def watch(self, engines: Callable[[], Iterable[tuple[str, Engine]]]) -> None:
         """Read queue depth, slots and health of these engines, by module name, at each scrape."""
         self.registry.register(_Engines(engines))
+
+    def ignored(self, door: str, option: str) -> None:
+        """A client asked for an option that does nothing here."""
+        self.ignored_options.labels(door, option).inc()
 
     # ---- EngineObserver: any thread ----------------------------------------------------------------------------------
 

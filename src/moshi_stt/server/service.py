@@ -40,6 +40,8 @@ class Service:
     failure: str | None = None
     """Why `/health` is red."""
     stopping: bool = False
+    is_private: bool = False
+    """Whether only this machine can connect, and nobody has configured a key of their own."""
     workers: WorkerPool | None = None
     """Who else carries WebSockets."""
 
@@ -77,13 +79,21 @@ class Service:
 
     def admit(self, door: HttpDoor, request: Handshake) -> None:
         """Raises Refused for a request without one of the keys, and where nothing new is taken."""
-        if not self.keys.allow(door.key(request)):
-            self.metrics.refusals.labels("key").inc()
-            raise door.refusal("unauthorized", "the API key is missing or wrong")
+        self.check_key(door, request)
         refusal = self.refusal()
         if refusal is not None:
             self.metrics.refusals.labels("not_serving").inc()
             raise door.refusal("stopping" if self.failure is None else "failed", refusal)
+
+    def check_key(self, door: HttpDoor, request: Handshake) -> None:
+        """Raises Refused for a request without one of the keys, where one is needed."""
+        if not self.allows(door, door.key(request)):
+            self.metrics.refusals.labels("key").inc()
+            raise door.refusal("unauthorized", "the API key is missing or wrong")
+
+    def allows(self, door: HttpDoor, key: str | None) -> bool:
+        """Whether a request with this key, or with none, is let in. At the native door a key is always needed."""
+        return (self.is_private and door.keyless_on_loopback) or self.keys.allow(key)
 
     def find(self, module: str | None) -> Served:
         """By name; None is the first."""

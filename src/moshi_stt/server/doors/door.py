@@ -5,8 +5,9 @@ answers small HTTP requests. Each is an object without state. An instance goes t
 pickle, and `session` is called there as it is in the main process. This module and those of the doors import no HTTP server.
 """
 
+import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -70,6 +71,7 @@ class Handshake:
 
     query: decoded, in order. headers: lower-case names; several of one name are joined by `, `.
     subprotocols: what a WebSocket client offers. peer: address for the log. modules: what each loaded module says of itself.
+    ignore_unsupported: take options that are otherwise refused, and do nothing for them.
     """
 
     path: str
@@ -78,6 +80,7 @@ class Handshake:
     subprotocols: tuple[str, ...] = ()
     peer: str = ""
     modules: Mapping[str, EngineInfo] = field(default_factory=dict)
+    ignore_unsupported: bool = False
 
     def parameter(self, name: str) -> str | None:
         """The first value of a query parameter, None without one."""
@@ -138,6 +141,9 @@ class AnyDoor(ABC):
 class HttpDoor(AnyDoor):
     """What the doors on the HTTP port have."""
 
+    keyless_on_loopback = False
+    """Whether any key or none will do where the server listens on a loopback address and has no key but the public one."""
+
     @abstractmethod
     def routes(self, config: ServerConfig) -> Sequence[Route]:
         """Where it is served; empty where the configuration does not want it."""
@@ -169,7 +175,7 @@ class SocketDoor(AnyDoor):
     def addresses(self, config: ServerConfig) -> Sequence[tuple[str, int]]:
         """Host and port of each listener; empty where the configuration does not want it. Port 0 takes any free one."""
 
-    def accept(self, peer: str, modules: Mapping[str, EngineInfo]) -> Opening:
+    def accept(self, peer: str, config: ServerConfig, modules: Mapping[str, EngineInfo]) -> Opening:
         """What to open for a new connection."""
         return Opening()
 
@@ -187,12 +193,17 @@ class SocketDoor(AnyDoor):
 
 @dataclass(frozen=True)
 class FileRequest:
-    """A request with a file. fields: of a form, the file's own excepted. file_name: None where the body is the file."""
+    """A request with a file.
+
+    fields: of a form, the file's own excepted. file_name: None where the body is the file, or a form has none. sha256: reads
+    the whole recording and returns its digest in hexadecimal.
+    """
 
     handshake: Handshake
     fields: tuple[tuple[str, str], ...] = ()
     file_name: str | None = None
     content_type: str = ""
+    sha256: Callable[[], str] = lambda: hashlib.sha256().hexdigest()
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,9 @@ from moshi_stt.config import ServerConfig
 from moshi_stt.constants import API_KEY_HEADER, API_KEY_QUERY, FRAME_SAMPLES
 from moshi_stt.engine.commands import Audio, Mark, Reset
 from moshi_stt.engine.engine import StreamOptions
+from moshi_stt.engine.turns import TurnDetector
 from moshi_stt.errors import AudioError, ProtocolError
-from moshi_stt.events import AnyEvent, Word
+from moshi_stt.events import AnyEvent, Pause, Word
 from moshi_stt.server.doors.door import (
     Answer,
     Door,
@@ -57,7 +58,7 @@ class KyutaiDoor(Door):
         return Opening(stream=StreamOptions(**{name: request.parameter(name) in ("1", "true") for name in _EXTRAS}))
 
     def session(self, opening: Opening) -> Session:
-        return KyutaiSession()
+        return KyutaiSession(turns=opening.stream.turns)
 
     def refusal(self, kind: RefusalKind, sentence: str) -> Refused:
         return _refusal(kind, super().refusal(kind, sentence))
@@ -101,7 +102,9 @@ def _refusal(kind: RefusalKind, usual: Refused) -> Refused:
 class KyutaiSession(Session):
     """A connection of the native protocol. Text messages are ignored."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, turns: bool = False) -> None:
+        """turns: tell the client of `SpeechStarted`, `EndOfTurn` and `TurnResumed`."""
+        self._turns = TurnDetector() if turns else None
         self.silenced_samples = 0
         """Samples that were NaN, infinite or beyond `LOUDEST`, and were taken for 0."""
         self._opus: OpusStream | None = None
@@ -135,7 +138,10 @@ class KyutaiSession(Session):
     def send(self, event: AnyEvent, channel: int = 0) -> Sequence[Message]:
         if type(event) is Word:
             self._has_words = True
-        return (protocol.encode(event),)
+        if self._turns is None:
+            return (protocol.encode(event),)
+        turns = self._turns.take(event)
+        return [protocol.encode(each) for each in (turns if type(event) is Pause else [*turns, event])]
 
     def warnings(self, waiting_samples: int) -> list[str]:
         news, self._news = self._news, []
