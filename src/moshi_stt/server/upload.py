@@ -8,9 +8,9 @@ import asyncio
 import hashlib
 import logging
 import tempfile
-from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Iterator
-from contextlib import asynccontextmanager, closing, contextmanager
-from typing import IO, TypeVar
+from collections.abc import AsyncGenerator, AsyncIterator, Generator, Iterator
+from contextlib import aclosing, asynccontextmanager, closing, contextmanager
+from typing import IO
 
 import numpy as np
 from aiohttp import hdrs, web
@@ -18,10 +18,9 @@ from numpy.typing import NDArray
 
 from moshi_stt.config import LimitsConfig
 from moshi_stt.constants import SAMPLE_RATE
-from moshi_stt.engine.commands import Audio, Finish
-from moshi_stt.engine.stream import Stream
+from moshi_stt.engine.recording import USUAL_CUT, RecordingEvent, RecordingOptions, in_thread, recording_events
 from moshi_stt.errors import AudioError, EngineError, NoFreeSlot
-from moshi_stt.events import EndWord, Error, Word
+from moshi_stt.events import EndWord, Word
 from moshi_stt.server.doors.door import (
     FileAnswer,
     FileDoor,
@@ -42,13 +41,13 @@ log = logging.getLogger(__name__)
 BUFFER_BYTES = 1 << 20
 """Body bytes gathered before a thread writes them."""
 
-DECODE_SAMPLES = 10 * SAMPLE_RATE
-"""Audio that a thread decodes at a time."""
+CUT_FROM_SECONDS = 60.0
+"""A longer file may be cut at pauses, and its pieces run on several slots."""
+
+KEPT_FREE = 4
+"""One slot in so many is kept for live streams, as long as one of a file's pieces runs."""
 
 UNBUFFERED = "Failed to buffer the request body: "
-
-T = TypeVar("T")
-Pieces = Generator[NDArray[np.float32], None, None]
 
 
 class _Fault(Exception):
@@ -113,19 +112,43 @@ async def _transcribe(
         content_type = request.headers.get(hdrs.CONTENT_TYPE, "")
         options = door.parse(FileRequest(handshake, fields, file_name, content_type, lambda: sha256_of(file)))
         served = service.find(options.module or route.module)
-        pieces = _decoded(file)
-        with closing(pieces), _faults():
-            first = await _in_thread(lambda: _gather(pieces))
-            stream = await _slot(service, served, options)
-            with closing(stream):
+        source = _Decoded(file)
+        with closing(source), _faults():
+            await _wait_started(service)
+            async with aclosing(_events(service, served, door, options, source)) as events:
+                first = await anext(events, None)
                 live = door.stream(options)
                 if live is not None:
-                    return await _stream_answer(request, live, stream, first, pieces)
-                transcript = await _run(stream, first, pieces)
-        made = await _in_thread(lambda: door.answer(transcript, options))
+                    return await _stream_answer(request, live, first, events, source)
+                said = [] if first is None else [first, *[event async for event in events]]
+        transcript = Transcript([event for event in said if isinstance(event, Word | EndWord)], source.seconds)
+        made = await in_thread(lambda: door.answer(transcript, options))
     return web.Response(
         status=made.status, body=made.body, headers={hdrs.CONTENT_TYPE: made.content_type, **dict(made.headers)}
     )
+
+
+def _events(
+    service: Service, served: Served, door: FileDoor, options: FileOptions, source: "_Decoded"
+) -> AsyncGenerator[RecordingEvent, None]:
+    """The recording's words, in order."""
+    recording = RecordingOptions(
+        cut=USUAL_CUT if door.cuts_long_files else None,
+        cut_from_seconds=CUT_FROM_SECONDS,
+        stream=options.stream,
+        slot_wait_seconds=service.config.limits.slot_wait_seconds,
+        keep_free=max(1, served.engine.total_slots // KEPT_FREE),
+    )
+    return recording_events(served.engine, source, recording)
+
+
+async def _wait_started(service: Service) -> None:
+    """Raises NoFreeSlot where the model is not loaded in time."""
+    if not service.is_started:
+        try:
+            await asyncio.wait_for(service.started.wait(), service.config.limits.slot_wait_seconds)
+        except TimeoutError:
+            raise NoFreeSlot("the model is still loading: try again later") from None
 
 
 @contextmanager
@@ -142,48 +165,31 @@ def _faults() -> Iterator[None]:
 
 
 async def _stream_answer(
-    request: web.Request, answer: FileAnswer, stream: Stream, first: NDArray[np.float32], pieces: Pieces
+    request: web.Request,
+    answer: FileAnswer,
+    first: RecordingEvent | None,
+    events: AsyncGenerator[RecordingEvent, None],
+    source: "_Decoded",
 ) -> web.StreamResponse:
     """Write the answer while the file is transcribed. From its first byte on, a fault is told in the body."""
     response = web.StreamResponse(headers={hdrs.CONTENT_TYPE: answer.content_type, **dict(answer.headers)})
     await response.prepare(request)
-
-    async def write(event: Word | EndWord) -> None:
-        if data := answer.event(event):
-            await response.write(data)
-
+    said: list[Word | EndWord] = []
+    event = first
     try:
         with _faults():
-            transcript = await _run(stream, first, pieces, write)
-        await response.write(answer.end(transcript))
+            while event is not None:
+                if isinstance(event, Word | EndWord):
+                    said.append(event)
+                if data := answer.event(event):
+                    await response.write(data)
+                event = await anext(events, None)
+        await response.write(answer.end(Transcript(said, source.seconds)))
     except _Fault as fault:
         log.info("POST %s: %s: %s", request.path, fault.kind, fault.sentence)
         await response.write(answer.error(fault.kind, fault.sentence))
     await response.write_eof()
     return response
-
-
-async def _slot(service: Service, served: Served, options: FileOptions) -> Stream:
-    """A stream, after the live ones in the queue. Raises NoFreeSlot when none came free in time."""
-    patience = service.config.limits.slot_wait_seconds
-    if not service.is_started:
-        try:
-            await asyncio.wait_for(service.started.wait(), patience)
-        except TimeoutError:
-            raise NoFreeSlot("the model is still loading: try again later") from None
-    return await served.engine.open_when_free(patience, live=False, options=options.stream)
-
-
-async def _in_thread(work: Callable[[], T]) -> T:
-    """`work()` in a thread, to its end even when the caller is cancelled: it uses what the caller would close."""
-    running = asyncio.get_running_loop().run_in_executor(None, work)
-    try:
-        return await asyncio.shield(running)
-    except asyncio.CancelledError:
-        await asyncio.wait((running,))
-        if not running.cancelled():
-            running.exception()  # nobody is left whom it would concern
-        raise
 
 
 @asynccontextmanager
@@ -268,59 +274,33 @@ async def _write(file: IO[bytes], data: bytearray) -> None:
         file.write(data)
         file.flush()
 
-    await _in_thread(write)
+    await in_thread(write)
 
 
-def _decoded(file: IO[bytes]) -> Pieces:
-    from moshi_stt.audio.decode import decode_file  # loads the codecs: not before the first file
+class _Decoded:
+    """A file's audio, float32 (S,) at 24 kHz. Iterated in threads; `seconds` so far."""
 
-    yield from decode_file(file)
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+        self._pieces: Iterator[NDArray[np.float32]] | None = None
+        self._samples = 0
 
+    def __iter__(self) -> Iterator[NDArray[np.float32]]:
+        return self
 
-def _gather(pieces: Pieces) -> NDArray[np.float32]:
-    """About DECODE_SAMPLES of audio; empty at the end. Runs in a thread."""
-    gathered: list[NDArray[np.float32]] = []
-    size = 0
-    while size < DECODE_SAMPLES and (piece := next(pieces, None)) is not None:
-        gathered.append(piece)
-        size += len(piece)
-    return np.concatenate(gathered) if gathered else np.zeros(0, np.float32)
+    def __next__(self) -> NDArray[np.float32]:
+        if self._pieces is None:
+            from moshi_stt.audio.decode import decode_file  # loads the codecs: not before the first file
 
+            self._pieces = decode_file(self._file)
+        pcm = next(self._pieces)
+        self._samples += len(pcm)
+        return pcm
 
-async def _run(
-    stream: Stream,
-    first: NDArray[np.float32],
-    pieces: Pieces,
-    tell: Callable[[Word | EndWord], Awaitable[None]] | None = None,
-) -> Transcript:
-    """Feed the file while its words are collected, and told one by one. Raises AudioError for damage after `first`."""
-    feeding = asyncio.create_task(_feed(stream, first, pieces))
-    events: list[Word | EndWord] = []
-    try:
-        async for event in stream:
-            if isinstance(event, Word | EndWord):
-                events.append(event)
-                if tell is not None:
-                    await tell(event)
-            elif isinstance(event, Error):
-                raise EngineError(event.message)
-        return Transcript(events, await feeding / SAMPLE_RATE)
-    finally:
-        feeding.cancel()
-        await asyncio.wait((feeding,))
+    @property
+    def seconds(self) -> float:
+        return self._samples / SAMPLE_RATE
 
-
-async def _feed(stream: Stream, first: NDArray[np.float32], pieces: Pieces) -> int:
-    """All the audio, then `Finish`; how many samples. Damage in the middle closes the stream: nobody waits for the rest."""
-    audio = first
-    samples = 0
-    try:
-        while len(audio):
-            samples += len(audio)
-            await stream.send(Audio(audio))
-            audio = await _in_thread(lambda: _gather(pieces))
-    except AudioError:
-        stream.close()
-        raise
-    await stream.send(Finish())
-    return samples
+    def close(self) -> None:
+        if isinstance(self._pieces, Generator):
+            self._pieces.close()

@@ -253,6 +253,9 @@ class FileAnswer(ABC):
 class FileDoor(HttpDoor):
     """POST: a whole file in, text out."""
 
+    cuts_long_files = True
+    """Whether a long file may be cut at pauses, so that its pieces run on several slots at once."""
+
     form: str | None = None
     """Name of the file's part where the body is a form (multipart/form-data); None where the body is the file."""
 

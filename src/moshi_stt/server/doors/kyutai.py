@@ -68,6 +68,7 @@ class KyutaiFiles(FileDoor):
     """Files by POST on each module's path, answered by a JSON array (contract section 1.4)."""
 
     name = "kyutai-files"
+    cuts_long_files = False
 
     def routes(self, config: ServerConfig) -> Sequence[Route]:
         return [Route(module.path, module.name) for module in config.modules]
