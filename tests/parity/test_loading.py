@@ -128,7 +128,7 @@ def test_dtypes() -> None:
         choose_dtype("f64", mps)
     assert choose_kv_dtype("auto", torch.float64, "", cpu) is torch.float64
     assert choose_kv_dtype("bf16", torch.float32, "", cpu) is torch.bfloat16
-    with pytest.raises(ConfigError, match="fp8.*this is cpu"):
+    with pytest.raises(ConfigError, match=r"fp8.*this is cpu"):
         choose_kv_dtype("fp8", torch.float32, "this is cpu", cpu)
 
 
