@@ -12,7 +12,7 @@ from moshi_stt.audio.decode import read_file
 from moshi_stt.constants import FRAME_SECONDS, SAMPLE_RATE
 from moshi_stt.data import data_file
 from moshi_stt.engine.engine import Engine
-from moshi_stt.engine.recording import transcribe_recording
+from moshi_stt.engine.recording import RecordingOptions, transcribe_recording
 from moshi_stt.errors import MoshiSttError
 from moshi_stt.text.subtitles import TimedWord
 
@@ -97,7 +97,7 @@ async def _check_recording(engine: Engine, recording: Recording, judge_words: bo
     begun = time.monotonic()
     try:
         async with asyncio.timeout(DEADLINE_SECONDS):
-            words = await transcribe_recording(engine, [pcm], prefix_seconds=engine.info.prefix_silence_seconds)
+            words = await transcribe_recording(engine, [pcm], RecordingOptions(cut=None))
     except TimeoutError:
         return [Check(recording.name, False, f"not done within {DEADLINE_SECONDS:g} s")]
     except MoshiSttError as error:
