@@ -37,6 +37,32 @@ class LimitsConfig(msgspec.Struct, frozen=True, kw_only=True):
     """A client from which nothing at all, not even a pong, came for so long is closed."""
     slot_wait_seconds: float = 100.0
     """How long a POST waits for a free slot."""
+    allowed_origins: tuple[str, ...] = ()
+    """Web pages, as `https://host[:port]`, that may use the server besides those of this machine (docs/operations.md)."""
+    connections_per_address: int = 4_096
+    """WebSockets that one address may have open; 0 is no limit."""
+    streams_per_key: int = 0
+    """WebSockets that one API key may have open; 0 is no limit."""
+    stream_seconds: float = 0.0
+    """How long a WebSocket may stay open; 0 is no limit."""
+    ahead_bytes: int = 1 << 20
+    """Messages that a stream may have waiting in memory once its inbox is full; what comes after them goes to the spool."""
+    spool_dir: str = "/var/tmp"
+    """Folder of the nameless files in which messages wait that came ahead of recognition."""
+    spool_bytes: int = 512 << 20
+    """What one stream may have in the spool; 0 uses none."""
+    spool_total_bytes: int | Literal["auto"] = "auto"
+    """What all streams together may have; auto: a tenth of the free disk, at most 8 GB."""
+    drain_seconds: float = 30.0
+    """How long live streams may go on after SIGTERM."""
+    resume_seconds: float = 15.0
+    """How long a stream whose client asked for `resume` is kept after its socket broke; 0 keeps none."""
+    max_uploads: int = 256
+    """POST bodies that are received at once."""
+    upload_bytes_per_second: int = 1_024
+    """The least rate of a POST body, averaged from its second half minute on; 0 is no limit."""
+    max_audio_seconds: float = 6 * 3600.0
+    """Longest audio of a POST, decoded."""
     socket_processes: int | Literal["auto"] = "auto"
     """Further processes that carry the WebSockets of Kyutai's models; auto: none below 128 streams (docs/gpu.md)."""
     ignore_unsupported: bool = False

@@ -33,6 +33,7 @@ from moshi_stt.config_table import Table, did_you_mean, show
 from moshi_stt.constants import DEFAULT_PATH, FRAME_RATE, PUBLIC_KEY
 from moshi_stt.errors import ConfigError
 from moshi_stt.models.spec import conditioner_specs, driving_faults, table_faults
+from moshi_stt.origins import normal_origin
 
 OTHER_KINDS = ("Tts", "Lm", "Mimi", "Py", "PyPost")
 """What else moshi-server can load."""
@@ -187,13 +188,33 @@ def _file(table: Table, key: str, text: str | None = None) -> str:
 # ---- tables ----------------------------------------------------------------------------------------------------------
 
 
+MAY_BE_ZERO = frozenset(
+    (
+        "socket_processes",
+        "connections_per_address",
+        "streams_per_key",
+        "stream_seconds",
+        "spool_bytes",
+        "spool_total_bytes",
+        "drain_seconds",
+        "resume_seconds",
+        "upload_bytes_per_second",
+    )
+)
+"""Bounds of the server for which 0 has a meaning of its own."""
+
+
 def _limits(table: Table | None) -> LimitsConfig:
     if table is None:
         return LimitsConfig()
     limits = table.struct(LimitsConfig)
     for key in LimitsConfig.__struct_fields__:
-        if key not in ("socket_processes", "ignore_unsupported") and getattr(limits, key) <= 0:
+        value = getattr(limits, key)
+        if isinstance(value, int | float) and not isinstance(value, bool) and value <= 0 and key not in MAY_BE_ZERO:
             table.fail(key, "expected a number above 0. Leave the key out for the default.")
+    for origin in limits.allowed_origins:
+        if normal_origin(origin) is None:
+            table.fail("allowed_origins", f'"{origin}" is not an origin; expected for example "https://captions.example.org".')
     if limits.socket_processes != "auto" and limits.socket_processes > MOST_SOCKET_PROCESSES:
         table.fail("socket_processes", f'expected 0 to {MOST_SOCKET_PROCESSES}, or "auto".')
     if limits.inbox_seconds < 1 / FRAME_RATE:

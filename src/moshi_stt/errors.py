@@ -9,6 +9,7 @@ MoshiSttError
 ├── EngineError        the engine cannot serve
 │   ├── NoFreeSlot     every slot is taken
 │   └── EngineFailed   a model step failed; nothing more comes from this engine
+├── SpoolError         audio that came ahead of recognition cannot be kept
 └── ServerError        a client-side view: the server refused or ended the session
 
 A message says what came, what was expected and what to do.
@@ -59,6 +60,10 @@ class NoFreeSlot(EngineError):
 
 class EngineFailed(EngineError):
     """A model step failed; nothing more comes from this engine."""
+
+
+class SpoolError(MoshiSttError):
+    """Audio that came ahead of recognition cannot be kept."""
 
 
 class ServerError(MoshiSttError):

@@ -55,9 +55,11 @@ def watched_temporary_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     """In a folder of their own, and known to `temporary_files`."""
     make = tempfile.TemporaryFile
 
-    def watched() -> IO[bytes]:
-        opened.append(make())
-        return opened[-1]
+    def watched(**options: Any) -> IO[bytes]:
+        file: IO[bytes] = make(**options)
+        if not options:  # others than uploads name their folder
+            opened.append(file)
+        return file
 
     opened.clear()
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))

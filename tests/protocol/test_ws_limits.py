@@ -11,6 +11,9 @@ from tests.support.serving import DEADLINE, Running, serving, until
 from moshi_stt import protocol
 from moshi_stt.engine.stream import StreamLimits
 
+UNSPOOLED: Any = {"spool_bytes": 0, "ahead_bytes": 1}
+"""A server that reads no further once an inbox is full."""
+
 
 def errors(running: Running, kind: str) -> float:
     """The count of one kind of error."""
@@ -81,7 +84,7 @@ async def test_unread_socket_is_not_the_clients_silence() -> None:
     """While the inbox is full we do not read, so that the client cannot be heard: no limit runs."""
     engine = ScriptedEngine(counting(30, 1), limits=StreamLimits(inbox_samples=2 * 1920))
     async with (
-        serving(engine, ping_seconds=0.05, silent_seconds=0.15, idle_seconds=0.15) as running,
+        serving(engine, ping_seconds=0.05, silent_seconds=0.15, idle_seconds=0.15, **UNSPOOLED) as running,
         await RawClient.connect(running.port) as client,
     ):
         assert (await client.receive_event())["type"] == "Ready"
@@ -134,7 +137,7 @@ async def test_reader_that_is_stuck_is_closed_and_its_neighbour_unharmed() -> No
 async def test_fast_writer_is_held_back_by_tcp() -> None:
     """A full inbox stops the reading: what waits in the server is bounded, and all of it is transcribed in the end."""
     engine = ScriptedEngine(limits=StreamLimits(inbox_samples=48_000))
-    async with serving(engine) as running, await RawClient.connect(running.port) as client:
+    async with serving(engine, **UNSPOOLED) as running, await RawClient.connect(running.port) as client:
         assert (await client.receive_event())["type"] == "Ready"
         engine.hold()
         message = frame(BINARY, protocol.encode_audio(np.zeros(24_000, np.float32)))

@@ -378,8 +378,12 @@ def as_documented(default: object) -> str:
         return f'`"{default}"`'
     if isinstance(default, bool):
         return str(default).lower()
+    if isinstance(default, tuple):
+        return f"`{list(default)}`"
     assert isinstance(default, int | float)
-    return f"{default >> 30} GiB" if default == 1 << 30 else f"{default >> 20} MiB" if default == 64 << 20 else f"{default:g}"
+    if default == 1 << 30:
+        return "1 GiB"
+    return f"{default >> 20} MiB" if isinstance(default, int) and default and not default % (1 << 20) else f"{default:g}"
 
 
 def test_every_key_is_documented() -> None:

@@ -15,15 +15,16 @@ PACKAGE = Path(__file__).parents[2] / "src" / "moshi_stt"
 FRAMEWORKS = {"torch", "triton", "mlx", "aiohttp", "uvloop", "ray", "fastapi", "starlette", "transformers"}
 
 LEAVES = {
+    "config",
+    "config_table",
     "data",
     "constants",
     "cores",
     "errors",
     "events",
+    "origins",
     "packed",
     "protocol",
-    "config",
-    "config_table",
     "sample",
     "signatures",
 }

@@ -3,7 +3,6 @@
 import asyncio
 import errno
 import gc
-import ipaddress
 import logging
 import signal
 import socket
@@ -18,9 +17,11 @@ from moshi_stt.config import ServerConfig
 from moshi_stt.constants import PUBLIC_KEY
 from moshi_stt.engine.engine import Engine
 from moshi_stt.errors import ConfigError, EngineFailed, MoshiSttError
+from moshi_stt.origins import is_loopback
 from moshi_stt.server import framing, info, upload, ws
 from moshi_stt.server.aiohttp_internals import send_continue
 from moshi_stt.server.auth import query_pairs
+from moshi_stt.server.cors import cors
 from moshi_stt.server.doors import DOORS
 from moshi_stt.server.doors.door import AnyDoor, Door, FileDoor, HttpDoor, PageDoor, Refused, Route
 from moshi_stt.server.handshake import handshake_of, query_string, refused
@@ -43,11 +44,16 @@ KEEPALIVE_SECONDS = 75.0
 SHUTDOWN_SECONDS = 8.0
 """How long running sessions have for their last message and the close handshake, at shutdown."""
 
+SHUTTING_DOWN = "the server is shutting down: connect again"
+"""What clients are told at shutdown."""
+
 CLEANUP_SECONDS = 2.0
 """How long after them whatever else is still being answered has."""
 
 FAILURE_SECONDS = 3.0
 """How long its sessions have after an engine's failure."""
+
+SIGNALS = tuple(signal.Signals[name] for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 
 FREE_MOUNTS = frozenset("{}")
 """Characters that a path must not have: aiohttp would read a pattern there."""
@@ -67,7 +73,7 @@ def create_app(
     Raises ConfigError for two modules or doors on one path, and for a path that is none.
     """
     service = Service.build(config, engines, metrics)
-    app = web.Application()
+    app = web.Application(middlewares=[cors(service.gate.origins)])
     app[SERVICE] = service
     routes = app.router
     for path, answer in (
@@ -100,7 +106,7 @@ async def _run_service(app: web.Application) -> Any:
     ticking.cancel()
     with suppress(asyncio.CancelledError):
         await ticking
-    await service.close_connections("the server is shutting down: connect again", framing.GOING_AWAY, SHUTDOWN_SECONDS)
+    await service.close_connections(SHUTTING_DOWN, framing.GOING_AWAY, SHUTDOWN_SECONDS)
     service.connections.stop()
 
 
@@ -162,7 +168,7 @@ class _Mount:
         if isinstance(door, FileDoor):
             return await upload.handle(request, self._service, door, route)
         assert isinstance(door, PageDoor)
-        return _page(request, self._service, door)
+        return await _page(request, self._service, door)
 
     async def expect(self, request: web.Request) -> web.StreamResponse | None:
         """Answer `Expect: 100-continue` only to those who may send: the others get their 401 without sending a body."""
@@ -173,7 +179,7 @@ class _Mount:
             key = found[0].key(handshake_of(request, self._service))
         except Refused:
             return None
-        if self._service.allows(found[0], key):
+        if self._service.gate.allows(found[0], key):
             await send_continue(request)
         return None
 
@@ -188,10 +194,10 @@ def _mounts(service: Service, doors: Sequence[AnyDoor]) -> dict[str, _Mount]:
     return mounts
 
 
-def _page(request: web.Request, service: Service, door: PageDoor) -> web.Response:
+async def _page(request: web.Request, service: Service, door: PageDoor) -> web.Response:
     try:
         handshake = handshake_of(request, service)
-        service.admit(door, handshake)
+        await service.admit(door, handshake)
         answer = door.answer(handshake)
     except Refused as refusal:
         return refused(refusal)
@@ -216,7 +222,7 @@ class Server:
         self._engines = {module.name: engines[module.name] for module in config.modules}
         self._app = create_app(config, engines, metrics, doors)
         self.service = self._app[SERVICE]
-        self.service.is_private = ipaddress.ip_address(host).is_loopback and config.authorized_ids <= {PUBLIC_KEY}
+        self.service.gate.is_private = is_loopback(host) and config.authorized_ids <= {PUBLIC_KEY}
         self.listeners = SocketListeners(self.service, doors, bind)
         self._runner = web.AppRunner(
             self._app,
@@ -273,6 +279,16 @@ class Server:
                 wait.cancel()
         return 1 if self._failed.is_set() else 0
 
+    async def drain(self, drain_seconds: float) -> None:
+        """Turn `/ready` red and take no new streams; let the live ones go on for up to so long, then let what they sent be
+        transcribed and given, and close them with an Error and 1001. Health can be asked meanwhile.
+        """
+        self.service.stopping = True
+        await asyncio.gather(
+            self.service.finish_uploads(drain_seconds, SHUTDOWN_SECONDS),
+            self.service.drain_connections(SHUTTING_DOWN, framing.GOING_AWAY, drain_seconds, SHUTDOWN_SECONDS),
+        )
+
     async def stop(self) -> None:
         """Take nothing new; end what runs with an Error and 1001, in bounded time; stop the engines. Idempotent."""
         service = self.service
@@ -283,8 +299,8 @@ class Server:
         if self._listener is not None:
             self._listener.close()
         await asyncio.gather(
-            service.cancel_uploads(SHUTDOWN_SECONDS),
-            service.close_connections("the server is shutting down: connect again", framing.GOING_AWAY, SHUTDOWN_SECONDS),
+            service.finish_uploads(0.0, SHUTDOWN_SECONDS),
+            service.close_connections(SHUTTING_DOWN, framing.GOING_AWAY, SHUTDOWN_SECONDS),
         )
         await self._runner.cleanup()
         for watcher in self._watchers:
@@ -339,7 +355,8 @@ def bind(host: str, port: int) -> socket.socket:
 
 
 def serve(config: ServerConfig, engines: Mapping[str, Engine], host: str, port: int) -> int:
-    """Serve until SIGINT or SIGTERM (0) or a failure (1). A second signal ends the process at once.
+    """Serve until a signal (0) or a failure (1). SIGTERM and SIGHUP let live streams go on for `drain_seconds`, SIGINT does
+    not; a second signal ends the process at once.
 
     Raises ConfigError, CheckpointError or EngineError where the server cannot start.
     """
@@ -352,15 +369,19 @@ async def _serve(config: ServerConfig, engines: Mapping[str, Engine], host: str,
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
 
+    drain_seconds = 0.0
+
     def on_signal(name: str) -> None:
+        nonlocal drain_seconds
+        drain_seconds = 0.0 if name == "SIGINT" else config.limits.drain_seconds
         log.info("%s: shutting down; again to end at once", name)
         stop.set()
-        for each in (signal.SIGINT, signal.SIGTERM):
+        for each in SIGNALS:
             loop.remove_signal_handler(each)
             signal.signal(each, signal.SIG_DFL)
 
     server = Server(config, engines, host, port)
-    for each in (signal.SIGINT, signal.SIGTERM):
+    for each in SIGNALS:
         with suppress(NotImplementedError):  # Windows
             loop.add_signal_handler(each, on_signal, each.name)
     starting = asyncio.create_task(server.start())
@@ -378,6 +399,9 @@ async def _serve(config: ServerConfig, engines: Mapping[str, Engine], host: str,
     for line in info.start_lines(server.service, host, server.port):
         log.info("%s", line)
     try:
-        return await server.wait(stop)
+        status = await server.wait(stop)
+        if not status:
+            await server.drain(drain_seconds)
+        return status
     finally:
         await server.stop()

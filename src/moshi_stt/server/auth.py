@@ -24,6 +24,10 @@ class Keys:
             allowed |= hmac.compare_digest(known, digest)
         return allowed
 
+    def digest(self, key: str | None) -> str:
+        """Stands for a key where it is counted; empty for no key."""
+        return "" if key is None else self._digest(key).hex()
+
     def _digest(self, key: str) -> bytes:
         return hashlib.blake2b(key.encode("utf-8", "surrogateescape"), key=self._salt, digest_size=32).digest()
 

@@ -2,8 +2,9 @@
 
 Everything here is called by the event loop and nothing waits: a connection has no task of its own. What can be full:
 
-* A stream's inbox: what came too much is kept (`inputs.py`, at most one read of the socket), and the socket is not read until
-  there is room. The monitor (`disconnects.py`) then looks for the client's disconnect, which an unread socket does not tell.
+* A stream's inbox: what came too much is kept in memory, then on disk (`inputs.py`, `spool.py`), so that pings are read and
+  answered. Only when the disk has no room the socket is not read, and the stream ends soon. The monitor (`disconnects.py`)
+  then looks for the client's disconnect, which an unread socket does not tell.
 * The socket's send buffer: nothing more is taken from the streams until it drains; their own bound follows. A client that
   takes nothing for `stuck_seconds` is closed.
 
@@ -23,18 +24,23 @@ from dataclasses import dataclass
 from moshi_stt.config import LimitsConfig
 from moshi_stt.constants import FRAME_SAMPLES
 from moshi_stt.engine.engine import Engine
-from moshi_stt.errors import EngineError, NoFreeSlot, ProtocolError
+from moshi_stt.errors import EngineError, NoFreeSlot, ProtocolError, SpoolError
 from moshi_stt.events import Error
 from moshi_stt.server import framing
 from moshi_stt.server.doors.door import Opening
 from moshi_stt.server.framing import Closed, Framing, Ping, Violation
 from moshi_stt.server.inputs import END_OF_INPUT, InputQueue, Item
 from moshi_stt.server.metrics import Metrics
+from moshi_stt.server.spool import Backlog, Spool, SpoolBudget
 from moshi_stt.server.streams import StreamSet
 from moshi_stt.server.timers import ClosingTimer, ConnectionTimers
 from moshi_stt.session import Action, Close, Feed, Message, Reply, Session
 
 log = logging.getLogger(__name__)
+
+
+FULL_SECONDS = 10.0
+"""How long the spool may be full before the stream ends: less than clients wait for an answer to their pings."""
 
 
 class State(enum.IntEnum):
@@ -51,6 +57,7 @@ class Surroundings:
 
     limits: LimitsConfig
     metrics: Metrics
+    spool: SpoolBudget
     lost: Callable[["Connection", Exception | None], None]
     watch: Callable[["Connection"], None]
 
@@ -73,7 +80,11 @@ class Connection(asyncio.Protocol):
         self._framing = frames
         self._streams = StreamSet(engine, opening.channels, opening.stream)
         self._on_demand = opening.on_demand
-        self._queue = InputQueue(session, self._act, self._schedule_resume, self._input_failed)
+        spool = Spool(server.spool, self._schedule_resume, self._input_failed) if server.spool.total else None
+        backlog: Backlog[Item] = Backlog(server.limits.ahead_bytes, spool)
+        self._queue = InputQueue(session, self._act, self._schedule_resume, self._input_failed, backlog)
+        self._full_since: float | None = None
+        """Since when the spool has had no room."""
         self._timers = ConnectionTimers(server.limits, self._loop.time(), may_idle=session.may_idle)
         self._closing = ClosingTimer()
         self._transport: asyncio.Transport | None = None
@@ -87,6 +98,8 @@ class Connection(asyncio.Protocol):
         self._write_paused = False
         self._owed_pong: bytes | None = None
         self._heard = True
+        self._sent_at = self._loop.time()
+        """When the client sent a message last."""
 
     # ---- opening -----------------------------------------------------------------------------------------------------
 
@@ -131,6 +144,22 @@ class Connection(asyncio.Protocol):
                 self._client_closed(frame)
                 return
 
+    def finish(self, error: Error) -> None:
+        """Take no more of the client: what it sent is transcribed and given, then come the error and Close."""
+        if self._state is State.WAITING:
+            self.end(error)
+        elif self._state is State.LIVE:
+            self._final = error
+            self._input(END_OF_INPUT)
+        elif self._state is State.DRAINING and self._final is None:
+            self._final = error
+
+    def is_still(self, now: float, seconds: float) -> bool:
+        """Whether the client has sent nothing for so long, and everything that it sent is transcribed."""
+        if self._state in (State.WAITING, State.CLOSING, State.LOST):
+            return True
+        return now - self._sent_at >= seconds and not self._queue.blocked and self._streams.pending_samples < FRAME_SAMPLES
+
     def eof_received(self) -> bool:
         """The client shut its sending half: the rest of its transcript still goes out. True keeps our half open."""
         self._eof = True
@@ -166,6 +195,7 @@ class Connection(asyncio.Protocol):
     def _input(self, item: Item) -> None:
         if type(item) is bytes or type(item) is str:
             self._server.metrics.frames_received += 1
+            self._sent_at = self._loop.time()
         self._guarded(self._queue.put, item)
 
     def _schedule_resume(self) -> None:
@@ -188,7 +218,7 @@ class Connection(asyncio.Protocol):
         queue = self._queue
         if queue.ended or (self._streams.finishing and not self._on_demand):
             self._drain()
-        elif queue.blocked:
+        elif queue.wants_pause:
             self._pause_reading()
         elif not self._reading:
             self._resume_reading()
@@ -204,6 +234,10 @@ class Connection(asyncio.Protocol):
             self._drain()
         elif isinstance(error, NoFreeSlot):
             self.end(Error(str(error), framing.TRY_AGAIN))
+        elif isinstance(error, SpoolError):
+            log.error("%s: %s", self.peer, error)
+            errors.labels("spool").inc()
+            self.end(Error(str(error), framing.INTERNAL))
         elif isinstance(error, EngineError):
             errors.labels("engine").inc()
             self.end(Error(str(error), framing.INTERNAL))
@@ -383,11 +417,13 @@ class Connection(asyncio.Protocol):
             self._log_warnings()
         if self._timers.ping_due(now):
             self._ping()
+        if self._too_far_ahead(now):
+            return
         unread = not self._reading
         self._timers.note(
             now,
             heard=self._heard or unread,
-            active=self._queue.was_active or unread or self._busy(),
+            active=self._queue.was_active or self._queue.blocked or unread or self._busy(),
             unsent=self._transport.get_write_buffer_size() if self._write_paused and self._transport else None,
         )
         self._heard = self._queue.was_active = False
@@ -396,6 +432,22 @@ class Connection(asyncio.Protocol):
             log.info("%s: closed: %s", self.peer, verdict.sentence)
             self._server.metrics.errors.labels(verdict.kind).inc()
             self.end(Error(verdict.sentence, verdict.code))
+
+    def _too_far_ahead(self, now: float) -> bool:
+        """End the connection of a client whose audio has had no room for a while, before its own keepalive cuts it."""
+        if not self._queue.is_full:
+            self._full_since = None
+            return False
+        if self._full_since is None:
+            self._full_since = now
+        if now - self._full_since < FULL_SECONDS:
+            return False
+        self._server.metrics.errors.labels("ahead").inc()
+        held = self._queue.spooled_bytes
+        log.info("%s: closed: %d bytes ahead of recognition", self.peer, held)
+        sentence = f"{held} bytes of audio wait for recognition, which is all that spool_bytes and spool_total_bytes allow"
+        self.end(Error(f"{sentence}: send more slowly", framing.POLICY))
+        return True
 
     def tick_session(self, now: float) -> None:
         """Let the session look at its clock."""

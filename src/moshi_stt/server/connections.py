@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import math
 from collections.abc import Callable, Iterator
 from functools import partial
 
@@ -13,6 +14,7 @@ from moshi_stt.server.disconnects import DisconnectMonitor
 from moshi_stt.server.doors.door import Door, Opening, SocketDoor
 from moshi_stt.server.doors.options import on_ignored
 from moshi_stt.server.metrics import Metrics
+from moshi_stt.server.spool import SpoolBudget
 from moshi_stt.server.timers import tick_seconds
 from moshi_stt.server.websocket import WebSocketFraming
 
@@ -21,14 +23,19 @@ log = logging.getLogger(__name__)
 SESSION_TICK_SECONDS = 0.1
 """How often the sessions that have a clock look at it."""
 
+STILL_SECONDS = 2.0
+"""A connection whose client has sent nothing for so long does not hold a drain."""
+
 
 class Connections:
     """Used on the event loop alone."""
 
-    def __init__(self, limits: LimitsConfig, metrics: Metrics) -> None:
+    def __init__(self, limits: LimitsConfig, metrics: Metrics, *, processes: int = 1) -> None:
+        """processes: how many share what the limits say of all streams together."""
         self._limits = limits
         self._metrics = metrics
         on_ignored(metrics.ignored)
+        self.spool = SpoolBudget(limits, metrics, processes=processes)
         self._monitor = DisconnectMonitor()
         self._connections: set[Connection] = set()
 
@@ -54,7 +61,7 @@ class Connections:
         """
         limit = self._limits.max_message_bytes
         framing = door.framing(limit) if isinstance(door, SocketDoor) else WebSocketFraming(limit)
-        server = Surroundings(self._limits, self._metrics, partial(self._lost, lost), self._monitor.add)
+        server = Surroundings(self._limits, self._metrics, self.spool, partial(self._lost, lost), self._monitor.add)
         connection = Connection(engine, opening, door.session(opening), framing, server, peer)
         self._connections.add(connection)
         self._metrics.websockets.inc()
@@ -92,6 +99,22 @@ class Connections:
         except Exception:
             log.exception("%s: the connection's timers failed", connection.peer)
             connection.abort()
+
+    async def drain(self, sentence: str, code: int, drain_seconds: float, within_seconds: float) -> None:
+        """Let clients that send go on for up to `drain_seconds`; then take no more of any, let what was sent be transcribed
+        and given, and close with this Error and status. Cut those that have not gone in time.
+        """
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + drain_seconds
+        for _ in range(math.ceil(drain_seconds / SESSION_TICK_SECONDS)):
+            if loop.time() >= deadline or all(each.is_still(loop.time(), STILL_SECONDS) for each in self):
+                break
+            await asyncio.sleep(SESSION_TICK_SECONDS)
+        for connection in self:
+            self._metrics.drained.inc()
+            connection.finish(Error(sentence, code))
+        await self._wait_gone(within_seconds)
+        await self.close(sentence, code, 1.0)
 
     async def close(self, sentence: str, code: int, within_seconds: float) -> None:
         """End every connection with this Error and status; cut those that have not gone in time."""

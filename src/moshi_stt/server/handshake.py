@@ -4,6 +4,7 @@ from aiohttp import hdrs, web
 
 from moshi_stt.server.auth import query_pairs
 from moshi_stt.server.doors.door import Handshake, Refused
+from moshi_stt.server.gate import client_address
 from moshi_stt.server.service import Service
 
 
@@ -19,6 +20,7 @@ def handshake_of(request: web.BaseRequest, service: Service) -> Handshake:
         headers,
         tuple(name.strip() for name in offered.split(",") if name.strip()),
         peer_name(request),
+        client_address(request.remote, request.headers.get("X-Real-IP")),
         {each.module.name: each.engine.info for each in service if each.engine.ready},
         service.config.limits.ignore_unsupported,
     )

@@ -1,7 +1,6 @@
 """From a client's messages to commands for its streams: in order, each as soon as there is room, nothing in between lost."""
 
 import asyncio
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from typing import Final
 
@@ -9,6 +8,7 @@ from moshi_stt.constants import SAMPLE_RATE
 from moshi_stt.engine.commands import Audio
 from moshi_stt.errors import ProtocolError
 from moshi_stt.server.framing import Violation
+from moshi_stt.server.spool import Backlog
 from moshi_stt.session import Action, Feed, Message, Session
 
 ASIDE_BYTES = 256 << 10
@@ -28,7 +28,7 @@ Item = Message | Violation | EndOfInput | Iterable[Action]
 
 
 class InputQueue:
-    """What a connection has read and not yet given to its streams: at most one read of the socket.
+    """What a connection has read and not yet given to its streams, in a bounded backlog.
 
     `put` and `resume` raise what the session or a stream raises (ProtocolError also for a `Violation`); the caller then
     calls `clear`.
@@ -40,13 +40,16 @@ class InputQueue:
         act: Callable[[Action], Action | None],
         again: Callable[[], None],
         failed: Callable[[BaseException], None],
+        backlog: "Backlog[Item] | None" = None,
     ) -> None:
-        """act: carry out an action; returns what found no room. again: call `resume` soon. failed: work in a thread failed."""
+        """backlog: where items wait. act: carry out an action; returns what found no room. again: call `resume` soon.
+        failed: work in a thread failed.
+        """
         self._session = session
         self._act = act
         self._again = again
         self._failed = failed
-        self._items: deque[Item] = deque()
+        self._items: Backlog[Item] = Backlog(0, None) if backlog is None else backlog
         self._rest: Action | None = None
         """The action that found no room."""
         self._actions: Iterator[Action] = iter(())
@@ -55,7 +58,7 @@ class InputQueue:
         """A message that a thread decodes."""
         self._ending = False
         self.blocked = False
-        """Whether what comes now has to wait. Nothing more should be read meanwhile."""
+        """Whether what comes now has to wait."""
         self.ended = False
         """Whether everything up to the end of input has been given to the streams."""
         self.was_active = True
@@ -68,15 +71,29 @@ class InputQueue:
 
     @property
     def waiting_bytes(self) -> int:
-        """Bytes held."""
-        waiting = sum(len(item) for item in self._items if isinstance(item, str | bytes))
+        """Bytes held in memory."""
         rest = self._rest.command if type(self._rest) is Feed else self._rest
-        return waiting + (rest.samples.nbytes if type(rest) is Audio else 0)
+        return self._items.memory_bytes + (rest.samples.nbytes if type(rest) is Audio else 0)
+
+    @property
+    def spooled_bytes(self) -> int:
+        """Bytes held in the spool."""
+        return self._items.spooled_bytes
+
+    @property
+    def is_full(self) -> bool:
+        """Whether the spool has no room for what came."""
+        return self._items.is_full
+
+    @property
+    def wants_pause(self) -> bool:
+        """Whether the socket should not be read now."""
+        return self.blocked and self._items.wants_pause
 
     def put(self, item: Item) -> None:
         """Take what came, now or when its turn has come."""
         if self.blocked:
-            self._items.append(item)
+            self._items.put(item)
         else:
             self._take(item)
 
@@ -87,7 +104,11 @@ class InputQueue:
         self.blocked = False
         self._carry_out()
         while self._items and not self.blocked:
-            self._take(self._items.popleft())
+            item = self._items.pop()
+            if item is None:  # it is being fetched
+                self.blocked = True
+                return
+            self._take(item)
 
     def clear(self) -> None:
         """Drop everything, for good."""

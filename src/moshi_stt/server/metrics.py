@@ -33,6 +33,8 @@ class Metrics:
         self.frames_received = 0
         """WebSocket messages read; a plain number, counted on the event loop alone."""
         self.frames_sent = 0
+        self.spooled_bytes = 0
+        """Bytes that wait in spools."""
 
         def counter(name: str, help: str, *labels: str) -> Counter:
             return Counter(name, help, labels, registry=self.registry)
@@ -57,6 +59,7 @@ class Metrics:
         self.refusals = counter("moshi_stt_refused", "Requests turned away, by reason.", "reason")
         self.errors = counter("moshi_stt_errors", "Sessions that ended with an Error, by kind.", "kind")
         self.uploads = counter("moshi_stt_uploads", "Files received by POST, by status of the answer.", "status")
+        self.drained = counter("moshi_stt_drained", "Connections that a shutdown ended, after what they sent was transcribed.")
         self.websockets = Gauge("moshi_stt_websockets", "Open WebSockets, with or without a slot.", registry=self.registry)
         self.ignored_options = counter(
             "moshi_stt_ignored_options", "Options of requests that were taken and did nothing.", "door", "option"
@@ -126,6 +129,8 @@ class _Plain(Collector):
             family = Metric(name, text, "counter")
             family.add_sample(name + "_total", {}, value)
             yield family
+        spooled = "moshi_stt_spooled_bytes"
+        yield GaugeMetricFamily(spooled, "Bytes on disk that came ahead of recognition.", self._metrics.spooled_bytes)
 
 
 def add_samples(family: Metric, other: Metric) -> None:

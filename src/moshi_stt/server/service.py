@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
@@ -11,6 +12,7 @@ from moshi_stt.engine.engine import Engine
 from moshi_stt.server.auth import Keys
 from moshi_stt.server.connections import Connections
 from moshi_stt.server.doors.door import Handshake, HttpDoor
+from moshi_stt.server.gate import Gate
 from moshi_stt.server.metrics import Metrics
 from moshi_stt.server.workers.pool import WorkerPool
 
@@ -32,7 +34,7 @@ class Service:
     config: ServerConfig
     served: tuple[Served, ...]
     metrics: Metrics
-    keys: Keys
+    gate: Gate
     connections: Connections
     uploads: "set[asyncio.Task[object]]" = field(default_factory=set)
     started: asyncio.Event = field(default_factory=asyncio.Event)
@@ -40,8 +42,6 @@ class Service:
     failure: str | None = None
     """Why `/health` is red."""
     stopping: bool = False
-    is_private: bool = False
-    """Whether only this machine can connect, and nobody has configured a key of their own."""
     workers: WorkerPool | None = None
     """Who else carries WebSockets."""
 
@@ -53,7 +53,8 @@ class Service:
         for each in served:
             each.engine.observer = metrics
         metrics.watch(lambda: ((each.module.name, each.engine) for each in served))
-        return cls(config, served, metrics, Keys(config.authorized_ids), Connections(config.limits, metrics))
+        gate = Gate(Keys(config.authorized_ids), config.limits, metrics, time.monotonic)
+        return cls(config, served, metrics, gate, Connections(config.limits, metrics))
 
     @property
     def is_started(self) -> bool:
@@ -77,23 +78,13 @@ class Service:
         """Why nothing new is taken, whatever is free; None when it is."""
         return self.failure or ("the server is shutting down" if self.stopping else None)
 
-    def admit(self, door: HttpDoor, request: Handshake) -> None:
-        """Raises Refused for a request without one of the keys, and where nothing new is taken."""
-        self.check_key(door, request)
+    async def admit(self, door: HttpDoor, request: Handshake) -> None:
+        """Raises Refused for a page or key that may not come in, and where nothing new is taken."""
+        await self.gate.admit(door, request)
         refusal = self.refusal()
         if refusal is not None:
             self.metrics.refusals.labels("not_serving").inc()
             raise door.refusal("stopping" if self.failure is None else "failed", refusal)
-
-    def check_key(self, door: HttpDoor, request: Handshake) -> None:
-        """Raises Refused for a request without one of the keys, where one is needed."""
-        if not self.allows(door, door.key(request)):
-            self.metrics.refusals.labels("key").inc()
-            raise door.refusal("unauthorized", "the API key is missing or wrong")
-
-    def allows(self, door: HttpDoor, key: str | None) -> bool:
-        """Whether a request with this key, or with none, is let in. At the native door a key is always needed."""
-        return (self.is_private and door.keyless_on_loopback) or self.keys.allow(key)
 
     def find(self, module: str | None) -> Served:
         """By name; None is the first."""
@@ -108,13 +99,22 @@ class Service:
             self.workers = WorkerPool(self.config, shared, count)
             await self.workers.start()
 
+    async def drain_connections(self, sentence: str, code: int, drain_seconds: float, within_seconds: float) -> None:
+        """Let live streams go on for a while, then let what they sent be transcribed and close them; cut the rest."""
+        elsewhere = (
+            self.workers.drain(sentence, code, drain_seconds, within_seconds) if self.workers is not None else asyncio.sleep(0)
+        )
+        await asyncio.gather(self.connections.drain(sentence, code, drain_seconds, within_seconds), elsewhere)
+
     async def close_connections(self, sentence: str, code: int, within_seconds: float) -> None:
         """End every connection with this Error and status; cut those that have not gone in time."""
         elsewhere = self.workers.end(sentence, code, within_seconds) if self.workers is not None else asyncio.sleep(0)
         await asyncio.gather(self.connections.close(sentence, code, within_seconds), elsewhere)
 
-    async def cancel_uploads(self, within_seconds: float) -> None:
-        """End the POST requests that run. Each answers 503 itself."""
+    async def finish_uploads(self, drain_seconds: float, within_seconds: float) -> None:
+        """Let the POST requests that run go on for a while, then end them. Each answers 503 itself."""
+        if self.uploads and drain_seconds > 0:
+            await asyncio.wait(set(self.uploads), timeout=drain_seconds)
         running = set(self.uploads)
         for upload in running:
             upload.cancel()

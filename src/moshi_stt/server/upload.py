@@ -65,7 +65,10 @@ async def handle(request: web.Request, service: Service, door: FileDoor, route: 
     """Transcribe the body."""
     handshake = handshake_of(request, service)
     try:
-        service.check_key(door, handshake)
+        await service.gate.admit(door, handshake)
+        if len(service.uploads) >= service.config.limits.max_uploads:
+            service.metrics.refusals.labels("uploads").inc()
+            raise door.refusal("busy", f"{len(service.uploads)} files are being received (max_uploads): try again later")
     except Refused as refusal:
         return refused(refusal)
     task = asyncio.current_task()

@@ -10,6 +10,7 @@ from moshi_stt.server import framing
 from moshi_stt.server.aiohttp_internals import TakenOver, take_over
 from moshi_stt.server.connection import Connection
 from moshi_stt.server.doors.door import Door, Opening, Refused, Route
+from moshi_stt.server.gate import Entry
 from moshi_stt.server.handshake import handshake_of, peer_name, refused
 from moshi_stt.server.service import Served, Service
 from moshi_stt.server.upgrade import switch_protocols, upgrade_problem
@@ -24,24 +25,31 @@ async def handle(request: web.Request, service: Service, door: Door, route: Rout
         return problem
     handshake = handshake_of(request, service)
     try:
-        service.admit(door, handshake)
+        await service.admit(door, handshake)
         opening = door.accept(handshake)
         served = service.find(opening.module or route.module)
         if door.refuses_when_full and served.engine.used_slots + opening.channels > served.engine.total_slots:
             service.metrics.refusals.labels("full").inc()
             raise door.refusal("full", "all streams are in use: try again later")
+        entry = service.gate.enter(door, handshake)
     except Refused as refusal:
         return refused(refusal)
-    return await _converse(request, service, door, opening, served)
+    try:
+        return await _converse(request, service, door, opening, served, entry)
+    except BaseException:
+        entry.close()
+        raise
 
 
-async def _converse(request: web.Request, service: Service, door: Door, opening: Opening, served: Served) -> web.StreamResponse:
+async def _converse(
+    request: web.Request, service: Service, door: Door, opening: Opening, served: Served, entry: Entry
+) -> web.StreamResponse:
     transport, early, lost = take_over(request)
     switch_protocols(request, transport, opening.subprotocol, opening.headers)
     service.metrics.connects.inc()
     peer = peer_name(request)
     others = service.workers if service.is_started else None
-    if others is not None and others.hand_over(served.module.name, door, opening, transport, early, peer):
+    if others is not None and others.hand_over(served.module.name, door, opening, transport, early, peer, entry.close):
         return TakenOver()
     connection = service.connections.take(transport, early, served.engine, door, opening, peer, lost)
     try:
@@ -50,6 +58,7 @@ async def _converse(request: web.Request, service: Service, door: Door, opening:
         connection.open()
         await connection.lost
     finally:
+        entry.close()
         connection.abort()  # without effect on a socket that is gone
     return TakenOver()
 

@@ -23,6 +23,7 @@ RefusalKind = Literal[
     "unauthorized",
     "origin",
     "full",
+    "busy",
     "stopping",
     "failed",
     "loading",
@@ -37,8 +38,9 @@ RefusalKind = Literal[
 unauthorized  no key, or a wrong one             too_large    the body is larger than this server takes
 origin        a page of another site             timeout      nothing came of the body for too long
 full          all streams are in use             bad_audio    a file that cannot be decoded
-stopping      the server shuts down              bad_request  the request is malformed
-failed        the model failed                   internal     our own fault
+busy          this client has too much open      bad_request  the request is malformed
+stopping      the server shuts down              internal     our own fault
+failed        the model failed
 loading       the model is still loading
 """
 
@@ -46,6 +48,7 @@ STATUS: Mapping[RefusalKind, int] = {
     "unauthorized": 401,
     "origin": 403,
     "full": 503,
+    "busy": 429,
     "stopping": 503,
     "failed": 503,
     "loading": 503,
@@ -70,7 +73,8 @@ class Handshake:
     """A request, as far as a door needs it.
 
     query: decoded, in order. headers: lower-case names; several of one name are joined by `, `.
-    subprotocols: what a WebSocket client offers. peer: address for the log. modules: what each loaded module says of itself.
+    subprotocols: what a WebSocket client offers. peer: address and path for the log. address: the client's, for limits.
+    modules: what each loaded module says of itself.
     ignore_unsupported: take options that are otherwise refused, and do nothing for them.
     """
 
@@ -79,6 +83,7 @@ class Handshake:
     headers: Mapping[str, str] = field(default_factory=dict)
     subprotocols: tuple[str, ...] = ()
     peer: str = ""
+    address: str = ""
     modules: Mapping[str, EngineInfo] = field(default_factory=dict)
     ignore_unsupported: bool = False
 

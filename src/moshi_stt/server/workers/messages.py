@@ -71,6 +71,16 @@ class End:
 
 
 @dataclass(frozen=True)
+class Drain:
+    """As `End`, after the live streams have gone on for a while and what they sent has been transcribed."""
+
+    sentence: str
+    code: int
+    drain_seconds: float
+    within_seconds: float
+
+
+@dataclass(frozen=True)
 class Ended:
     """The answer: no connection is left."""
 

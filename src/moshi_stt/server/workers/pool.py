@@ -11,7 +11,7 @@ import logging
 import os
 import socket
 import sys
-from collections.abc import Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -71,6 +71,8 @@ class _Worker:
         self.deaf = False
         """Whether it was not, in the time that it had."""
         self.lent: dict[tuple[str, int], Slot] = {}
+        self.told: dict[tuple[str, int], Callable[[], None]] = {}
+        """Whom to tell when a slot's connection is gone."""
         self.gone: dict[str, asyncio.Event] = {}
         """By module: whether no row of it is under way any more, after its end."""
         self.counts: messages.Counted | None = None
@@ -174,6 +176,9 @@ class WorkerPool:
                     add_samples(self._past.setdefault(family.name, Metric(family.name, "", family.type)), family)
             worker.counts = None
         lent, worker.lent = worker.lent, {}
+        told, worker.told = worker.told, {}
+        for tell in told.values():
+            tell()
         if not self._stopping:
             self._begin(self._replace(worker, lent))
 
@@ -229,12 +234,22 @@ class WorkerPool:
         await asyncio.gather(*(self._end(worker, sentence, code, within_seconds) for worker in asked))
 
     async def _end(self, worker: _Worker, sentence: str, code: int, within_seconds: float) -> None:
+        await self._tell(worker, messages.End(sentence, code, within_seconds), within_seconds)
+
+    async def _tell(self, worker: _Worker, order: messages.End | messages.Drain, within_seconds: float) -> None:
+        """Send the order, and wait until no connection is left."""
         worker.ended.clear()
-        self._send(worker, messages.End(sentence, code, within_seconds))
+        self._send(worker, order)
         try:
-            await asyncio.wait_for(worker.ended.wait(), within_seconds + 2.0)
+            await asyncio.wait_for(worker.ended.wait(), within_seconds + 4.0)
         except TimeoutError:
             worker.deaf = True
+
+    async def drain(self, sentence: str, code: int, drain_seconds: float, within_seconds: float) -> None:
+        """Let their live streams go on for a while, then let what they sent be transcribed; return when all are gone."""
+        order = messages.Drain(sentence, code, drain_seconds, within_seconds)
+        asked = [worker for worker in self._workers if worker.ready.is_set() and not worker.deaf]
+        await asyncio.gather(*(self._tell(worker, order, drain_seconds + within_seconds) for worker in asked))
 
     async def stop(self) -> None:
         """End the processes. Idempotent."""
@@ -265,11 +280,18 @@ class WorkerPool:
     # ---- sockets -----------------------------------------------------------------------------------------------------
 
     def hand_over(
-        self, module: str, door: Door, opening: Opening, transport: asyncio.Transport, early: bytes, peer: str
+        self,
+        module: str,
+        door: Door,
+        opening: Opening,
+        transport: asyncio.Transport,
+        early: bytes,
+        peer: str,
+        on_gone: Callable[[], None],
     ) -> bool:
         """Give an upgraded socket to a process, if one can take it and there are slots; whether it has gone.
 
-        early: what the client sent after its request.
+        early: what the client sent after its request. on_gone: told when its connection is gone.
         """
         engine = self._engines.get(module)
         able = [worker for worker in self._workers if worker.takes]
@@ -293,6 +315,7 @@ class WorkerPool:
             return False
         if not worker.ready.is_set():
             return False  # the sending found it dead
+        worker.told[module, slots[0].index] = on_gone
         transport.abort()  # closes our descriptor of it, not the connection
         return True
 
@@ -304,6 +327,9 @@ class WorkerPool:
         match message:
             case messages.Freed():
                 slot = worker.lent.pop((message.module, message.slot), None)
+                tell = worker.told.pop((message.module, message.slot), None)
+                if tell is not None:
+                    tell()
                 if slot is not None:
                     self._engines[message.module].take_back(slot)
             case messages.Counted():

@@ -71,6 +71,8 @@ class Worker:
                 self._begin(self._set_up(message, descriptors))
             case messages.End():
                 self._begin(self._end(message))
+            case messages.Drain():
+                self._begin(self._drain(message))
             case messages.Stop():
                 self._over.set()
 
@@ -128,11 +130,23 @@ class Worker:
             self._channel.send(messages.Freed(message.module, unused))
 
     async def _end(self, message: messages.End) -> None:
-        if self._arriving:
-            await asyncio.wait(self._arriving, timeout=0.5)
+        await _arrived(self._arriving)
         if self._connections is not None:
             await self._connections.close(message.sentence, message.code, message.within_seconds)
         self._channel.send(messages.Ended())
+
+    async def _drain(self, message: messages.Drain) -> None:
+        await _arrived(self._arriving)
+        if self._connections is not None:
+            seconds = message.drain_seconds, message.within_seconds
+            await self._connections.drain(message.sentence, message.code, *seconds)
+        self._channel.send(messages.Ended())
+
+
+async def _arrived(arriving: "set[asyncio.Task[None]]") -> None:
+    """Sockets that are no connections yet get a moment to become some."""
+    if arriving:
+        await asyncio.wait(arriving, timeout=0.5)
 
 
 def _socket_of(descriptors: list[int]) -> socket.socket:
@@ -228,7 +242,11 @@ async def _main(descriptor: int) -> int:
 
 def main(descriptor: int) -> int:
     """Run until the server says so, or is gone."""
-    for each in (signal.SIGINT, signal.SIGTERM):  # sent to the whole group or service: the server then ends us in its order
+    for each in (
+        signal.SIGINT,
+        signal.SIGTERM,
+        signal.SIGHUP,
+    ):  # sent to the whole group or service: the server then ends us in its order
         signal.signal(each, signal.SIG_IGN)
     raise_file_limit()
     tune_interpreter()
