@@ -3,8 +3,10 @@
 import argparse
 import ipaddress
 import logging
+import socket
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 
@@ -19,6 +21,10 @@ from moshi_stt.config import (
 )
 from moshi_stt.constants import DEFAULT_PORT, PUBLIC_KEY
 from moshi_stt.errors import ConfigError
+
+if TYPE_CHECKING:
+    from moshi_stt.engine.engine import Engine
+    from moshi_stt.server.takeover import Takeover
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +43,9 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
         "-p", "--port", type=_port, default=DEFAULT_PORT, metavar="N", help="port, 0 for a free one (default 8080)"
     )
     parser.add_argument("--cpu", action="store_true", help="run the models on the CPU, whatever else is there")
-    parser.add_argument("--config", metavar="FILE", help="TOML file, or the name of a shipped one (see `moshi-stt configs`)")
+    parser.add_argument(
+        "--config", "--model", metavar="FILE", help="TOML file, or the name of a shipped one (see `moshi-stt configs`)"
+    )
     parser.add_argument("--silent", action="store_true", help="no log on stdout, only in the log file")
     ours = parser.add_argument_group("not in moshi-server", "These override [modules.NAME.moshi_stt] of the file.")
     ours.add_argument("--device", choices=["auto", "cpu", "cuda", "mps", "mlx"], help="what runs the models")
@@ -47,6 +55,13 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
         "--socket-processes", type=_processes, metavar="N", help="further processes that carry WebSockets, or auto (default)"
     )
     ours.add_argument("--wyoming", metavar="URI", help="also serve Home Assistant's protocol, e.g. tcp://127.0.0.1:10300")
+    ours.add_argument("--handover", metavar="PATH", help="Unix socket at which another worker may take this one's place")
+    ours.add_argument(
+        "--take-over",
+        action="store_true",
+        help="take the place of the worker that offers it at --handover, once the models here have passed the self-test",
+    )
+    ours.add_argument("--pid-file", metavar="PATH", help="write the process id here once connections are taken")
     return parser
 
 
@@ -78,7 +93,40 @@ def run(args: argparse.Namespace) -> int:
 
     from moshi_stt.server.app import serve
 
-    return serve(packaged_page_if_missing(config), engines, host, args.port)
+    takeover = takeover_of(args, config, engines)
+    pid_file = Path(args.pid_file) if args.pid_file else None
+    return serve(packaged_page_if_missing(config), engines, host, args.port, takeover, pid_file)
+
+
+def takeover_of(args: argparse.Namespace, config: ServerConfig, engines: "Mapping[str, Engine]") -> "Takeover | None":
+    """How this server replaces another and is replaced, by --handover and --take-over. Raises ConfigError."""
+    if args.handover is None:
+        if args.take_over:
+            raise ConfigError("--take-over: say where the running server offers its place, by --handover PATH")
+        return None
+    if not hasattr(socket, "send_fds"):
+        raise ConfigError("--handover: this system cannot hand sockets to other processes; leave it out")
+    from moshi_stt.server.takeover import Takeover
+
+    async def check() -> None:
+        for module in config.modules:
+            await self_test(module, engines[module.name])
+
+    return Takeover(Path(args.handover), args.take_over, check)
+
+
+async def self_test(module: Module, engine: "Engine") -> None:
+    """Log what the self-test finds. Raises EngineError where it fails."""
+    from moshi_stt.cli.selftest import line, publishes_words
+    from moshi_stt.errors import EngineError
+    from moshi_stt.selftest import check_engine
+
+    checks = await check_engine(engine, publishes_words(module))
+    for found in checks:
+        log.info("self-test of %s: %s", module.name, line(found))
+    failed = [f"{found.what}: {found.text}" for found in checks if found.passed is False]
+    if failed:
+        raise EngineError(f"module {module.name} failed its self-test ({'; '.join(failed)})")
 
 
 def _port(text: str) -> int:

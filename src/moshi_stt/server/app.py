@@ -4,10 +4,12 @@ import asyncio
 import errno
 import gc
 import logging
+import os
 import signal
 import socket
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 from aiohttp import hdrs, web
@@ -30,6 +32,7 @@ from moshi_stt.server.metrics import Metrics
 from moshi_stt.server.runtime import raise_file_limit, run, tune_interpreter
 from moshi_stt.server.service import Service
 from moshi_stt.server.static import StaticFiles
+from moshi_stt.server.takeover import Takeover, offer, take
 
 log = logging.getLogger(__name__)
 http_log = logging.getLogger("moshi_stt.server.http")
@@ -54,6 +57,11 @@ FAILURE_SECONDS = 3.0
 """How long its sessions have after an engine's failure."""
 
 SIGNALS = tuple(signal.Signals[name] for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
+
+HANDED_OVER_SECONDS = 600.0
+"""How long the streams of a server whose place another one has taken may go on."""
+
+POLL_SECONDS = 0.25
 
 FREE_MOUNTS = frozenset("{}")
 """Characters that a path must not have: aiohttp would read a pattern there."""
@@ -216,8 +224,10 @@ class Server:
         port: int,
         metrics: Metrics | None = None,
         doors: Sequence[AnyDoor] = DOORS,
+        takeover: Takeover | None = None,
     ) -> None:
-        """doors: the protocols that it speaks."""
+        """doors: the protocols that it speaks. takeover: how it replaces another server, and is replaced."""
+        self._takeover = takeover
         self._host, self._port = host, port
         self._engines = {module.name: engines[module.name] for module in config.modules}
         self._app = create_app(config, engines, metrics, doors)
@@ -251,23 +261,63 @@ class Server:
     async def start(self) -> None:
         """Bind, listen, then start the engines: health can be asked while the model loads.
 
+        One that replaces another server starts and checks its engines first, and takes that server's socket then.
+
         Raises ConfigError where the address cannot be had, and what an engine's start raises; the server is stopped then.
         """
-        self._listener = bind(self._host, self._port)
-        self._port = self._listener.getsockname()[1]
+        replaces = self._takeover is not None and self._takeover.take
+        listener = None if replaces else bind(self._host, self._port)
         try:
             await self._runner.setup()
-            await web.SockSite(self._runner, self._listener, backlog=BACKLOG).start()
-            await self.listeners.start()
+            if listener is not None:
+                await self._listen(listener)
+                await self.listeners.start()
             for name, engine in self._engines.items():
                 await engine.start()
                 self._watchers.append(asyncio.create_task(self._watch(name, engine)))
             await self.service.start_processes()
+            if replaces:
+                await self._replace()
         except BaseException as error:
             self.service.fail(f"the server could not start: {error}")
             await self.stop()
             raise
         self.service.started.set()
+
+    async def _listen(self, listener: socket.socket) -> None:
+        self._listener = listener
+        self._port = listener.getsockname()[1]
+        await web.SockSite(self._runner, listener, backlog=BACKLOG).start()
+
+    async def _replace(self) -> None:
+        """Take the place of the running server, if the check allows it."""
+        assert self._takeover is not None
+        if self._takeover.check is not None:
+            await self._takeover.check()
+        taken = await take(self._takeover.path)
+        await self._listen(taken.listener)
+        await asyncio.to_thread(taken.confirm)
+        await self.listeners.start()
+        log.info("took over port %d", self._port)
+
+    async def hand_over(self) -> None:
+        """Wait until another server has taken the socket and the streams here have ended, HANDED_OVER_SECONDS at most.
+
+        Raises OSError where the socket cannot be offered.
+        """
+        assert self._takeover is not None
+        assert self._listener is not None
+        await offer(self._takeover.path, self._listener, self._listen_no_more)
+        log.info("another server has taken port %d: ending when the streams here have ended", self._port)
+        for _ in range(round(HANDED_OVER_SECONDS / POLL_SECONDS)):
+            if not any(engine.used_slots for engine in self._engines.values()):
+                return
+            await asyncio.sleep(POLL_SECONDS)
+
+    async def _listen_no_more(self) -> None:
+        for site in list(self._runner.sites):
+            await site.stop()
+        self.listeners.stop()
 
     async def wait(self, stop: asyncio.Event) -> int:
         """Serve until `stop` is set (returns 0) or an engine has failed (returns 1)."""
@@ -354,18 +404,32 @@ def bind(host: str, port: int) -> socket.socket:
     return listener
 
 
-def serve(config: ServerConfig, engines: Mapping[str, Engine], host: str, port: int) -> int:
-    """Serve until a signal (0) or a failure (1). SIGTERM and SIGHUP let live streams go on for `drain_seconds`, SIGINT does
-    not; a second signal ends the process at once.
+def serve(
+    config: ServerConfig,
+    engines: Mapping[str, Engine],
+    host: str,
+    port: int,
+    takeover: Takeover | None = None,
+    pid_file: Path | None = None,
+) -> int:
+    """Serve until a signal (0), a failure (1), or another server has taken over (0). SIGTERM and SIGHUP let live streams go on
+    for `drain_seconds`, SIGINT does not; a second signal ends the process at once. pid_file: gets this process's id once it accepts connections.
 
     Raises ConfigError, CheckpointError or EngineError where the server cannot start.
     """
     raise_file_limit()
     tune_interpreter()
-    return run(_serve(config, engines, host, port))
+    return run(_serve(config, engines, host, port, takeover, pid_file))
 
 
-async def _serve(config: ServerConfig, engines: Mapping[str, Engine], host: str, port: int) -> int:
+async def _serve(
+    config: ServerConfig,
+    engines: Mapping[str, Engine],
+    host: str,
+    port: int,
+    takeover: Takeover | None,
+    pid_file: Path | None,
+) -> int:
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
 
@@ -380,7 +444,7 @@ async def _serve(config: ServerConfig, engines: Mapping[str, Engine], host: str,
             loop.remove_signal_handler(each)
             signal.signal(each, signal.SIG_DFL)
 
-    server = Server(config, engines, host, port)
+    server = Server(config, engines, host, port, takeover=takeover)
     for each in SIGNALS:
         with suppress(NotImplementedError):  # Windows
             loop.add_signal_handler(each, on_signal, each.name)
@@ -398,10 +462,37 @@ async def _serve(config: ServerConfig, engines: Mapping[str, Engine], host: str,
     gc.freeze()  # models and modules stay: full collections, which stop everything, need not walk them again
     for line in info.start_lines(server.service, host, server.port):
         log.info("%s", line)
+    if pid_file is not None:
+        write_pid(pid_file)
+    handing = asyncio.create_task(_hand_over(server, stop)) if takeover is not None else None
     try:
         status = await server.wait(stop)
         if not status:
             await server.drain(drain_seconds)
         return status
     finally:
+        if handing is not None:
+            handing.cancel()
+            with suppress(asyncio.CancelledError):
+                await handing
         await server.stop()
+
+
+def write_pid(path: Path) -> None:
+    """Write this process's id. Raises ConfigError where that cannot be done."""
+    try:
+        scratch = path.with_name(f"{path.name}.{os.getpid()}")
+        scratch.write_text(f"{os.getpid()}\n", encoding="ascii")
+        scratch.replace(path)
+    except OSError as error:
+        raise ConfigError(f"--pid-file {path}: {error.strerror or error}") from None
+
+
+async def _hand_over(server: Server, stop: asyncio.Event) -> None:
+    """Ask for the end once another server has taken over."""
+    try:
+        await server.hand_over()
+    except OSError as error:
+        log.warning("no other server can take over from this one: %s", error)
+        return
+    stop.set()
