@@ -413,7 +413,9 @@ def serve(
     pid_file: Path | None = None,
 ) -> int:
     """Serve until a signal (0), a failure (1), or another server has taken over (0). SIGTERM and SIGHUP let live streams go on
-    for `drain_seconds`, SIGINT does not; a second signal ends the process at once. pid_file: gets this process's id once it accepts connections.
+    for `drain_seconds`, SIGINT does not; a second signal ends the process at once.
+
+    pid_file: gets this process's id once it accepts connections.
 
     Raises ConfigError, CheckpointError or EngineError where the server cannot start.
     """
