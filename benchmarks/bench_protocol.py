@@ -5,7 +5,8 @@ each with as few bytes as our `Step` has. Each server is a process of its own; t
 and core is the inverse of the server's CPU time for each message, so the load's own cost does not enter.
 
     python benchmarks/bench_protocol.py                      256 connections, each sends when it has its answer
-    python benchmarks/bench_protocol.py --live 1024          beside that: paced streams of 12.5 messages a second
+    python benchmarks/bench_protocol.py --live 1024          also paced streams of 12.5 messages a second
+    python benchmarks/bench_protocol.py --before FOLDER      also another version of this project, taking turns with this one
 
 Prints a table and, as its last line, one JSON document.
 """
@@ -21,6 +22,7 @@ import struct
 import subprocess
 import sys
 import time
+import timeit
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from pathlib import Path
@@ -33,7 +35,13 @@ from moshi_stt import protocol
 from moshi_stt.constants import DEFAULT_PATH, FRAME_SAMPLES, FRAME_SECONDS
 from moshi_stt.events import Step
 
+PROJECT = Path(__file__).resolve().parents[1]
 SERVERS = ("aiohttp echo", "aiohttp short reply", "moshi-stt")
+BEFORE = "moshi-stt before"
+
+OWN_PARSER = {"us_in": 3.22, "us_out": 0.12}
+"""What framing cost with the parser of our own that the library replaced, on two shared cores of x86 (best of seven)."""
+
 AUDIO = protocol.encode_audio(0.1 * np.random.default_rng(0).standard_normal(FRAME_SAMPLES).astype(np.float32))
 STEP = protocol.encode(Step(1000, (0.5, 0.25, 0.125, 0.0625), 0))
 
@@ -271,11 +279,17 @@ async def load(port: int, connections: int, live: bool) -> None:
 
 
 class Child:
-    """This script as another process, spoken to in lines."""
+    """This script as another process, spoken to in lines. project: the checkout whose version of it, and sources, run there."""
 
-    def __init__(self, *arguments: str) -> None:
+    def __init__(self, *arguments: str, project: Path = PROJECT) -> None:
+        script = project / "benchmarks" / Path(__file__).name
         self.process = subprocess.Popen(
-            [sys.executable, __file__, *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
+            [sys.executable, str(script), *arguments],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            bufsize=1,
+            env={**os.environ, "PYTHONPATH": str(project / "src")},
         )
 
     def line(self) -> str:
@@ -296,9 +310,22 @@ class Child:
         self.process.wait(10)
 
 
-def measure(name: str, connections: int, live: bool, seconds: float) -> dict[str, float]:
+def framing_costs(messages: int = 20_000) -> dict[str, float]:
+    """Microseconds to take one message of audio apart, and to frame one `Step`: best of five."""
+    from moshi_stt.server.websocket import WebSocketFraming
+
+    framing = WebSocketFraming(1 << 26)
+    data = client_frame(AUDIO)
+
+    def best(work: Callable[[], object]) -> float:
+        return min(timeit.repeat(work, number=messages, repeat=5)) / messages * 1e6
+
+    return {"us_in": round(best(lambda: framing.feed(data)), 2), "us_out": round(best(lambda: framing.encode(STEP)), 2)}
+
+
+def measure(name: str, connections: int, live: bool, seconds: float, before: Path | None) -> dict[str, float]:
     """One server, one load: CPU microseconds for each message, messages a second, and the load's view of the wait."""
-    server = Child("--serve", name)
+    server = Child("--serve", "moshi-stt", project=before) if name == BEFORE and before else Child("--serve", name)
     port = server.line()
     clients = Child("--load", port, "--connections", str(connections), *(["--paced"] if live else []))
     assert clients.line() == "connected"
@@ -322,6 +349,7 @@ def main() -> None:
     parser.add_argument("--live", type=int, default=0, metavar="N", help="also N paced streams")
     parser.add_argument("--seconds", type=float, default=4.0)
     parser.add_argument("--rounds", type=int, default=3, help="the servers take turns; the table shows medians")
+    parser.add_argument("--before", type=Path, metavar="FOLDER", help="another checkout of this project")
     parser.add_argument("--serve", help=argparse.SUPPRESS)
     parser.add_argument("--load", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--paced", action="store_true", help=argparse.SUPPRESS)
@@ -332,14 +360,15 @@ def main() -> None:
         uvloop.run(serve(options.serve))
     if options.load:
         uvloop.run(load(options.load, options.connections, options.paced))
+    servers = (*SERVERS, BEFORE) if options.before else SERVERS
     rows: list[dict[str, Any]] = []
     for live in [False, True] if options.live else [False]:
         connections = options.live if live else options.connections
-        results: dict[str, list[dict[str, float]]] = {name: [] for name in SERVERS}
+        results: dict[str, list[dict[str, float]]] = {name: [] for name in servers}
         for _ in range(options.rounds):
-            for name in SERVERS:
-                results[name].append(measure(name, connections, live, options.seconds))
-        for name in SERVERS:
+            for name in servers:
+                results[name].append(measure(name, connections, live, options.seconds, options.before))
+        for name in servers:
             median = {key: statistics.median(result[key] for result in results[name]) for key in results[name][0]}
             rows.append(
                 {"server": name, "connections": connections, "paced": live, **{k: round(v, 3) for k, v in median.items()}}
@@ -353,13 +382,24 @@ def main() -> None:
             f"{row['us_per_message']:8.1f} {row['us_kernel']:7.1f} {1e6 / row['us_per_message']:11,.0f} "
             f"{row['core_share']:6.2f} {row['p50_ms']:8.2f} {row['p99_ms']:8.2f}"
         )
+    framing = {"library": framing_costs(), "own parser, earlier": OWN_PARSER}
+    for name, costs in framing.items():
+        print(f"framing, {name:20} {costs['us_in']:6.2f} µs a message in, {costs['us_out']:6.2f} µs out")
     commit = subprocess.run(
         ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
     ).stdout.strip()
     machine = f"{platform.machine()} {platform.system()}, {os.cpu_count()} cores"
     print(
         json.dumps(
-            {"benchmark": "protocol", "machine": machine, "device": "cpu", "weights": "none", "commit": commit, "rows": rows}
+            {
+                "benchmark": "protocol",
+                "machine": machine,
+                "device": "cpu",
+                "weights": "none",
+                "commit": commit,
+                "framing": framing,
+                "rows": rows,
+            }
         )
     )
 
