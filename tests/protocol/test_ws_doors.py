@@ -74,7 +74,7 @@ async def test_text_replies_errors_and_close_code(place: Callable[[], Any]) -> N
 async def test_audio_marks_and_finish(place: Callable[[], Any]) -> None:
     """Commands reach the stream, its events the session; after `Finish` come the last words and Close."""
     async with place() as running, plain(running) as client:
-        await client.send_str("audio 19200")
+        await client.send_str("audio " + bytes(4 * 19_200).hex())
         await client.send_str("mark 7")
         await client.send_str("finish")
         await client.send_str("say hello")  # after Finish: dropped
@@ -105,7 +105,7 @@ async def test_a_failed_model_is_told_in_the_protocols_own_shape() -> None:
     engine = ScriptedEngine(counting(5))
     async with serving(engine, doors=ALL) as running, plain(running) as client:
         engine.fail_next("the device is gone")
-        await client.send_str("audio 1920")
+        await client.send_str("audio " + bytes(4 * 1920).hex())
         lines = [message.data async for message in client]
     assert lines[-1].startswith("Error ")
     assert "the device is gone" in lines[-1]

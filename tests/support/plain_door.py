@@ -11,7 +11,7 @@ from moshi_stt.server.doors.door import Door, Handshake, Opening, Refused, Route
 from moshi_stt.session import Action, Close, Message, Reply, Session
 
 COMMANDS = {
-    "audio": lambda samples: Audio(np.zeros(int(samples), np.float32)),
+    "audio": lambda samples: Audio(np.frombuffer(bytes.fromhex(samples), np.float32)),
     "mark": lambda number: Mark(int(number)),
     "finish": lambda: Finish(),
     "say": Reply,

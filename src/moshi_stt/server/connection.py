@@ -23,6 +23,7 @@ from dataclasses import dataclass
 
 from moshi_stt.config import LimitsConfig
 from moshi_stt.constants import FRAME_SAMPLES
+from moshi_stt.engine.commands import Audio
 from moshi_stt.engine.engine import Engine
 from moshi_stt.errors import EngineError, NoFreeSlot, ProtocolError, SpoolError
 from moshi_stt.events import Error
@@ -135,7 +136,7 @@ class Connection(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         self._heard = True
         for frame in self._framing.feed(data):
-            if isinstance(frame, bytes | str | Violation):
+            if type(frame) is bytes or isinstance(frame, str | Violation):
                 if self._state is State.LIVE:
                     self._input(frame)
             elif isinstance(frame, Ping):
@@ -196,7 +197,12 @@ class Connection(asyncio.Protocol):
         if type(item) is bytes or type(item) is str:
             self._server.metrics.frames_received += 1
             self._sent_at = self._loop.time()
-        self._guarded(self._queue.put, item)
+        try:
+            self._queue.put(item)
+        except Exception as error:
+            self._input_failed(error)
+            return
+        self._settle()
 
     def _schedule_resume(self) -> None:
         self._loop.call_soon(self._resume)
@@ -213,6 +219,10 @@ class Connection(asyncio.Protocol):
         except Exception as error:
             self._input_failed(error)
             return
+        self._settle()
+
+    def _settle(self) -> None:
+        """After some input: drain where it has ended, and read where it has not to wait."""
         if self._state is not State.LIVE:
             return
         queue = self._queue
@@ -248,6 +258,8 @@ class Connection(asyncio.Protocol):
 
     def _act(self, action: Action) -> Action | None:
         """Carry out what the session asks for; returns what there is no room for."""
+        if type(action) is Audio and self._streams.first is not None:  # nearly always
+            return self._streams.first.offer(action)
         if isinstance(action, Reply):
             if self._write_paused:
                 return action
@@ -290,11 +302,12 @@ class Connection(asyncio.Protocol):
         failure: Error | None = None
         messages: list[Message] = []
         try:
-            for channel, event in self._streams.take():
-                if type(event) is Error:
-                    failure = event
-                    break
-                messages += self._session.send(event, channel)
+            for channel, events in self._streams.take():
+                for event in events:
+                    if type(event) is Error:
+                        failure = event
+                        break
+                    messages += self._session.send(event, channel)
             over = failure is None and self._streams.ended
             if over and self._streams.finishing and self._final is None:
                 messages += self._session.finished()

@@ -1,6 +1,6 @@
 """The streams of one connection: usually one, several where the protocol has channels."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 from moshi_stt.engine.commands import Command, Finish
 from moshi_stt.engine.engine import Engine, StreamOptions
@@ -17,6 +17,8 @@ class StreamSet:
         self._options = options
         self._streams: list[Stream] = []
         self._finishing: set[int] = set()
+        self.first: Stream | None = None
+        """Stream 0 while it is open and takes commands."""
 
     def open(self, on_events: Callable[[], None], on_room: Callable[[], None]) -> None:
         """Take the slots. Raises NoFreeSlot or EngineError, and has taken none then."""
@@ -28,6 +30,7 @@ class StreamSet:
             raise
         for stream in self._streams:
             stream.listen(on_events, on_room)
+        self.first = self._streams[0]
 
     @property
     def is_open(self) -> bool:
@@ -52,6 +55,8 @@ class StreamSet:
         """Returns what found no room. Raises EngineError after `Finish`, IndexError for a channel that is not there."""
         if type(command) is Finish:
             self._finishing.add(channel)
+            if channel == 0:
+                self.first = None
         return self._streams[channel].offer(command)
 
     def finish(self) -> None:
@@ -59,15 +64,13 @@ class StreamSet:
         for channel in range(len(self._streams)):
             self.offer(Finish(), channel)
 
-    def take(self) -> Iterator[tuple[int, AnyEvent]]:
-        """Every event that is there, with its channel."""
-        for channel, stream in enumerate(self._streams):
-            for event in stream.take():
-                yield channel, event
+    def take(self) -> list[tuple[int, list[AnyEvent]]]:
+        """Every event that is there, by channel."""
+        return [(channel, stream.take()) for channel, stream in enumerate(self._streams)]
 
     def close(self) -> None:
         """Free the slots. Idempotent."""
-        streams, self._streams = self._streams, []
+        streams, self._streams, self.first = self._streams, [], None
         self._finishing.clear()
         for stream in streams:
             stream.close()
