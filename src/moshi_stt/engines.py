@@ -26,6 +26,7 @@ from moshi_stt.engine.engine import Engine, EngineInfo, EngineObserver
 from moshi_stt.engine.slots import spare_slots
 from moshi_stt.engine.stream import StreamLimits
 from moshi_stt.errors import CheckpointError, ConfigError
+from moshi_stt.install import install_command
 from moshi_stt.models.spec import delay_frames
 
 if TYPE_CHECKING:
@@ -105,7 +106,7 @@ def _embedded(module: EmbeddedModule, limits: StreamLimits, observer: EngineObse
     if missing:
         raise ConfigError(
             f"the embedded English model needs {', '.join(missing)}, not installed here. "
-            f"Run `pip install {' '.join(missing)}`, or serve Kyutai's model: `moshi-stt worker --config stt-1b-en_fr`"
+            f"Run `{install_command('', missing)}`, or serve Kyutai's model: `moshi-stt worker --config stt-1b-en_fr`"
         )
     from moshi_stt.engine.segment import SegmentEngine
     from moshi_stt.models.embedded import load_embedded
@@ -137,10 +138,7 @@ def _kyutai(
         )
     missing = missing_packages(FRAMEWORK_PACKAGES[framework])
     if missing:
-        raise ConfigError(
-            f"Kyutai's models need {', '.join(missing)}, not installed here: run `pip install 'moshi-stt[{framework}]'` "
-            "(in a checkout: scripts/install.sh --model stt-1b-en_fr)"
-        )
+        raise ConfigError(f"Kyutai's models need {', '.join(missing)}, not installed here: run `{install_command(framework)}`")
     return BatchEngine(
         partial(load_kyutai, module, framework, processes, token_logs),
         delay_frames=delay_frames(module),

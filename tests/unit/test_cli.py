@@ -141,9 +141,29 @@ def test_a_log_folder_that_cannot_be_written(tmp_path: Path) -> None:
     assert done.stderr.startswith(f"Error: log_dir = '{tmp_path}/file/logs': cannot write a log file there: Not a directory.")
 
 
+@pytest.mark.parametrize("words", [("worker",), ("transcribe", "a.wav"), ("mic",), ("selftest",), ("doctor",)])
+def test_an_unknown_flag_shows_the_subcommands_own_usage(words: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as raised:
+        main([*words, "--nope"])
+    assert raised.value.code == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"usage: moshi-stt {words[0]} ")
+    assert said.endswith(f"moshi-stt {words[0]}: error: unrecognized arguments: --nope\n")
+
+
+@pytest.mark.parametrize(("command", "rest"), [("worker", []), ("transcribe", ["a.wav"]), ("mic", []), ("selftest", [])])
+def test_model_means_what_config_means(command: str, rest: list[str]) -> None:
+    module = importlib.import_module(f"moshi_stt.cli.{command}")
+    parser = module.add_parser(argparse.ArgumentParser().add_subparsers())
+    assert parser.parse_args(["--model", "x", *rest]).config == parser.parse_args(["--config", "x", *rest]).config == "x"
+
+
 def test_configs(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["configs"]) == 0
-    assert capsys.readouterr().out == "embedded\nstt-1b-en_fr\nstt-2.6b-en\n"
+    header, *rows = capsys.readouterr().out.splitlines()
+    assert header.split() == ["NAME", "LANGUAGES", "DELAY", "TO", "DOWNLOAD", "NEEDS"]
+    assert [row.split()[0] for row in rows] == ["embedded", "stt-1b-en_fr", "stt-2.6b-en"]
+    assert [cell.strip() for cell in rows[1].split("  ") if cell][1:4] == ["English, French", "0.5 s", "2.4 GB"]
     assert main(["configs", "stt-2.6b-en"]) == 0
     assert capsys.readouterr().out == shipped_text("stt-2.6b-en")
 

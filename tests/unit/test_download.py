@@ -46,7 +46,30 @@ def test_the_shipped_configuration(hub: LocalHub, capsys: pytest.CaptureFixture[
         assert path.read_bytes() == hub.files[(REPO, name)]
     hub.requests.clear()
     assert main(["download"]) == 0
-    assert capsys.readouterr().out == printed
+    assert "to fetch: 0.00 GB into" in printed
+    assert all(f"{name} (0.1 MB)" in printed for name in NAMES)
+    assert capsys.readouterr().out == printed[printed.index("hf://", printed.rindex(" MB)")) :]
+    assert not hub.requests
+
+
+def test_a_dry_run_asks_and_fetches_nothing(hub: LocalHub, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["download", "--dry-run", "stt-1b-en_fr"]) == 0
+    printed = capsys.readouterr().out
+    assert all(f"{name} (0.1 MB)" in printed for name in NAMES)
+    assert {method for method, _, _ in hub.requests} == {"HEAD"}
+    hub.status = 503
+    assert main(["download", "--dry-run", "stt-1b-en_fr"]) == 1
+
+
+def test_without_the_package_every_file_is_named_and_nothing_said_to_be_tried(
+    hub: LocalHub, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert main(["download", "stt-1b-en_fr"]) == 1
+    said = capsys.readouterr().err
+    assert all(f"{hub.address}/{REPO}/resolve/{COMMIT}/{name}" in said for name in NAMES)
+    assert "nothing was tried" in said
+    assert "tried:" not in said
     assert not hub.requests
 
 
@@ -54,7 +77,9 @@ def test_what_cannot_be_had(hub: LocalHub, capsys: pytest.CaptureFixture[str]) -
     del hub.files[(REPO, NAMES[2])]
     assert main(["download", "stt-1b-en_fr"]) == 1
     said = capsys.readouterr().err
-    assert said.startswith("Error: hf://kyutai/stt-1b-en_fr-candle/mimi-pytorch-e351c8d8@125.safetensors cannot be had")
+    assert said.startswith(
+        "Error: hf://kyutai/stt-1b-en_fr-candle/mimi-pytorch-e351c8d8@125.safetensors could not be downloaded"
+    )
     assert f"{hub.address}/{REPO}/resolve/{COMMIT}/{NAMES[2]}" in said
 
 

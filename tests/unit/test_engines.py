@@ -12,6 +12,7 @@ from moshi_stt.config_load import embedded_config, load_config
 from moshi_stt.engine.batch import BatchEngine
 from moshi_stt.engines import build_engine, build_engines, framework_of, languages_of, processes_for
 from moshi_stt.errors import ConfigError
+from moshi_stt.install import install_command
 
 
 @pytest.fixture
@@ -40,7 +41,7 @@ def test_the_embedded_engine() -> None:
 def test_a_missing_wheel_of_the_embedded_model(lacking: Callable[..., None]) -> None:
     lacking("onnxruntime")
     with pytest.raises(
-        ConfigError, match=r"needs onnxruntime, not installed here\. Run `pip install onnxruntime`, or serve Kyu"
+        ConfigError, match=r"needs onnxruntime, not installed here\. Run `\S*scripts/install\.sh`, or serve Kyu"
     ):
         build_engines(embedded_config())
 
@@ -69,10 +70,9 @@ def test_a_missing_extra_is_a_sentence_with_the_command(lacking: Callable[..., N
     with pytest.raises(ConfigError) as raised:
         build_engine(one_b(device="cuda"), LimitsConfig())
     assert str(raised.value) == (
-        "Kyutai's models need torch, sentencepiece, not installed here: run `pip install 'moshi-stt[torch]'` "
-        "(in a checkout: scripts/install.sh --model stt-1b-en_fr)"
+        f"Kyutai's models need torch, sentencepiece, not installed here: run `{install_command('torch')}`"
     )
-    with pytest.raises(ConfigError, match=r"need mlx, sentencepiece, .*pip install 'moshi-stt\[mlx\]'"):
+    with pytest.raises(ConfigError, match=r"need mlx, sentencepiece, .*scripts/install\.sh --with mlx`"):
         build_engine(one_b(device="mlx"), LimitsConfig())
 
 

@@ -267,7 +267,7 @@ def test_the_cache_is_where_the_environment_says(tmp_path: Path, monkeypatch: py
 
 def test_without_the_library(hub: LocalHub, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    with pytest.raises(DownloadError, match=r"pip install 'moshi-stt\[torch\]'"):
+    with pytest.raises(DownloadError, match=r"so nothing was tried[\s\S]*scripts/install\.sh --with torch"):
         resolve(WEIGHTS)
     assert find_cached(HubFile("someone/some-model", "config.json")) is None
 
@@ -276,5 +276,5 @@ def test_an_unwritable_cache(hub: LocalHub, tmp_path: Path, monkeypatch: pytest.
     blocked = tmp_path / "file"
     blocked.write_text("not a folder")
     monkeypatch.setenv("HF_HOME", str(blocked))
-    with pytest.raises(DownloadError, match="cannot be had"):
+    with pytest.raises(DownloadError, match="could not be downloaded"):
         resolve(WEIGHTS)

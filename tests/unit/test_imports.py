@@ -18,6 +18,7 @@ LEAVES = {
     "config",
     "config_table",
     "data",
+    "install",
     "constants",
     "cores",
     "errors",

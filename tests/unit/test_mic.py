@@ -22,6 +22,7 @@ from moshi_stt.cli import main, mic
 from moshi_stt.cli.mic import Captions, Live, Microphone, caption, device_lines
 from moshi_stt.errors import ConfigError, EngineError
 from moshi_stt.events import AnyEvent, EndWord, Ready, Step, Word
+from moshi_stt.install import install_command
 
 
 class PortAudioError(Exception):
@@ -209,9 +210,7 @@ def test_nothing_said_prints_nothing() -> None:
 def test_the_extra_is_named_where_it_is_missing(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setitem(sys.modules, "sounddevice", None)
     assert main(["mic"]) == 1
-    assert capsys.readouterr().err == (
-        "Error: the microphone needs the package sounddevice: run `pip install 'moshi-stt[mic]'`\n"
-    )
+    assert capsys.readouterr().err == (f"Error: the microphone needs the package sounddevice: run `{install_command('mic')}`\n")
 
 
 def test_portaudio_is_named_where_it_is_missing(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -279,6 +278,7 @@ def test_the_first_interrupt_ends_the_recording_and_the_second_the_program() -> 
     code = """
 import asyncio, os, signal
 from moshi_stt.cli.mic import _ending_with_sigint
+from moshi_stt.install import install_command
 async def main():
     stop = asyncio.Event()
     with _ending_with_sigint(stop.set):

@@ -13,6 +13,7 @@ import pytest
 from moshi_stt.cli import doctor, status
 from moshi_stt.cli.doctor import Finding
 from moshi_stt.errors import MoshiSttError
+from moshi_stt.install import install_command
 
 METRICS = """\
 # HELP asr_connect Number of connections to the asr.
@@ -100,12 +101,12 @@ def test_the_doctor_names_what_is_missing(monkeypatch: pytest.MonkeyPatch, capsy
     monkeypatch.setattr("moshi_stt.engines.missing_packages", lambda names: ["onnxruntime"])
     assert doctor.run(argparse.Namespace(port=0)) == 1
     out = capsys.readouterr().out
-    assert "MISSING packages: not installed: soxr\n        pip install --upgrade moshi-stt\n" in out
-    assert "MISSING embedded English model: not installed: onnxruntime\n        pip install onnxruntime" in out
+    assert f"MISSING packages: not installed: soxr\n        {install_command()}\n" in out
+    assert f"MISSING embedded English model: not installed: onnxruntime\n        {install_command()}" in out
 
 
 def test_the_packages_of_an_extra() -> None:
-    assert "aiohttp" in set(doctor.distributions(None))
+    assert "aiohttp" in set(doctor.distributions(""))
     assert set(doctor.distributions("mic")) == {"sounddevice"}
     assert "torch" in set(doctor.distributions("torch"))
 

@@ -52,5 +52,5 @@ def test_cut_short(tmp_path: Path, tiny: Path) -> None:
 
 def test_without_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "sentencepiece", None)
-    with pytest.raises(CheckpointError, match=r"pip install 'moshi-stt\[torch\]'"):
+    with pytest.raises(CheckpointError, match=r"scripts/install\.sh --with torch"):
         TextTokenizer(tmp_path / "any.model")

@@ -52,14 +52,16 @@ def _run(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="moshi-stt", description="A streaming speech-to-text server and its clients.")
     parser.add_argument("--version", action="version", version=f"moshi-stt {__version__}")
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    module = None
+    module, chosen_parser = None, parser
     for name, help_text in COMMANDS.items():
         if name == chosen:
             module = importlib.import_module(f"moshi_stt.cli.{name}")
-            module.add_parser(subparsers)
+            chosen_parser = module.add_parser(subparsers)
         else:
             subparsers.add_parser(name, help=help_text, add_help=False)
-    args = parser.parse_args(argv)
+    args, unknown = parser.parse_known_args(argv)
+    if unknown:
+        chosen_parser.error(f"unrecognized arguments: {' '.join(unknown)}")  # with its usage, not that of moshi-stt
     if module is None:  # parse_args has ended the program: no command, --help, --version or an unknown name
         parser.error("expected a command")
     status: int = module.run(args)

@@ -16,6 +16,7 @@ from typing import Any, Literal, NamedTuple
 
 from moshi_stt.constants import DEFAULT_PORT
 from moshi_stt.errors import MoshiSttError
+from moshi_stt.install import install_command, requirements
 
 
 class Finding(NamedTuple):
@@ -53,14 +54,12 @@ def python() -> Iterator[Finding]:
     yield Finding("ok", "Python", f"{platform.python_version()} at {sys.executable}, {platform.platform()}")
 
 
-def distributions(extra: str | None) -> Iterator[str]:
-    """Names of the packages that the base install, or one extra, needs. Those of some platforms only are left out."""
-    for text in importlib.metadata.requires("moshi-stt") or []:
-        of_extra = re.search(r"extra == ['\"]([a-z]+)['\"]", text)
-        if (of_extra[1] if of_extra else None) == extra and "sys_platform" not in text:
-            name = re.match(r"[A-Za-z0-9_.-]+", text)
-            assert name is not None
-            yield name[0]
+def distributions(extra: str) -> Iterator[str]:
+    """Names of the packages that the base install (""), or one extra, needs. Those of some platforms only are left out."""
+    for text in requirements(extra):
+        name = re.match(r"[A-Za-z0-9_.-]+", text)
+        assert name is not None
+        yield name[0]
 
 
 def absent(names: Iterator[str]) -> list[str]:
@@ -76,10 +75,10 @@ def absent(names: Iterator[str]) -> list[str]:
 def packages() -> Iterator[Finding]:
     from moshi_stt.engines import EMBEDDED_PACKAGES
 
-    names = absent(distributions(None))
+    names = absent(distributions(""))
     needed = [name for name in names if name not in EMBEDDED_PACKAGES]
     if needed:
-        yield Finding("missing", "packages", f"not installed: {', '.join(needed)}", "pip install --upgrade moshi-stt")
+        yield Finding("missing", "packages", f"not installed: {', '.join(needed)}", install_command("", needed))
     else:
         yield Finding("ok", "packages", "everything the server needs is installed")
 
@@ -93,7 +92,7 @@ def embedded_model() -> Iterator[Finding]:
             "missing",
             "embedded English model",
             f"not installed: {', '.join(names)}",
-            f"pip install {' '.join(names)}   # where there is no wheel for this machine, serve Kyutai's model instead",
+            f"{install_command('', names)}   # where there is no wheel for this machine, serve Kyutai's model instead",
         )
         return
     from moshi_stt.sample import sample_path
@@ -119,7 +118,7 @@ def frameworks() -> Iterator[Finding]:
         names = absent(distributions(extra))
         if names:
             what = f"{package} {version} is there, but not {', '.join(names)}" if version else "not installed"
-            yield Finding("note", f"Kyutai's models on {package}", what, f"pip install 'moshi-stt[{extra}]'")
+            yield Finding("note", f"Kyutai's models on {package}", what, install_command(extra))
         else:
             yield Finding("ok", f"Kyutai's models on {package}", f"{package} {version}")
 
@@ -143,7 +142,7 @@ def gpu() -> Iterator[Finding]:
         return
     names = "; ".join(done.stdout.strip().splitlines())
     if version_of("torch") is None:
-        yield Finding("note", "GPU", names, "pip install 'moshi-stt[torch]' to use it")
+        yield Finding("note", "GPU", f"{names}; PyTorch, which would use it, is not installed", install_command("torch"))
         return
     import torch
 
@@ -174,7 +173,7 @@ def weights() -> Iterator[Finding]:
 
 def microphone() -> Iterator[Finding]:
     if version_of("sounddevice") is None:
-        yield Finding("note", "microphone", "sounddevice is not installed", "pip install 'moshi-stt[mic]'")
+        yield Finding("note", "microphone", "sounddevice is not installed", install_command("mic"))
         return
     try:
         import sounddevice

@@ -1,10 +1,14 @@
-"""`moshi-stt download`: the weights that configurations name, fetched into the hub's cache. Knows no format of theirs."""
+"""`moshi-stt download`: the weights that configurations name, fetched into the hub's cache."""
 
 import argparse
+import importlib.util
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from moshi_stt.models.hub import HubFile
 
 DEFAULT = "stt-1b-en_fr"
 HEADROOM = 1.02
@@ -25,6 +29,9 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
         default=[DEFAULT],
         help=f"name of a shipped configuration (see `moshi-stt configs`), or a TOML file (default {DEFAULT})",
     )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="say what would be fetched, ask the hub for it, and fetch nothing"
+    )
     return parser
 
 
@@ -34,15 +41,38 @@ def run(args: argparse.Namespace) -> int:
 
     references = list(dict.fromkeys(name for config in args.configs for name in named_files(config)))
     if not references:
-        print("nothing to fetch: the model of this configuration comes with the packages")
+        print("nothing to fetch: the model of this configuration comes with moshi-stt")
         return 0
     missing = [file for name in references if (file := parse_reference(name)) is not None and find_cached(file) is None]
     if missing:
-        sizes = [file.known.bytes if file.known else remote_size(file) for file in missing]
+        require_hub_package(missing)
+        sizes = [file.known.bytes if file.known and not args.dry_run else remote_size(file) for file in missing]
         check_space(sum(sizes), cache_folder())
+        print(f"to fetch: {sum(sizes) / 1e9:.2f} GB into {cache_folder()}", flush=True)
+        for file, size in zip(missing, sizes, strict=True):
+            print(f"  {file} ({size / 1e6:,.1f} MB)", flush=True)
+    if args.dry_run:
+        if not missing:
+            print("nothing to fetch: every file is on this machine")
+        return 0
     for reference in references:
         print(f"{reference}\n  {resolve(reference)}", flush=True)
     return 0
+
+
+def require_hub_package(missing: "Sequence[HubFile]") -> None:
+    """Raise DownloadError, which lists every missing file with its address, where the package that fetches them is absent."""
+    from moshi_stt.errors import DownloadError
+    from moshi_stt.install import install_command
+    from moshi_stt.models.hub import address, cache_folder
+
+    if importlib.util.find_spec("huggingface_hub") is not None:
+        return
+    addresses = "".join(f"\n  {address(file)}" for file in missing)
+    raise DownloadError(
+        f"the huggingface_hub package is not installed, so nothing was tried. {len(missing)} files are missing:"
+        f"{addresses}\n  cache:   {cache_folder()}\n  to do:   {install_command('torch', ['huggingface_hub'])}"
+    )
 
 
 def named_files(config: str) -> Iterator[str]:

@@ -27,6 +27,7 @@ from moshi_stt.constants import PUBLIC_KEY, SAMPLE_RATE
 from moshi_stt.engine.commands import Audio, Finish
 from moshi_stt.errors import ConfigError, EngineError, MoshiSttError
 from moshi_stt.events import AnyEvent, EndWord, Error, Marker, Word
+from moshi_stt.install import install_command
 from moshi_stt.text.subtitles import PARAGRAPH_SECONDS
 
 BLOCK_SECONDS = 0.04
@@ -46,7 +47,9 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     parser.add_argument("--format", choices=["text", "words"], default="text", help="words: start, end and word on a line each")
     parser.add_argument("--url", metavar="URL", help="server, for instance ws://127.0.0.1:8080; moshi-server too")
     parser.add_argument("--key", help=f"the server's key (default: ${KEY_VARIABLE}, else {PUBLIC_KEY})")
-    parser.add_argument("--config", metavar="FILE", help="TOML file or name of a shipped one (see `moshi-stt configs`)")
+    parser.add_argument(
+        "--config", "--model", metavar="FILE", help="TOML file or name of a shipped one (see `moshi-stt configs`)"
+    )
     parser.add_argument("--cpu", action="store_true", help="run the model on the CPU, whatever else is there")
     parser.add_argument("--quantize", choices=["none", "int8", "int4"], help="weights of fewer bits (the configuration's)")
     parser.set_defaults(parser=parser)
@@ -75,7 +78,7 @@ def load_library() -> ModuleType:
     try:
         import sounddevice
     except ImportError:
-        raise ConfigError("the microphone needs the package sounddevice: run `pip install 'moshi-stt[mic]'`") from None
+        raise ConfigError(f"the microphone needs the package sounddevice: run `{install_command('mic')}`") from None
     except OSError as error:  # what sounddevice raises without PortAudio
         install = {
             "linux": "run `sudo apt-get install libportaudio2` (Fedora: `sudo dnf install portaudio`)",

@@ -55,7 +55,9 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     where = parser.add_argument_group("where", "In this process, or on a running server with --url.")
     where.add_argument("--url", metavar="URL", help="server, for instance ws://127.0.0.1:8080; moshi-server too")
     where.add_argument("--key", help=f"the server's key (default: ${KEY_VARIABLE}, else {PUBLIC_KEY})")
-    where.add_argument("--config", metavar="FILE", help="TOML file or name of a shipped one (see `moshi-stt configs`)")
+    where.add_argument(
+        "--config", "--model", metavar="FILE", help="TOML file or name of a shipped one (see `moshi-stt configs`)"
+    )
     where.add_argument("--cpu", action="store_true", help="run the model on the CPU, whatever else is there")
     where.add_argument("--quantize", choices=["none", "int8", "int4"], help="weights of fewer bits (the configuration's)")
     where.add_argument("--batch-size", type=_positive, metavar="N", help="pieces of a recording at once (the configuration's)")

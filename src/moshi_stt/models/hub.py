@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 from moshi_stt.errors import CheckpointError, DownloadError
+from moshi_stt.install import install_command
 
 log = logging.getLogger(__name__)
 
@@ -129,6 +130,11 @@ def cache_folder() -> Path:
 def endpoint() -> str:
     """The hub's address: `HF_ENDPOINT`, or the public one."""
     return (os.environ.get("HF_ENDPOINT") or DEFAULT_ENDPOINT).rstrip("/")
+
+
+def address(file: HubFile) -> str:
+    """The URL of a file on the hub."""
+    return f"{endpoint()}/{file.repo}/resolve/{file.wanted}/{file.path}"
 
 
 def is_offline() -> bool:
@@ -281,8 +287,8 @@ def _import_hub(file: HubFile) -> Any:
         import huggingface_hub.errors
         import huggingface_hub.file_download
     except ImportError as error:
-        text = "the huggingface_hub package is not installed"
-        raise DownloadError(_explain(file, text, "pip install 'moshi-stt[torch]' (or 'moshi-stt[mlx]' on a Mac)")) from error
+        text = "the huggingface_hub package, which fetches it, is not installed, so nothing was tried"
+        raise DownloadError(_explain(file, text, install_command("torch", ["huggingface_hub"]))) from error
     return huggingface_hub
 
 
@@ -320,10 +326,10 @@ def _reason(error: Exception) -> tuple[str, str]:
 
 def _explain(file: HubFile, what: str, how: str) -> str:
     """The whole message of a DownloadError."""
-    url = f"{endpoint()}/{file.repo}/resolve/{file.wanted}/{file.path}"
+    url = address(file)
     return (
-        f"{file} cannot be had: {what}.\n"
-        f"  tried:   {url}\n"
+        f"{file} could not be downloaded: {what}.\n"
+        f"  address: {url}\n"
         f"  cache:   {_repository(file)}\n"
         f"  to do:   {how}\n"
         f"  by hand: fetch that URL on a machine that can, copy the file here, and write its path in the configuration "

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from moshi_stt.errors import CheckpointError
+from moshi_stt.install import install_command
 
 
 class TextTokenizer:
@@ -20,7 +21,7 @@ class TextTokenizer:
         except ImportError as error:
             raise CheckpointError(
                 f"{path} is a SentencePiece model and the sentencepiece package is not installed. "
-                "It comes with the model extras: pip install 'moshi-stt[torch]' (or 'moshi-stt[mlx]' on a Mac)."
+                f"Install it: {install_command('torch', ['sentencepiece'])}"
             ) from error
         if not path.is_file():
             raise CheckpointError(
