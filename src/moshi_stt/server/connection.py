@@ -23,19 +23,20 @@ from dataclasses import dataclass
 
 from moshi_stt.config import LimitsConfig
 from moshi_stt.constants import FRAME_SAMPLES
-from moshi_stt.engine.commands import Audio
+from moshi_stt.engine.commands import Audio, Mark, Reset
 from moshi_stt.engine.engine import Engine
 from moshi_stt.errors import EngineError, NoFreeSlot, ProtocolError, SpoolError
-from moshi_stt.events import Error
+from moshi_stt.events import Ack, AnyEvent, Error, Ready
 from moshi_stt.server import framing
 from moshi_stt.server.doors.door import Opening
 from moshi_stt.server.framing import Closed, Framing, Ping, Violation
-from moshi_stt.server.inputs import END_OF_INPUT, InputQueue, Item
+from moshi_stt.server.inputs import END_OF_INPUT, InputQueue, Item, Request
 from moshi_stt.server.metrics import Metrics
+from moshi_stt.server.resume import Again, ResumeRequest, Resumption
 from moshi_stt.server.spool import Backlog, Spool, SpoolBudget
 from moshi_stt.server.streams import StreamSet
 from moshi_stt.server.timers import ClosingTimer, ConnectionTimers
-from moshi_stt.session import Action, Close, Feed, Message, Reply, Session
+from moshi_stt.session import Close, Feed, Message, Reply, Session
 
 log = logging.getLogger(__name__)
 
@@ -54,23 +55,56 @@ class State(enum.IntEnum):
 
 @dataclass(frozen=True)
 class Surroundings:
-    """What a connection has of the server. lost: the socket is gone. watch: look for a disconnect while it is `unheard`."""
+    """What a connection has of the server.
+
+    lost: it is over. may_park: may it wait for its client to come back? watch: look for a disconnect while it is `unheard`.
+    """
 
     limits: LimitsConfig
     metrics: Metrics
     spool: SpoolBudget
-    lost: Callable[["Connection", Exception | None], None]
+    may_park: Callable[["Connection"], bool]
+    lost: Callable[["Connection"], None]
     watch: Callable[["Connection"], None]
+
+
+def _nobody(exc: Exception | None) -> None:
+    """Is told, and does nothing."""
+
+
+class _Abandoned(asyncio.Protocol):
+    """The protocol of a socket that its connection has left for another."""
+
+    def __init__(self, lost: "asyncio.Future[None]", told: Callable[[Exception | None], None]) -> None:
+        self._lost = lost
+        self._told = told
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        if not self._lost.done():
+            self._lost.set_result(None)
+        self._told(exc)
 
 
 class Connection(asyncio.Protocol):
     """A client, from the upgrade of its socket on. `start` takes the transport over."""
 
     def __init__(
-        self, engine: Engine, opening: Opening, session: Session, frames: Framing, server: Surroundings, peer: str
+        self,
+        engine: Engine,
+        opening: Opening,
+        session: Session,
+        frames: Framing,
+        server: Surroundings,
+        peer: str,
+        token: str | None = None,
     ) -> None:
-        """peer: for the log."""
+        """peer: for the log. token: names the stream for a client that may come back to it."""
         self.peer = peer
+        self._resumption = None if token is None else Resumption(token)
+        self._kept: Request | None = None
+        """The action that found no room, already counted."""
+        self._parked_at: float | None = None
+        self._told_lost: Callable[[Exception | None], None] = _nobody
         self._loop = asyncio.get_running_loop()
         self.lost: asyncio.Future[None] = self._loop.create_future()
         """Done when the socket is gone."""
@@ -104,8 +138,11 @@ class Connection(asyncio.Protocol):
 
     # ---- opening -----------------------------------------------------------------------------------------------------
 
-    def start(self, transport: asyncio.Transport, early: bytes) -> None:
-        """Take the socket over. early: what the client sent after its request. Then wait for `open`."""
+    def start(self, transport: asyncio.Transport, early: bytes, lost: Callable[[Exception | None], None] | None) -> None:
+        """Take the socket over. early: what the client sent after its request. lost: told when it is gone. Then wait for
+        `open`.
+        """
+        self._told_lost = lost or _nobody
         self._transport = transport
         transport.set_protocol(self)
         self._early = early
@@ -147,7 +184,7 @@ class Connection(asyncio.Protocol):
 
     def finish(self, error: Error) -> None:
         """Take no more of the client: what it sent is transcribed and given, then come the error and Close."""
-        if self._state is State.WAITING:
+        if self._state is State.WAITING or self.is_parked:
             self.end(error)
         elif self._state is State.LIVE:
             self._final = error
@@ -157,12 +194,14 @@ class Connection(asyncio.Protocol):
 
     def is_still(self, now: float, seconds: float) -> bool:
         """Whether the client has sent nothing for so long, and everything that it sent is transcribed."""
-        if self._state in (State.WAITING, State.CLOSING, State.LOST):
+        if self.is_parked or self._state in (State.WAITING, State.CLOSING, State.LOST):
             return True
         return now - self._sent_at >= seconds and not self._queue.blocked and self._streams.pending_samples < FRAME_SAMPLES
 
     def eof_received(self) -> bool:
         """The client shut its sending half: the rest of its transcript still goes out. True keeps our half open."""
+        if self._resumption is not None and self._state is State.LIVE:
+            return False  # no Close came before it: the connection broke
         self._eof = True
         if self._state is State.CLOSING:
             return False
@@ -184,12 +223,71 @@ class Connection(asyncio.Protocol):
         self._schedule_resume()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._state = State.LOST
-        self._release()
         self._transport = None
         if not self.lost.done():
             self.lost.set_result(None)
-        self._server.lost(self, exc)
+        told, self._told_lost = self._told_lost, _nobody
+        told(exc)
+        if self._resumption is not None and self._state in (State.LIVE, State.DRAINING) and self._server.may_park(self):
+            self._parked_at = self._loop.time()
+            log.info("%s: the socket is lost; the stream waits for its client", self.peer)
+            return
+        self._over()
+
+    def _over(self) -> None:
+        self._state = State.LOST
+        self._parked_at = None
+        self._release()
+        self._server.lost(self)
+
+    # ---- coming back -------------------------------------------------------------------------------------------------
+
+    @property
+    def token(self) -> str | None:
+        """Names the stream for a client that may come back to it."""
+        return None if self._resumption is None else self._resumption.token
+
+    @property
+    def is_parked(self) -> bool:
+        """Whether it waits for its client to come back."""
+        return self._parked_at is not None
+
+    def attach(
+        self,
+        transport: asyncio.Transport,
+        early: bytes,
+        frames: Framing,
+        request: ResumeRequest,
+        lost: Callable[[Exception | None], None] | None,
+    ) -> bool:
+        """Go on over another socket; False, and nothing is changed, where the client cannot get all that it has missed.
+
+        early: what the client sent after its request. lost: told when the socket is gone.
+        """
+        resumption = self._resumption
+        if resumption is None or self._state not in (State.LIVE, State.DRAINING):
+            return False
+        missed = resumption.missed(request.events)
+        if missed is None:
+            return False
+        if self._transport is not None:  # the old socket, which we did not know to be dead
+            self._transport.set_protocol(_Abandoned(self.lost, self._told_lost))
+            self._transport.abort()
+        self.lost = self._loop.create_future()
+        self._told_lost = lost or _nobody
+        self._transport, self._framing = transport, frames
+        self._parked_at = None
+        self._reading, self._eof, self._write_paused, self._owed_pong = True, False, False, None
+        self._heard = True
+        self._timers = ConnectionTimers(self._server.limits, self._loop.time(), may_idle=self._session.may_idle)
+        transport.set_protocol(self)
+        self._send([*self._session.send(Ready(resumption.token)), *missed])
+        if self._state is State.LIVE:
+            self._input([Again(request.samples)])
+        self._early = early
+        self._feed_early()
+        self._schedule_flush()
+        return True
 
     # ---- input -------------------------------------------------------------------------------------------------------
 
@@ -256,9 +354,9 @@ class Connection(asyncio.Protocol):
             errors.labels("internal").inc()
             self.end(Error("the server failed on this connection; its log says why", framing.INTERNAL))
 
-    def _act(self, action: Action) -> Action | None:
+    def _act(self, action: Request) -> Request | None:
         """Carry out what the session asks for; returns what there is no room for."""
-        if type(action) is Audio and self._streams.first is not None:  # nearly always
+        if type(action) is Audio and self._streams.first is not None and self._resumption is None:  # nearly always
             return self._streams.first.offer(action)
         if isinstance(action, Reply):
             if self._write_paused:
@@ -268,6 +366,16 @@ class Connection(asyncio.Protocol):
         if isinstance(action, Close):
             self._close(action)
             return None
+        resumption = self._resumption
+        if resumption is not None and action is not self._kept:
+            if isinstance(action, Again):
+                resumption.again(action.samples)
+                return None
+            if isinstance(action, Audio | Mark | Reset):
+                new = resumption.take(action)
+                if new is None:
+                    return None
+                action = new
         streams = self._streams
         if streams.finishing:
             return action if self._on_demand else None
@@ -277,7 +385,9 @@ class Connection(asyncio.Protocol):
             command, channel = action
             rest = streams.offer(command, channel)
             return None if rest is None else Feed(rest, channel)
-        return streams.offer(action)
+        assert not isinstance(action, Again)
+        self._kept = streams.offer(action)
+        return self._kept
 
     def _drain(self) -> None:
         """No more input: let what was fed come out, then close as `_final` says."""
@@ -297,8 +407,9 @@ class Connection(asyncio.Protocol):
     def _flush(self) -> None:
         """Send every event that is there, in one write."""
         self._flush_due = False
-        if self._write_paused or self._state not in (State.LIVE, State.DRAINING):
+        if self._write_paused or self._transport is None or self._state not in (State.LIVE, State.DRAINING):
             return
+        resumption = self._resumption
         failure: Error | None = None
         messages: list[Message] = []
         try:
@@ -307,7 +418,7 @@ class Connection(asyncio.Protocol):
                     if type(event) is Error:
                         failure = event
                         break
-                    messages += self._session.send(event, channel)
+                    messages += self._session.send(event, channel) if resumption is None else self._resumable(resumption, event)
             over = failure is None and self._streams.ended
             if over and self._streams.finishing and self._final is None:
                 messages += self._session.finished()
@@ -321,6 +432,14 @@ class Connection(asyncio.Protocol):
             self.end(failure)
         elif over:
             self._streams_ended()
+
+    def _resumable(self, resumption: Resumption, event: AnyEvent) -> list[Message]:
+        """The messages of an event, kept to be sent again."""
+        told = list(self._session.send(Ready(resumption.token) if type(event) is Ready else event))
+        if resumption.greeted:
+            resumption.sent(told)
+        resumption.greeted = True
+        return told
 
     def _streams_ended(self) -> None:
         if self._state is State.DRAINING or not self._on_demand:
@@ -357,6 +476,9 @@ class Connection(asyncio.Protocol):
 
     def end(self, error: Error | None) -> None:
         """Send the error, if any, and Close; free the slots; give the client time to answer."""
+        if self.is_parked:
+            self._over()
+            return
         if self._state >= State.CLOSING or self._transport is None:
             return
         try:
@@ -403,6 +525,11 @@ class Connection(asyncio.Protocol):
 
     def abort(self) -> None:
         """Cut the socket now."""
+        if self.is_parked:
+            self._over()
+            return
+        if self._state < State.CLOSING:
+            self._state = State.CLOSING  # nobody is to come back to it
         if self._transport is not None:
             self._transport.abort()
 
@@ -421,6 +548,11 @@ class Connection(asyncio.Protocol):
 
     def tick(self, now: float) -> None:
         """Look at the timers."""
+        if self._parked_at is not None:
+            if now - self._parked_at >= self._server.limits.resume_seconds:
+                log.info("%s: the client did not come back in time", self.peer)
+                self._over()
+            return
         if self._state >= State.CLOSING:
             if self._closing.expired(now, heard=self._heard):
                 self.abort()
@@ -432,6 +564,7 @@ class Connection(asyncio.Protocol):
             self._ping()
         if self._too_far_ahead(now):
             return
+        self._acknowledge()
         unread = not self._reading
         self._timers.note(
             now,
@@ -445,6 +578,11 @@ class Connection(asyncio.Protocol):
             log.info("%s: closed: %s", self.peer, verdict.sentence)
             self._server.metrics.errors.labels(verdict.kind).inc()
             self.end(Error(verdict.sentence, verdict.code))
+
+    def _acknowledge(self) -> None:
+        samples = self._resumption.acknowledgement() if self._resumption is not None else None
+        if samples is not None and not self._write_paused:
+            self._send(self._session.send(Ack(samples)))
 
     def _too_far_ahead(self, now: float) -> bool:
         """End the connection of a client whose audio has had no room for a while, before its own keepalive cuts it."""

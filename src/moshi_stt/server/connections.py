@@ -4,7 +4,6 @@ import asyncio
 import logging
 import math
 from collections.abc import Callable, Iterator
-from functools import partial
 
 from moshi_stt.config import LimitsConfig
 from moshi_stt.engine.engine import Engine
@@ -13,7 +12,9 @@ from moshi_stt.server.connection import Connection, Surroundings
 from moshi_stt.server.disconnects import DisconnectMonitor
 from moshi_stt.server.doors.door import Door, Opening, SocketDoor
 from moshi_stt.server.doors.options import on_ignored
+from moshi_stt.server.framing import Framing
 from moshi_stt.server.metrics import Metrics
+from moshi_stt.server.resume import REFUSED, new_token
 from moshi_stt.server.spool import SpoolBudget
 from moshi_stt.server.timers import tick_seconds
 from moshi_stt.server.websocket import WebSocketFraming
@@ -23,6 +24,9 @@ log = logging.getLogger(__name__)
 SESSION_TICK_SECONDS = 0.1
 """How often the sessions that have a clock look at it."""
 
+MOST_PARKED = 1_024
+"""Streams that may wait for their clients at once."""
+
 STILL_SECONDS = 2.0
 """A connection whose client has sent nothing for so long does not hold a drain."""
 
@@ -30,8 +34,11 @@ STILL_SECONDS = 2.0
 class Connections:
     """Used on the event loop alone."""
 
-    def __init__(self, limits: LimitsConfig, metrics: Metrics, *, processes: int = 1) -> None:
-        """processes: how many share what the limits say of all streams together."""
+    def __init__(self, limits: LimitsConfig, metrics: Metrics, *, process: int = 0, processes: int = 1) -> None:
+        """process: number of this one. processes: how many share what the limits say of all streams together."""
+        self._process = process
+        self._by_token: dict[str, Connection] = {}
+        self._ending = False
         self._limits = limits
         self._metrics = metrics
         on_ignored(metrics.ignored)
@@ -59,23 +66,70 @@ class Connections:
 
         early: what the client sent after its request. lost: told when the socket is gone.
         """
-        limit = self._limits.max_message_bytes
-        framing = door.framing(limit) if isinstance(door, SocketDoor) else WebSocketFraming(limit)
-        server = Surroundings(self._limits, self._metrics, self.spool, partial(self._lost, lost), self._monitor.add)
-        connection = Connection(engine, opening, door.session(opening), framing, server, peer)
+        server = Surroundings(self._limits, self._metrics, self.spool, self._may_park, self._lost, self._monitor.add)
+        token = None
+        if opening.resume is not None and self._limits.resume_seconds > 0:
+            token = new_token(self._process)
+        frames = self._framing(door)
+        connection = Connection(engine, opening, door.session(opening), frames, server, peer, token)
         self._connections.add(connection)
+        if token is not None:
+            self._by_token[token] = connection
         self._metrics.websockets.inc()
-        connection.start(transport, early)
+        connection.start(transport, early, lost)
         log.debug("%s: connected", peer)
         return connection
 
-    def _lost(self, told: Callable[[Exception | None], None] | None, connection: Connection, exc: Exception | None) -> None:
+    def resume(
+        self,
+        transport: asyncio.Transport,
+        early: bytes,
+        door: Door,
+        opening: Opening,
+        peer: str,
+        lost: Callable[[Exception | None], None] | None = None,
+    ) -> Connection | None:
+        """The connection that this client comes back to; None where there is none any more, and it has been told so."""
+        request = opening.resume
+        assert request is not None
+        framing = self._framing(door)
+        connection = self._by_token.get(request.token or "")
+        if connection is not None and connection.attach(transport, early, framing, request, lost):
+            self._metrics.resumed.labels("yes").inc()
+            log.info("%s: back on the stream of %s", peer, connection.peer)
+            return connection
+        self._metrics.resumed.labels("refused").inc()
+        log.info("%s: there is no such stream to resume", peer)
+        sentence = "there is no such stream here any more: start a new one"
+        for message in door.session(opening).send(Error(sentence)):
+            transport.write(framing.encode(message))
+        transport.write(framing.close(REFUSED, sentence))
+        transport.close()
+        return None
+
+    def _framing(self, door: Door | SocketDoor) -> Framing:
+        limit = self._limits.max_message_bytes
+        return door.framing(limit) if isinstance(door, SocketDoor) else WebSocketFraming(limit)
+
+    def _may_park(self, connection: Connection) -> bool:
+        """Whether a connection whose socket is lost may keep its slot for a while."""
+        if self._ending or self.parked >= MOST_PARKED:
+            return False
+        self._metrics.parked.inc()
+        return True
+
+    @property
+    def parked(self) -> int:
+        """Connections that wait for their client to come back."""
+        return sum(connection.is_parked for connection in self._by_token.values())
+
+    def _lost(self, connection: Connection) -> None:
         if connection in self._connections:
             self._connections.remove(connection)
             self._metrics.websockets.dec()
+        if connection.token is not None:
+            self._by_token.pop(connection.token, None)
         log.debug("%s: disconnected", connection.peer)
-        if told is not None:
-            told(exc)
 
     async def tick(self) -> None:
         """Look at every connection's timers, for ever."""
@@ -110,6 +164,7 @@ class Connections:
             if loop.time() >= deadline or all(each.is_still(loop.time(), STILL_SECONDS) for each in self):
                 break
             await asyncio.sleep(SESSION_TICK_SECONDS)
+        self._ending = True
         for connection in self:
             self._metrics.drained.inc()
             connection.finish(Error(sentence, code))
@@ -118,6 +173,7 @@ class Connections:
 
     async def close(self, sentence: str, code: int, within_seconds: float) -> None:
         """End every connection with this Error and status; cut those that have not gone in time."""
+        self._ending = True
         for connection in self:
             connection.end(Error(sentence, code))
         await self._wait_gone(within_seconds)

@@ -70,6 +70,9 @@ def start_lines(service: Service, host: str, port: int) -> list[str]:
         lines.append(f"{name}: ready at ws://{shown}:{port}{served.module.path}")
     if service.workers is not None:
         lines.append(f"WebSockets are carried by {len(service.workers)} processes beside this one")
+    why_off = service.connections.spool.why_off
+    if why_off is not None:
+        lines.append(f"audio that comes ahead of recognition is held in memory only: {why_off}")
     everywhere = " (and this machine's other addresses)" if host in ("0.0.0.0", "::") else ""
     lines.append(f"page, metrics and health at http://{shown}:{port}/{everywhere}")
     return lines

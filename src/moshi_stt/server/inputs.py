@@ -8,6 +8,7 @@ from moshi_stt.constants import SAMPLE_RATE
 from moshi_stt.engine.commands import Audio
 from moshi_stt.errors import ProtocolError
 from moshi_stt.server.framing import Violation
+from moshi_stt.server.resume import Again
 from moshi_stt.server.spool import Backlog
 from moshi_stt.session import Action, Feed, Message, Session
 
@@ -24,7 +25,10 @@ class EndOfInput:
 
 END_OF_INPUT: Final = EndOfInput()
 
-Item = Message | Violation | EndOfInput | Iterable[Action]
+Request = Action | Again
+"""What a connection carries out."""
+
+Item = Message | Violation | EndOfInput | Iterable[Request]
 
 
 class InputQueue:
@@ -37,7 +41,7 @@ class InputQueue:
     def __init__(
         self,
         session: Session,
-        act: Callable[[Action], Action | None],
+        act: Callable[[Request], Request | None],
         again: Callable[[], None],
         failed: Callable[[BaseException], None],
         backlog: "Backlog[Item] | None" = None,
@@ -50,9 +54,9 @@ class InputQueue:
         self._again = again
         self._failed = failed
         self._items: Backlog[Item] = Backlog(0, None) if backlog is None else backlog
-        self._rest: Action | None = None
+        self._rest: Request | None = None
         """The action that found no room."""
-        self._actions: Iterator[Action] = iter(())
+        self._actions: Iterator[Request] = iter(())
         """What follows it of the latest message."""
         self._work: asyncio.Future[Iterable[Action]] | None = None
         """A message that a thread decodes."""

@@ -59,6 +59,8 @@ class Metrics:
         self.refusals = counter("moshi_stt_refused", "Requests turned away, by reason.", "reason")
         self.errors = counter("moshi_stt_errors", "Sessions that ended with an Error, by kind.", "kind")
         self.uploads = counter("moshi_stt_uploads", "Files received by POST, by status of the answer.", "status")
+        self.parked = counter("moshi_stt_parked", "Streams that were kept after their socket was lost.")
+        self.resumed = counter("moshi_stt_resumed", "Clients that came back to a stream, and whether there was one.", "found")
         self.drained = counter("moshi_stt_drained", "Connections that a shutdown ended, after what they sent was transcribed.")
         self.websockets = Gauge("moshi_stt_websockets", "Open WebSockets, with or without a slot.", registry=self.registry)
         self.ignored_options = counter(

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+from collections.abc import Callable
 
 from aiohttp import web
 
@@ -12,6 +13,7 @@ from moshi_stt.server.connection import Connection
 from moshi_stt.server.doors.door import Door, Opening, Refused, Route
 from moshi_stt.server.gate import Entry
 from moshi_stt.server.handshake import handshake_of, peer_name, refused
+from moshi_stt.server.resume import process_of
 from moshi_stt.server.service import Served, Service
 from moshi_stt.server.upgrade import switch_protocols, upgrade_problem
 
@@ -49,17 +51,43 @@ async def _converse(
     service.metrics.connects.inc()
     peer = peer_name(request)
     others = service.workers if service.is_started else None
+    if opening.resume is not None and opening.resume.token is not None:
+        entry.close()  # the stream has its place
+        return await _resume(service, door, opening, transport, early, peer, lost)
     if others is not None and others.hand_over(served.module.name, door, opening, transport, early, peer, entry.close):
         return TakenOver()
     connection = service.connections.take(transport, early, served.engine, door, opening, peer, lost)
+    gone = connection.lost  # of this socket: the stream may go on over another
     try:
         if not service.is_started:
             await _wait_started(service, connection)
         connection.open()
-        await connection.lost
+        await gone
     finally:
         entry.close()
-        connection.abort()  # without effect on a socket that is gone
+        if not gone.done():
+            connection.abort()
+    return TakenOver()
+
+
+async def _resume(
+    service: Service,
+    door: Door,
+    opening: Opening,
+    transport: asyncio.Transport,
+    early: bytes,
+    peer: str,
+    lost: Callable[[Exception | None], None],
+) -> web.StreamResponse:
+    """Take a client back to its stream, which another process may have."""
+    assert opening.resume is not None
+    process = process_of(opening.resume.token or "")
+    workers = service.workers
+    if process and workers is not None and workers.take_back_client(process, door, opening, transport, early, peer):
+        return TakenOver()
+    connection = service.connections.resume(transport, early, door, opening, peer, lost)
+    if connection is not None:
+        await connection.lost
     return TakenOver()
 
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from moshi_stt.config import ServerConfig
 from moshi_stt.engine.engine import NO_EXTRAS, EngineInfo, StreamOptions
 from moshi_stt.events import EndWord, Interim, Word
+from moshi_stt.server.resume import ResumeRequest
 from moshi_stt.session import Session
 
 if TYPE_CHECKING:
@@ -103,7 +104,7 @@ class Opening:
     options: the door's own, for `session`. module: by name; None is the route's. channels: streams of the connection.
     subprotocol and headers: what the upgrade is answered with. stream: extra events that the session wants.
     on_demand: take no slot until the first command, and give it back when the stream has ended after `Finish`; the connection
-    stays. Such connections are carried by the main process.
+    stays. Such connections are carried by the main process. resume: the client may come back, or does, after a lost connection.
     """
 
     options: Any = None
@@ -113,6 +114,7 @@ class Opening:
     stream: StreamOptions = NO_EXTRAS
     headers: tuple[tuple[str, str], ...] = ()
     on_demand: bool = False
+    resume: ResumeRequest | None = None
 
 
 class Refused(Exception):

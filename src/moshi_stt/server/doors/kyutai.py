@@ -28,6 +28,7 @@ from moshi_stt.server.doors.door import (
     Route,
     Transcript,
 )
+from moshi_stt.server.resume import ResumeRequest
 from moshi_stt.session import Action, Message, Session
 
 LOUDEST = float(1 << 31)
@@ -55,13 +56,27 @@ class KyutaiDoor(Door):
         return in_query[0] if in_query else None
 
     def accept(self, request: Handshake) -> Opening:
-        return Opening(stream=StreamOptions(**{name: request.parameter(name) in ("1", "true") for name in _EXTRAS}))
+        extras = StreamOptions(**{name: request.parameter(name) in ("1", "true") for name in _EXTRAS})
+        return Opening(stream=extras, resume=_resume(request))
 
     def session(self, opening: Opening) -> Session:
         return KyutaiSession(turns=opening.stream.turns)
 
     def refusal(self, kind: RefusalKind, sentence: str) -> Refused:
         return _refusal(kind, super().refusal(kind, sentence))
+
+
+def _resume(request: Handshake) -> ResumeRequest | None:
+    """`resume=1`, or `resume=TOKEN&samples=N&events=N` of a client that comes back."""
+    asked = request.parameter("resume")
+    if asked is None or asked in ("", "0", "false"):
+        return None
+    if asked in ("1", "true"):
+        return ResumeRequest()
+    numbers = [request.parameter(name) or "" for name in ("samples", "events")]
+    if not all(number.isdecimal() and len(number) < 16 for number in numbers):
+        raise Refused(400, "resume=TOKEN needs samples=N and events=N, whole numbers: what the server acknowledged, what came")
+    return ResumeRequest(asked, *map(int, numbers))
 
 
 class KyutaiFiles(FileDoor):

@@ -18,6 +18,10 @@ class SetUp:
     shares: dict[str, Share]
     """By module name."""
     log_level: int
+    process: int
+    """Number of the worker, from 1 on."""
+    processes: int
+    """How many carry sockets, the first process included."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +40,16 @@ class Take:
     door: Door
     opening: Opening
     slots: tuple[int, ...]
+    peer: str
+    early: bytes
+
+
+@dataclass(frozen=True)
+class TakeBack:
+    """A socket, as the one descriptor, whose client comes back to a stream of this process."""
+
+    door: Door
+    opening: Opening
     peer: str
     early: bytes
 

@@ -157,7 +157,10 @@ class WorkerPool:
             shares = {name: engine.share(worker.number) for name, engine in self._engines.items()}
             descriptors = [d for line in lines.values() for d in (line.memory, line.signal.fileno())]
             config = msgspec.structs.replace(self._config, authorized_ids=frozenset())  # keys are asked for here
-            channel.send(messages.SetUp(config, shares, logging.getLogger().level), descriptors)
+            channel.send(
+                messages.SetUp(config, shares, logging.getLogger().level, worker.number + 1, len(self._workers) + 1),
+                descriptors,
+            )
         except OSError:
             channel.close()  # which ends it
             raise
@@ -316,6 +319,20 @@ class WorkerPool:
         if not worker.ready.is_set():
             return False  # the sending found it dead
         worker.told[module, slots[0].index] = on_gone
+        transport.abort()  # closes our descriptor of it, not the connection
+        return True
+
+    def take_back_client(
+        self, process: int, door: Door, opening: Opening, transport: asyncio.Transport, early: bytes, peer: str
+    ) -> bool:
+        """Give an upgraded socket to the worker of this number, from 1 on, which has its stream; whether it has gone."""
+        worker = self._workers[process - 1] if process <= len(self._workers) else None
+        sock = transport.get_extra_info("socket")
+        if worker is None or not worker.ready.is_set() or sock is None or transport.is_closing():
+            return False
+        if transport.get_write_buffer_size():
+            return False
+        self._send(worker, messages.TakeBack(door, opening, peer, early), [sock.fileno()])
         transport.abort()  # closes our descriptor of it, not the connection
         return True
 

@@ -64,6 +64,8 @@ class Worker:
                 task = self._begin(self._take(message, descriptors))
                 self._arriving.add(task)
                 task.add_done_callback(self._arriving.discard)
+            case messages.TakeBack():
+                self._begin(self._take_back(message, descriptors))
             case messages.Count():
                 queued = {name: engine.queued_samples for name, engine in self._engines.items()}
                 self._channel.send(messages.Counted(self._metrics.families(), queued))
@@ -99,7 +101,9 @@ class Worker:
             self._engines[name] = engine
             await engine.start()
             self._begin(self._watch(engine))
-        self._connections = Connections(message.config.limits, self._metrics)
+        self._connections = Connections(
+            message.config.limits, self._metrics, process=message.process, processes=message.processes
+        )
         self._begin(self._connections.tick())
         self._channel.send(messages.Ready())
 
@@ -128,6 +132,15 @@ class Worker:
                 self._channel.send(messages.Freed(message.module, slot))
         while (unused := engine.withdraw()) is not None:
             self._channel.send(messages.Freed(message.module, unused))
+
+    async def _take_back(self, message: messages.TakeBack, descriptors: list[int]) -> None:
+        assert self._connections is not None
+        arrival = _Return(self._connections, message)
+        try:
+            sock = _socket_of(descriptors)
+            await asyncio.get_running_loop().connect_accepted_socket(lambda: arrival, sock)
+        except OSError as error:
+            log.info("%s: lost on its way: %s", message.peer, error)
 
     async def _end(self, message: messages.End) -> None:
         await _arrived(self._arriving)
@@ -185,6 +198,18 @@ class _Arrival(asyncio.Protocol):
             self._engine.grant(slot)
         self.arrived = True
         connection.open()
+
+
+class _Return(asyncio.Protocol):
+    """The same, of a client that comes back."""
+
+    def __init__(self, connections: Connections, message: messages.TakeBack) -> None:
+        self._connections = connections
+        self._message = message
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        message = self._message
+        self._connections.resume(cast(asyncio.Transport, transport), message.early, message.door, message.opening, message.peer)
 
 
 class _ChannelHandler(logging.Handler):
