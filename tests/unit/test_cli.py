@@ -1,5 +1,7 @@
 """The command line: what is printed where, and the exit status."""
 
+import argparse
+import importlib
 import os
 import subprocess
 import sys
