@@ -18,6 +18,7 @@ from moshi_stt.server.doors.deepgram_options import DeepgramOptions, parse
 from moshi_stt.server.doors.door import Handshake, Refused
 from moshi_stt.server.doors.gradium_session import GradiumSession
 from moshi_stt.server.doors.openai_realtime import RealtimeSession
+from moshi_stt.server.doors.prefix import PrefixedSession
 from moshi_stt.server.doors.wyoming_session import WyomingOptions, WyomingSession
 from moshi_stt.text.word_lists import NO_LISTS, WordLists
 
@@ -486,6 +487,22 @@ def test_gradium_errors_are_terminal(messages: list[str | bytes]) -> None:
     assert driver.messages[-1]["code"] == 1008
     assert driver.closed is not None
     assert driver.closed.code == 1008
+
+
+# ---- silence in front ----------------------------------------------------------------------------------------------------
+
+
+def test_the_silence_that_a_model_needs_is_not_in_the_times() -> None:
+    moved = [Said(word.text, word.start + 1.0, word.end + 1.0) for word in TWO_TURNS]
+    asked = DeepgramOptions("11111111-2222-4333-8444-555555555555", format=LINEAR, formatted=True)
+    with_silence = Driver(PrefixedSession(DeepgramSession(asked), 1.0), moved)
+    send(with_silence, 6.0)
+    with_silence.text(type="CloseStream")
+    usual = deepgram(formatted=True)
+    send(usual, 6.0)
+    usual.text(type="CloseStream")
+    assert [m["channel"] for m in with_silence.of("Results")] == [m["channel"] for m in usual.of("Results")]
+    assert with_silence.messages[-1]["duration"] == usual.messages[-1]["duration"]
 
 
 # ---- Wyoming -------------------------------------------------------------------------------------------------------------

@@ -26,6 +26,7 @@ from moshi_stt.server.doors.door import (
     Transcript,
 )
 from moshi_stt.server.doors.options import any_key, report_ignored
+from moshi_stt.server.doors.prefix import with_prefix
 from moshi_stt.session import Session
 from moshi_stt.text.subtitles import pair_words
 
@@ -91,7 +92,7 @@ class DeepgramLive(Door):
         )
 
     def session(self, opening: Opening) -> Session:
-        return DeepgramSession(opening.options)
+        return with_prefix(DeepgramSession(opening.options), opening.options.prefix)
 
     def refusal(self, kind: RefusalKind, sentence: str) -> Refused:
         return refusal(kind, sentence)
@@ -116,7 +117,7 @@ class DeepgramFlux(Door):
         return Opening(options, module=options.module, subprotocol=subprotocol(request), stream=EXTRAS, headers=headers)
 
     def session(self, opening: Opening) -> Session:
-        return deepgram_flux.FluxSession(opening.options)
+        return with_prefix(deepgram_flux.FluxSession(opening.options), opening.options.prefix)
 
     def refusal(self, kind: RefusalKind, sentence: str) -> Refused:
         return refusal(kind, sentence)

@@ -22,7 +22,7 @@ from moshi_stt.server.doors.deepgram_options import (
 )
 from moshi_stt.server.doors.door import Handshake
 from moshi_stt.server.doors.heard import Heard, confidence
-from moshi_stt.server.doors.options import module_for_language
+from moshi_stt.server.doors.options import module_for_language, prefix_seconds
 from moshi_stt.session import Action, Close, Message, Reply, Session
 from moshi_stt.text.subtitles import TimedWord, join_words
 from moshi_stt.text.word_lists import NO_LISTS, WordLists
@@ -42,6 +42,7 @@ class FluxOptions:
     lists: WordLists = NO_LISTS
     ignored: tuple[str, ...] = ()
     module: str | None = None
+    prefix: float = 0.0
 
 
 def parse(request: Handshake) -> FluxOptions:
@@ -59,6 +60,7 @@ def parse(request: Handshake) -> FluxOptions:
         lists=word_lists(query),
         ignored=ignored(query, request),
         module=module,
+        prefix=prefix_seconds(request.modules, module),
     )
 
 

@@ -11,7 +11,7 @@ from moshi_stt.audio.live import PcmFormat
 from moshi_stt.engine.engine import EngineInfo
 from moshi_stt.errors import AudioError
 from moshi_stt.server.doors.door import Handshake, Refused
-from moshi_stt.server.doors.options import languages_of, module_for_language, truth
+from moshi_stt.server.doors.options import languages_of, module_for_language, prefix_seconds, truth
 from moshi_stt.text.word_lists import NO_LISTS, WordLists
 
 ENCODINGS: Final = {"linear16": "linear16", "linear32": "linear32", "mulaw": "mulaw", "alaw": "alaw"}
@@ -50,6 +50,8 @@ class DeepgramOptions:
     utt_split: float = DEFAULT_UTT_SPLIT
     ignored: tuple[str, ...] = ()
     module: str | None = None
+    prefix: float = 0.0
+    """Seconds of silence that the model needs in front."""
     sha256: str = ""
     """Of a recording's bytes."""
 
@@ -157,6 +159,7 @@ def parse(request: Handshake, *, live: bool) -> DeepgramOptions:
         utt_split=query.real("utt_split", 0.08, 60.0) or DEFAULT_UTT_SPLIT,
         ignored=ignored(query, request),
         module=module,
+        prefix=prefix_seconds(request.modules, module),
     )
 
 

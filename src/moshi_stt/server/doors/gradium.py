@@ -26,7 +26,8 @@ from moshi_stt.server.doors.door import (
     Transcript,
 )
 from moshi_stt.server.doors.gradium_session import GradiumSession, check_language, json_config
-from moshi_stt.server.doors.options import any_key, module_info, truth
+from moshi_stt.server.doors.options import any_key, module_info, prefix_seconds, truth
+from moshi_stt.server.doors.prefix import with_prefix
 from moshi_stt.session import Session
 from moshi_stt.text.subtitles import TimedWord
 from moshi_stt.text.word_lists import NO_LISTS, WordFilter, WordLists
@@ -87,7 +88,8 @@ class GradiumLive(Door):
 
     def session(self, opening: Opening) -> Session:
         options: GradiumOptions = opening.options
-        return GradiumSession(options.modules, delay_frames=options.delay_frames, lists=options.lists, peer=options.peer)
+        session = GradiumSession(options.modules, delay_frames=options.delay_frames, lists=options.lists, peer=options.peer)
+        return with_prefix(session, prefix_seconds(options.modules, None))
 
     def refusal(self, kind: RefusalKind, sentence: str) -> Refused:
         return refusal(kind, sentence)

@@ -9,6 +9,8 @@ from moshi_stt.engine.engine import EngineInfo, StreamOptions
 from moshi_stt.server.doors.door import Door, Handshake, Opening, RefusalKind, Refused, Route
 from moshi_stt.server.doors.openai_models import DEFAULT_MODEL, BadOption, module_for_model, openai_key, refusal, refused_option
 from moshi_stt.server.doors.openai_realtime import RealtimeSession
+from moshi_stt.server.doors.options import prefix_seconds
+from moshi_stt.server.doors.prefix import with_prefix
 from moshi_stt.session import Session
 
 PATH: Final = "/v1/realtime"
@@ -25,6 +27,7 @@ class RealtimeOptions:
     intent: bool
     modules: Mapping[str, EngineInfo]
     peer: str
+    prefix: float = 0.0
 
 
 class OpenAIRealtime(Door):
@@ -50,16 +53,22 @@ class OpenAIRealtime(Door):
             raise refused_option(error) from None
         beta = request.headers.get("openai-beta", "").strip() == "realtime=v1" or _BETA_SUBPROTOCOL in request.subprotocols
         options = RealtimeOptions(
-            model, beta, request.parameter("intent") == "transcription", dict(request.modules), request.peer
+            model,
+            beta,
+            request.parameter("intent") == "transcription",
+            dict(request.modules),
+            request.peer,
+            prefix_seconds(request.modules, module),
         )
         subprotocol = SUBPROTOCOL if SUBPROTOCOL in request.subprotocols else None
         return Opening(options, module=module, subprotocol=subprotocol, stream=StreamOptions(confidence=True, turns=True))
 
     def session(self, opening: Opening) -> Session:
         options: RealtimeOptions = opening.options
-        return RealtimeSession(
+        session = RealtimeSession(
             options.model, options.modules, beta=options.beta, transcription_created=options.intent, peer=options.peer
         )
+        return with_prefix(session, options.prefix)
 
     def refusal(self, kind: RefusalKind, sentence: str) -> Refused:
         return refusal(kind, sentence)

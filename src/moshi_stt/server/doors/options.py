@@ -59,6 +59,12 @@ def module_for_language(modules: Mapping[str, EngineInfo], tag: str | None) -> s
     return next((name for name, info in modules.items() if not info.languages or wanted in info.languages), None)
 
 
+def prefix_seconds(modules: Mapping[str, EngineInfo], module: str | None) -> float:
+    """The silence that the module's model needs in front of speech; None is the first module."""
+    info = module_info(modules) if module is None else modules.get(module)
+    return 0.0 if info is None else info.prefix_silence_seconds
+
+
 def languages_of(modules: Mapping[str, EngineInfo]) -> tuple[str, ...]:
     """All languages of all modules."""
     return tuple(dict.fromkeys(language for info in modules.values() for language in info.languages))

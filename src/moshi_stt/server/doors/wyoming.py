@@ -5,6 +5,8 @@ from collections.abc import Mapping, Sequence
 from moshi_stt.config import ServerConfig, WyomingConfig
 from moshi_stt.engine.engine import EngineInfo, StreamOptions
 from moshi_stt.server.doors.door import Opening, SocketDoor
+from moshi_stt.server.doors.options import prefix_seconds
+from moshi_stt.server.doors.prefix import with_prefix
 from moshi_stt.server.doors.wyoming_framing import WyomingFraming
 from moshi_stt.server.doors.wyoming_session import WyomingOptions, WyomingSession
 from moshi_stt.server.framing import Framing
@@ -26,7 +28,8 @@ class WyomingDoor(SocketDoor):
         return Opening(options, stream=StreamOptions(turns=wyoming.endpointing), on_demand=True)
 
     def session(self, opening: Opening) -> Session:
-        return WyomingSession(opening.options)
+        options: WyomingOptions = opening.options
+        return with_prefix(WyomingSession(options), prefix_seconds(options.modules, None))
 
     def framing(self, max_message_bytes: int) -> Framing:
         return WyomingFraming()
