@@ -24,7 +24,7 @@ from moshi_stt.server.doors.door import Handshake
 from moshi_stt.server.doors.heard import Heard, confidence
 from moshi_stt.server.doors.options import module_for_language, prefix_seconds
 from moshi_stt.session import Action, Close, Message, Reply, Session
-from moshi_stt.text.subtitles import TimedWord, join_words
+from moshi_stt.text.subtitles import join_words
 from moshi_stt.text.word_lists import NO_LISTS, WordLists
 
 UPDATE_SECONDS: Final = 0.25
@@ -72,8 +72,8 @@ class FluxSession(Session):
         self._input: LiveInput = ContainerInput() if options.format is None else PcmInput(options.format)
         self._heard = Heard()
         self._detector = TurnDetector(TurnSettings(threshold=2.0, timeout_seconds=math.inf))
-        self._words: list[TimedWord] = []
-        """Of the turn that is open."""
+        self._seen = 0
+        """Words of the open turn that were looked at; the turn's words are those that `_heard` holds."""
         self._turn = 0
         self._turn_start = 0.0
         self._sequence = 0
@@ -176,7 +176,7 @@ class FluxSession(Session):
             self._detector.pause(event)
             return [*self._gather(), *self._by_pause(event)]
         elif type(event) is Marker:
-            return [*self._gather(), *self._end_turn(0.0 if not self._words else self._detector.confidence)]
+            return [*self._gather(), *self._end_turn(self._detector.confidence)]
         return ()
 
     def finished(self) -> Sequence[Message]:
@@ -189,17 +189,16 @@ class FluxSession(Session):
 
     def _gather(self) -> Iterator[Message]:
         """Words that came since the last 80 ms belong to the open turn, or begin one."""
-        came = [*self._heard.words]
-        if not came:
+        count = len(self._heard.words)
+        if count == self._seen:
             return
-        self._heard.words.clear()
         if self._eager:
             self._eager = False
-            yield self._info("TurnResumed")
-        self._words += came
+            yield self._info("TurnResumed", count=self._seen)
+        self._seen = count
         if not self._started:
             self._started = True
-            self._told, self._updated_at = len(self._words), self._heard.time
+            self._told, self._updated_at = count, self._heard.time
             yield self._info("StartOfTurn")
 
     def _by_pause(self, pause: Pause) -> Iterator[Message]:
@@ -214,8 +213,8 @@ class FluxSession(Session):
                 self._eager = True
                 yield self._info("EagerEndOfTurn")
                 return
-        if not self._eager and len(self._words) > self._told and pause.time - self._updated_at >= UPDATE_SECONDS:
-            self._told, self._updated_at = len(self._words), pause.time
+        if not self._eager and self._seen > self._told and pause.time - self._updated_at >= UPDATE_SECONDS:
+            self._told, self._updated_at = self._seen, pause.time
             yield self._info("Update")
 
     def _end_turn(self, sure: float) -> Iterator[Message]:
@@ -224,11 +223,13 @@ class FluxSession(Session):
         yield self._info("EndOfTurn", sure=sure, trigger="model")
         self._turn += 1
         self._turn_start = self._heard.time
-        self._words, self._told = [], 0
+        self._heard.words.clear()
+        self._seen = self._told = 0
         self._started = self._eager = False
 
-    def _info(self, event: str, sure: float | None = None, **more: object) -> str:
-        words = self.options.lists.apply(self._words)
+    def _info(self, event: str, sure: float | None = None, count: int | None = None, **more: object) -> str:
+        """count: of the turn's words, where not all are meant."""
+        words = self.options.lists.apply([*self._heard.words][:count])
         sure = self._detector.confidence if sure is None else sure
         if event in ("StartOfTurn", "Update", "TurnResumed"):
             sure = min(sure, self.options.eot - 0.01)

@@ -223,7 +223,7 @@ class RealtimeSession(Session):
                 yield from self._delta(word)
 
     def _delta(self, word: TimedWord) -> Iterator[Message]:
-        item = next((each for each in self._items if each.cut is None or word.start < each.cut), self._items[-1])
+        item = next(each for each in self._items if self._takes(each, word))
         if item.dropped or not word.text.strip():
             return
         if item.cut is None:
@@ -238,6 +238,13 @@ class RealtimeSession(Session):
         yield self._message(
             "conversation.item.input_audio_transcription.delta", item_id=self._id(item), content_index=0, delta=piece, **more
         )
+
+    def _takes(self, item: _Item, word: TimedWord) -> bool:
+        """Whether a word belongs to an item, all earlier ones excepted.
+
+        An engine may place the last word of a cut a little after it; as long as no later audio came, it is of that item.
+        """
+        return item.cut is None or word.start < item.cut or self._fed <= round(item.cut * SAMPLE_RATE)
 
     def _turn(self, pause: Pause) -> Iterator[Message]:
         """Begin or end the open item, where the server does that."""
