@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
+from msgspec.structs import replace
 from numpy.typing import NDArray
 
 from moshi_stt.audio.resample import StreamingResampler
@@ -214,6 +215,8 @@ class TurnDetector:
 
     def pause(self, event: Pause) -> list[SpeechStarted | EndOfTurn | TurnResumed]:
         """What the next 80 ms begin or end."""
+        if self._last_word:  # a word is speech, also where the source heard none
+            event = replace(event, silence=min(event.silence, max(0.0, event.time - self.last_speech)))
         self.silence, self.settled = event.silence, event.settled
         self.confidence = self._score(event)
         if event.silence <= 0.0 or (event.silence < FRAME_SECONDS and not math.isinf(event.silence)):

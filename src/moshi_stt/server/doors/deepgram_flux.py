@@ -205,8 +205,9 @@ class FluxSession(Session):
         if not self._started:
             return
         options, sure = self.options, self._detector.confidence
-        if pause.silence > 0 and self._heard.caught_up:
-            if (options.eot < 1.0 and sure >= options.eot) or pause.silence >= options.timeout:
+        silence = self._heard.silence
+        if silence > 0 and self._heard.caught_up:
+            if (options.eot < 1.0 and sure >= options.eot) or silence >= options.timeout:
                 yield from self._end_turn(sure)
                 return
             if options.eager is not None and sure >= options.eager and not self._eager:

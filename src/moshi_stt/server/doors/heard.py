@@ -21,6 +21,7 @@ class Heard:
         self.heads: tuple[float, ...] = ()
         self.last_end = 0.0
         """Where the latest word ended, as far as it is known."""
+        self.has_words = False
         self._open = False
 
     def take(self, event: AnyEvent) -> None:
@@ -28,6 +29,8 @@ class Heard:
         if type(event) is Pause:
             self.time, self.settled = event.time, max(self.settled, event.settled)
             self.silence, self.heads = event.silence, event.heads
+            if self.has_words:  # a word is speech, also where the pause source heard none
+                self.silence = min(self.silence, max(0.0, self.time - self.last_end))
         elif type(event) is Word:
             self._word(event)
         elif type(event) is EndWord and self._open:
@@ -54,6 +57,7 @@ class Heard:
         return max(0.0, min(self.word_gap, self.silence)) if self.caught_up else 0.0
 
     def _word(self, event: Word) -> None:
+        self.has_words = True
         if self._open and self.words:  # its end was left out
             self._end(min(self.words[-1].end, event.start_time))
         logprob = None if event.confidence is None else math.log(max(event.confidence, 1e-30))

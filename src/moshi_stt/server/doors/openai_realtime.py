@@ -253,10 +253,11 @@ class RealtimeSession(Session):
             return
         if pause.silence < FRAME_SECONDS:
             yield from self._start(item, pause.time - FRAME_SECONDS)
-        if not item.started or math.isinf(pause.silence):
+        silence = self._heard.silence
+        if not item.started or math.isinf(silence):
             return
-        sure = rule.confidence is not None and self._detector.confidence >= rule.confidence and pause.silence > 0
-        if pause.silence < rule.silence and not sure:
+        sure = rule.confidence is not None and self._detector.confidence >= rule.confidence and silence > 0
+        if silence < rule.silence and not sure:
             return
         cut = pause.time
         yield self._message("input_audio_buffer.speech_stopped", audio_end_ms=round(cut * 1000), item_id=self._id(item))
