@@ -1,5 +1,7 @@
 """How a client of each door speaks, for the tests that every door must pass: all of them by a line in CALLERS."""
 
+import base64
+import json
 import struct
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -125,9 +127,87 @@ PLAIN = Caller(
     garbage=("", "nonsense", b"", b"\x00" * 1000, "audio nothex", "mark", "mark x", "bye"),
 )
 
+
+def _pcm16(pcm: NDArray[np.float32]) -> list[bytes]:
+    samples = np.rint(np.clip(pcm, -1, 1) * 32_767).astype("<i2")
+    return [samples[start : start + 1920].tobytes() for start in range(0, len(samples), 1920)]
+
+
+def _base64(kind: str, pcm: NDArray[np.float32]) -> list[str]:
+    return [json.dumps({"type": kind, "audio": base64.b64encode(chunk).decode()}) for chunk in _pcm16(pcm)]
+
+
+def _event(message: Message) -> dict[str, Any]:
+    return json.loads(message) if isinstance(message, str) else {}
+
+
+def _json(**message: object) -> str:
+    return json.dumps(message)
+
+
+_AUTHORIZATION = f"Authorization: Bearer {KEY}\r\n"
+_NO_JSON = ("{", "[]", "nonsense", '"x"', '{"type": 5}', '{"type": "nonsense"}', "[" * 5_000)
+
+OPENAI_REALTIME = Caller(
+    path="/v1/realtime?intent=transcription",
+    headers=_AUTHORIZATION,
+    first=(_json(type="session.update", session={"audio": {"input": {"turn_detection": None}}}),),
+    audio=lambda pcm: _base64("input_audio_buffer.append", pcm),
+    mark=lambda number: _json(type="input_audio_buffer.commit"),
+    marked=lambda message, number: _event(message).get("type", "").endswith("transcription.completed"),
+    words=lambda message: _event(message).get("delta", "").split(),
+    is_error=lambda message: _event(message).get("type") == "error",
+    garbage=(
+        *_NO_JSON, b"\x00", '{"type": "response.create"}', '{"type": "input_audio_buffer.append", "audio": "%"}',
+        '{"type": "session.update", "session": 5}', '{"type": "input_audio_buffer.commit"}',
+    ),
+)  # fmt: skip
+
+
+def _deepgram_words(message: Message) -> list[str]:
+    event = _event(message)
+    return event["channel"]["alternatives"][0]["transcript"].split() if event.get("is_final") else []
+
+
+DEEPGRAM = Caller(
+    path="/v1/listen?encoding=linear16&sample_rate=24000&smart_format=true",
+    headers=_AUTHORIZATION,
+    audio=_pcm16,
+    mark=lambda number: _json(type="Finalize"),
+    marked=lambda message, number: bool(_event(message).get("from_finalize")),
+    words=_deepgram_words,
+    is_error=lambda message: _event(message).get("type") == "Error",
+    garbage=_NO_JSON,
+)
+DEEPGRAM_FLUX = Caller(
+    path="/v2/listen?encoding=linear16&sample_rate=24000&eot_threshold=1.0&eot_timeout_ms=60000",
+    headers=_AUTHORIZATION,
+    audio=_pcm16,
+    mark=lambda number: _json(type="ForceEndTurn"),
+    marked=lambda message, number: _event(message).get("event") == "EndOfTurn",
+    words=lambda message: _event(message)["transcript"].split() if _event(message).get("event") == "EndOfTurn" else [],
+    is_error=lambda message: _event(message).get("type") == "Error",
+    garbage=_NO_JSON,
+)
+GRADIUM = Caller(
+    path="/api/speech/asr",
+    headers=f"x-api-key: {KEY}\r\n",
+    first=(_json(type="setup", input_format="pcm"),),
+    audio=lambda pcm: _base64("audio", pcm),
+    mark=lambda number: _json(type="flush", flush_id=number),
+    marked=lambda message, number: _event(message) == {"type": "flushed", "flush_id": number},
+    words=lambda message: [_event(message)["text"]] if _event(message).get("type") == "text" else [],
+    is_error=lambda message: _event(message).get("type") == "error",
+    garbage=(*_NO_JSON, b"\x00", '{"type": "setup"}', '{"type": "audio", "audio": "%"}', '{"type": "audio", "audio": 5}'),
+)
+
 CALLERS: Final[dict[str, Caller]] = {
     "native": NATIVE,
     "plain": PLAIN,
+    "openai-realtime": OPENAI_REALTIME,
+    "deepgram": DEEPGRAM,
+    "deepgram-flux": DEEPGRAM_FLUX,
+    "gradium": GRADIUM,
 }
 
 

@@ -40,6 +40,15 @@ def frame(opcode: int, payload: bytes = b"", *, fin: bool = True, masked: bool =
     return head + key + (np.frombuffer(payload, np.uint8) ^ mask).tobytes()
 
 
+class NotUpgraded(AssertionError):
+    """The server answered with something else. The text is the answer's head."""
+
+    @property
+    def is_full(self) -> bool:
+        """Whether that says that no slot is free."""
+        return b" 429 " in self.args[0] or b" 503 " in self.args[0]
+
+
 class RawClient:
     """One connection, upgraded. Every wait has a deadline."""
 
@@ -66,7 +75,9 @@ class RawClient:
         reader, writer = await asyncio.open_connection(sock=sock, limit=1 << 16)
         writer.write(HANDSHAKE.format(path=path, key=key, extra=extra).encode() + early)
         head = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), DEADLINE)
-        assert head.startswith(b"HTTP/1.1 101 "), head
+        if not head.startswith(b"HTTP/1.1 101 "):
+            writer.close()
+            raise NotUpgraded(head)
         return cls(reader, writer)
 
     async def __aenter__(self) -> Self:

@@ -164,7 +164,8 @@ class FluxSession(Session):
 
     def send(self, event: AnyEvent, channel: int = 0) -> Sequence[Message]:
         if type(event) is Error:
-            return [self._message("Error", code="INTERNAL_SERVER_ERROR", description=event.message)]
+            code = "INTERNAL_SERVER_ERROR" if event.close_code in (None, 1011) else "BAD_REQUEST"
+            return [*self.finished(), self._message("Error", code=code, description=event.message)]
         if type(event) is Ready:
             return ()
         self._heard.take(event)

@@ -165,9 +165,9 @@ class DeepgramSession(Session):
 
     def send(self, event: AnyEvent, channel: int = 0) -> Sequence[Message]:
         if type(event) is Error:
-            return [
-                _encode({"type": "Error", "variant": "EngineError", "description": event.message, "message": event.message})
-            ]
+            rest = [self._final(each, each.position) for each in self._channels if each.heard.words]
+            error = {"type": "Error", "variant": "EngineError", "description": event.message, "message": event.message}
+            return [*rest, _encode(error)]
         one = self._channels[channel]
         one.heard.take(event)
         if type(event) is Pause:
