@@ -15,7 +15,7 @@ import pytest
 from tests.support.media import encode, noise
 from tests.support.raw_ws import RawClient
 from tests.support.scripted_engine import ScriptedEngine, counting
-from tests.support.serving import KEY, Running, raw_request, serving, until
+from tests.support.serving import DEADLINE, KEY, Running, raw_request, serving, until
 
 from moshi_stt.constants import API_KEY_HEADER, DEFAULT_PATH, SAMPLE_RATE
 from moshi_stt.server import upload
@@ -225,10 +225,11 @@ async def test_body_that_is_not_what_its_header_says(header: str, body: bytes, c
     async with serving(ScriptedEngine(counting(2))) as running:
         request = f"POST {DEFAULT_PATH} HTTP/1.1\r\nHost: x\r\nkyutai-api-key: {KEY}\r\n{header}\r\n\r\n"
         answer = await raw_request(running.port, request.encode() + body)
-        assert answer.status == 400
-        assert answer.body
         if "gzip" in header:
-            assert answer.body == b"Failed to buffer the request body: Can not decode content-encoding: gzip"
+            assert (answer.status, answer.body) == (415, b"Content-Encoding gzip is not taken: send the file as it is")
+        else:
+            assert answer.status == 400
+            assert answer.body
         assert (await post(running, wav(0.2)))[0] == 200
     assert not [record for record in caplog.records if record.levelno >= logging.WARNING], caplog.text
 
@@ -309,6 +310,51 @@ async def test_body_that_stops_coming_is_given_up() -> None:
         assert (answer.status, answer.body) == (408, b"Failed to buffer the request body: nothing came for 0.2 s")
         assert not temporary_files()
         assert not running.server.service.uploads
+
+
+async def test_body_that_drips_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A byte now and then is not a body that comes: it ends by its average rate."""
+    monkeypatch.setattr(upload, "RATE_SECONDS", 0.1)
+    head = b"POST /api/asr-streaming HTTP/1.1\r\nHost: x\r\nkyutai-api-key: public_token\r\nContent-Length: 1000\r\n\r\n"
+    async with serving(ScriptedEngine(), upload_bytes_per_second=10_000) as running:
+        reader, writer = await asyncio.open_connection("127.0.0.1", running.port)
+        writer.write(head)
+
+        async def drip() -> None:
+            for _ in range(900):
+                writer.write(b"x")
+                await asyncio.sleep(0.02)
+
+        dripping = asyncio.create_task(drip())
+        async with asyncio.timeout(DEADLINE):
+            answer = await reader.readuntil(b"(10000)")
+        dripping.cancel()
+        writer.close()
+        assert answer.startswith(b"HTTP/1.1 408")
+        assert b"upload_bytes_per_second" in answer
+        await until(lambda: not running.server.service.uploads and not temporary_files())
+
+
+async def test_recording_that_unpacks_to_hours_is_refused() -> None:
+    """A small file may hold any length of audio: beyond max_audio_seconds it is 413 and its slot is free."""
+    engine = ScriptedEngine(counting(4))
+    async with serving(engine, max_audio_seconds=3.0) as running:
+        status, _, text = await post(running, wav(5.0))
+        assert (status, "max_audio_seconds" in text) == (413, True)
+        await until(lambda: engine.used_slots == 0)
+        assert (await post(running, wav(2.0)))[0] == 200
+
+
+async def test_lines_come_while_the_file_is_transcribed() -> None:
+    """`Accept: application/x-ndjson`: each word on a line of its own as it is recognised; the same events as in one array."""
+    engine = ScriptedEngine(counting(5), delay_frames=2)
+    async with serving(engine) as running, aiohttp.ClientSession() as http:
+        headers = {"kyutai-api-key": KEY, "Accept": "application/x-ndjson"}
+        async with http.post(running.http + DEFAULT_PATH, data=wav(2.0), headers=headers) as answer:
+            assert (answer.status, answer.content_type) == (200, "application/x-ndjson")
+            lines = [json.loads(line) for line in (await answer.text()).splitlines()]
+        assert lines[-1] == {"type": "End", "duration": 2.0}
+        assert lines[:-1] == json.loads((await post(running, wav(2.0)))[2])
 
 
 async def test_two_uploads_and_a_stream_share_the_engine() -> None:

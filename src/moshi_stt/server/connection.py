@@ -23,10 +23,10 @@ from dataclasses import dataclass
 
 from moshi_stt.config import LimitsConfig
 from moshi_stt.constants import FRAME_SAMPLES
-from moshi_stt.engine.commands import Audio, Mark, Reset
+from moshi_stt.engine.commands import Audio, Command, Mark, Reset
 from moshi_stt.engine.engine import Engine
 from moshi_stt.errors import EngineError, NoFreeSlot, ProtocolError, SpoolError
-from moshi_stt.events import Ack, AnyEvent, Error, Ready
+from moshi_stt.events import Ack, AnyEvent, Error, Ready, Word
 from moshi_stt.server import framing
 from moshi_stt.server.doors.door import Opening
 from moshi_stt.server.framing import Closed, Framing, Ping, Violation
@@ -35,6 +35,7 @@ from moshi_stt.server.metrics import Metrics
 from moshi_stt.server.resume import Again, ResumeRequest, Resumption
 from moshi_stt.server.spool import Backlog, Spool, SpoolBudget
 from moshi_stt.server.streams import StreamSet
+from moshi_stt.server.tally import Tally
 from moshi_stt.server.timers import ClosingTimer, ConnectionTimers
 from moshi_stt.session import Close, Feed, Message, Reply, Session
 
@@ -97,10 +98,13 @@ class Connection(asyncio.Protocol):
         server: Surroundings,
         peer: str,
         token: str | None = None,
+        door: str = "",
     ) -> None:
-        """peer: for the log. token: names the stream for a client that may come back to it."""
+        """peer and door: for the log. token: names the stream for a client that may come back to it."""
         self.peer = peer
+        self.tally = Tally(door, asyncio.get_running_loop().time())
         self._resumption = None if token is None else Resumption(token)
+        self._told_tally = False
         self._kept: Request | None = None
         """The action that found no room, already counted."""
         self._parked_at: float | None = None
@@ -172,6 +176,7 @@ class Connection(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         self._heard = True
+        self.tally.received_bytes += len(data)
         for frame in self._framing.feed(data):
             if type(frame) is bytes or isinstance(frame, str | Violation):
                 if self._state is State.LIVE:
@@ -357,7 +362,7 @@ class Connection(asyncio.Protocol):
     def _act(self, action: Request) -> Request | None:
         """Carry out what the session asks for; returns what there is no room for."""
         if type(action) is Audio and self._streams.first is not None and self._resumption is None:  # nearly always
-            return self._streams.first.offer(action)
+            return self._counted(action, self._streams.first.offer(action))
         if isinstance(action, Reply):
             if self._write_paused:
                 return action
@@ -383,11 +388,19 @@ class Connection(asyncio.Protocol):
             self._open_streams()
         if isinstance(action, Feed):
             command, channel = action
-            rest = streams.offer(command, channel)
+            rest = self._counted(command, streams.offer(command, channel))
             return None if rest is None else Feed(rest, channel)
         assert not isinstance(action, Again)
-        self._kept = streams.offer(action)
+        self._kept = self._counted(action, streams.offer(action))
         return self._kept
+
+    def _counted(self, command: Command, rest: Command | None) -> Command | None:
+        """`rest`, after what was taken of the command has been counted."""
+        if type(command) is Audio:
+            self.tally.samples += len(command.samples) - (len(rest.samples) if type(rest) is Audio else 0)
+        elif type(command) is Mark:
+            self.tally.markers += rest is None
+        return rest
 
     def _drain(self) -> None:
         """No more input: let what was fed come out, then close as `_final` says."""
@@ -418,6 +431,7 @@ class Connection(asyncio.Protocol):
                     if type(event) is Error:
                         failure = event
                         break
+                    self.tally.words += type(event) is Word
                     messages += self._session.send(event, channel) if resumption is None else self._resumable(resumption, event)
             over = failure is None and self._streams.ended
             if over and self._streams.finishing and self._final is None:
@@ -457,6 +471,7 @@ class Connection(asyncio.Protocol):
 
     def _write(self, data: bytes) -> None:
         if data and self._transport is not None and not self._transport.is_closing():
+            self.tally.sent_bytes += len(data)
             self._transport.write(data)
 
     def _ping(self) -> None:
@@ -497,6 +512,7 @@ class Connection(asyncio.Protocol):
             return
         self._state = State.CLOSING
         self._write(self._framing.close(close.code, close.reason))
+        self.tally.code, self.tally.reason = close.code, close.reason
         self._release()
         self._begin_closing()
         if self._eof or not self._framing.handshakes:
@@ -513,6 +529,7 @@ class Connection(asyncio.Protocol):
         if transport is None:
             return
         if self._state < State.CLOSING:
+            self.tally.code, self.tally.reason = closed.code, "closed by the client"
             self._write(self._framing.close(framing.NORMAL if closed.code == framing.NO_STATUS else closed.code))
             self._state = State.CLOSING
             self._begin_closing()
@@ -539,6 +556,9 @@ class Connection(asyncio.Protocol):
             self._log_warnings()
             self._streams.close()
         self._queue.clear()
+        if not self._told_tally:
+            self._told_tally = True
+            log.info("%s: ended: %s", self.peer, self.tally.line(self._loop.time()))
 
     def _log_warnings(self) -> None:
         for warning in self._session.warnings(self._streams.pending_samples):
@@ -560,6 +580,7 @@ class Connection(asyncio.Protocol):
             return
         if not self._queue.in_thread:
             self._log_warnings()
+        self.tally.most_waiting_samples = max(self.tally.most_waiting_samples, self._streams.pending_samples)
         if self._timers.ping_due(now):
             self._ping()
         if self._too_far_ahead(now):

@@ -71,7 +71,7 @@ class Connections:
         if opening.resume is not None and self._limits.resume_seconds > 0:
             token = new_token(self._process)
         frames = self._framing(door)
-        connection = Connection(engine, opening, door.session(opening), frames, server, peer, token)
+        connection = Connection(engine, opening, door.session(opening), frames, server, peer, token, door.name)
         self._connections.add(connection)
         if token is not None:
             self._by_token[token] = connection

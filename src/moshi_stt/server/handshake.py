@@ -1,5 +1,8 @@
 """Between HTTP requests and doors: what a request says, and the answer where it is refused."""
 
+import re
+import secrets
+
 from aiohttp import hdrs, web
 
 from moshi_stt.server.auth import query_pairs
@@ -7,9 +10,12 @@ from moshi_stt.server.doors.door import Handshake, Refused
 from moshi_stt.server.gate import client_address
 from moshi_stt.server.service import Service
 
+GIVEN_ID = re.compile(r"[A-Za-z0-9._:-]{1,64}")
+
 
 def handshake_of(request: web.BaseRequest, service: Service) -> Handshake:
     """What a door needs of a request."""
+    given = request_id(request)
     headers: dict[str, str] = {}
     for name, value in request.headers.items():
         headers.setdefault(name.lower(), value)
@@ -19,7 +25,7 @@ def handshake_of(request: web.BaseRequest, service: Service) -> Handshake:
         tuple(query_pairs(query_string(request))),
         headers,
         tuple(name.strip() for name in offered.split(",") if name.strip()),
-        peer_name(request),
+        peer_name(request, given),
         client_address(request.remote, request.headers.get("X-Real-IP")),
         {each.module.name: each.engine.info for each in service if each.engine.ready},
         service.config.limits.ignore_unsupported,
@@ -41,7 +47,13 @@ def query_string(request: web.BaseRequest) -> str:
     return request.raw_path.partition("?")[2].partition("#")[0]
 
 
-def peer_name(request: web.BaseRequest) -> str:
-    """For the log: address, the proxy's word on it, and the path, never the query."""
+def peer_name(request: web.BaseRequest, id: str) -> str:
+    """For the log: address, the proxy's word on it, the path, never the query, and the request's id."""
     host = request.headers.get("X-Real-IP") or request.remote or "?"
-    return f"{host[:64]!s} {request.path}"
+    return f"{host[:64]!s} {request.path} {id}"
+
+
+def request_id(request: web.BaseRequest) -> str:
+    """The id that the client or a proxy gave (X-Request-ID), else one of our own. Every log line of the request has it."""
+    given = request.headers.get("X-Request-ID", "")
+    return given if GIVEN_ID.fullmatch(given) else secrets.token_hex(4)

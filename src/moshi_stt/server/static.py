@@ -17,6 +17,7 @@ PAGE_HEADERS = {
             "style-src 'self'",
             "img-src 'self' data:",
             "connect-src 'self'",
+            "media-src blob:",
             "base-uri 'none'",
             "form-action 'none'",
             "frame-ancestors 'self'",

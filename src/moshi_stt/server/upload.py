@@ -8,6 +8,7 @@ import asyncio
 import hashlib
 import logging
 import tempfile
+import time
 from collections.abc import AsyncGenerator, AsyncIterator, Generator, Iterator
 from contextlib import aclosing, asynccontextmanager, closing, contextmanager
 from typing import IO
@@ -47,7 +48,14 @@ CUT_FROM_SECONDS = 60.0
 KEPT_FREE = 4
 """One slot in so many is kept for live streams, as long as one of a file's pieces runs."""
 
+RATE_SECONDS = 30.0
+"""Time after which a body must have come at the least rate."""
+
 UNBUFFERED = "Failed to buffer the request body: "
+
+
+class _TooLong(AudioError):
+    """More audio than is taken of one file."""
 
 
 class _Fault(Exception):
@@ -85,6 +93,8 @@ async def handle(request: web.Request, service: Service, door: FileDoor, route: 
     finally:
         service.uploads.discard(task)
     service.metrics.uploads.labels(str(response.status)).inc()
+    if not response.prepared and request.headers.get("X-Request-ID", "") == handshake.peer.rpartition(" ")[2]:
+        response.headers["X-Request-ID"] = request.headers["X-Request-ID"]
     return response
 
 
@@ -94,10 +104,10 @@ async def _answer(
     try:
         return await _transcribe(request, service, door, route, handshake)
     except Refused as refusal:
-        log.info("POST %s: %d: %s", request.path, refusal.status, refusal.body.decode("utf-8", "replace"))
+        log.info("POST %s: %d: %s", handshake.peer, refusal.status, refusal.body.decode("utf-8", "replace"))
         return refused(refusal)
     except _Fault as fault:
-        log.info("POST %s: %s: %s", request.path, fault.kind, fault.sentence)
+        log.info("POST %s: %s: %s", handshake.peer, fault.kind, fault.sentence)
         answer = door.refusal(fault.kind, fault.sentence)
         if fault.status is not None:
             answer.status = fault.status
@@ -110,12 +120,15 @@ async def _transcribe(
     reason = service.refusal()
     if reason is not None:
         raise _Fault("stopping" if service.failure is None else "failed", reason)
+    coding = request.headers.get(hdrs.CONTENT_ENCODING, "identity").lower()
+    if coding != "identity":  # a few bytes may unpack to a full disk, and recordings are compressed already
+        raise _Fault("bad_request", f"Content-Encoding {coding} is not taken: send the file as it is", 415)
     door.check(handshake)
     async with _received(request, service.config.limits, door.form) as (file, fields, file_name):
         content_type = request.headers.get(hdrs.CONTENT_TYPE, "")
         options = door.parse(FileRequest(handshake, fields, file_name, content_type, lambda: sha256_of(file)))
         served = service.find(options.module or route.module)
-        source = _Decoded(file)
+        source = _Decoded(file, service.config.limits.max_audio_seconds)
         with closing(source), _faults():
             await _wait_started(service)
             async with aclosing(_events(service, served, door, options, source)) as events:
@@ -124,6 +137,8 @@ async def _transcribe(
                 if live is not None:
                     return await _stream_answer(request, live, first, events, source)
                 said = [] if first is None else [first, *[event async for event in events]]
+        words = sum(isinstance(event, Word) for event in said)
+        log.info("POST %s: ended: door=%s audio_seconds=%.1f words=%d", handshake.peer, door.name, source.seconds, words)
         transcript = Transcript([event for event in said if isinstance(event, Word | EndWord)], source.seconds)
         made = await in_thread(lambda: door.answer(transcript, options))
     return web.Response(
@@ -159,6 +174,8 @@ def _faults() -> Iterator[None]:
     """What the decoder and the engine raise, as the door's refusals."""
     try:
         yield
+    except _TooLong as error:
+        raise _Fault("too_large", str(error)) from None
     except AudioError as error:
         raise _Fault("bad_audio", str(error)) from None
     except NoFreeSlot as error:
@@ -209,7 +226,7 @@ async def _received(
     if request.content_length is not None and request.content_length > limit + (MOST_FIELD_BYTES if form else 0):
         raise _Fault("too_large", too_large)
     with tempfile.TemporaryFile() as file:
-        spool = _Spool(file, limit, too_large)
+        spool = _Spool(file, limit, too_large, limits.upload_bytes_per_second)
         fields: Fields = ()
         name: str | None = None
         try:
@@ -235,7 +252,10 @@ async def _received(
 class _Spool:
     """Bytes on their way to a file, written by a thread, a megabyte at a time."""
 
-    def __init__(self, file: IO[bytes], limit: int, too_large: str) -> None:
+    def __init__(self, file: IO[bytes], limit: int, too_large: str, least_rate: int) -> None:
+        """least_rate: bytes a second, on average from RATE_SECONDS on."""
+        self._least_rate = least_rate
+        self._started = time.monotonic()
         self._file = file
         self._limit = limit
         self._too_large = too_large
@@ -246,6 +266,10 @@ class _Spool:
         self._received += len(piece)
         if self._received > self._limit:
             raise _Fault("too_large", self._too_large)
+        seconds = time.monotonic() - self._started
+        if seconds > RATE_SECONDS and self._received < seconds * self._least_rate:
+            sentence = f"{self._received} bytes in {seconds:.0f} s are less than upload_bytes_per_second ({self._least_rate})"
+            raise _Fault("timeout", UNBUFFERED + sentence)
         self._buffer += piece
         if len(self._buffer) >= BUFFER_BYTES:
             await self.flush()
@@ -283,8 +307,10 @@ async def _write(file: IO[bytes], data: bytearray) -> None:
 class _Decoded:
     """A file's audio, float32 (S,) at 24 kHz. Iterated in threads; `seconds` so far."""
 
-    def __init__(self, file: IO[bytes]) -> None:
+    def __init__(self, file: IO[bytes], most_seconds: float) -> None:
+        """Raises _TooLong, while iterating, beyond most_seconds."""
         self._file = file
+        self._most_seconds = most_seconds
         self._pieces: Iterator[NDArray[np.float32]] | None = None
         self._samples = 0
 
@@ -298,6 +324,8 @@ class _Decoded:
             self._pieces = decode_file(self._file)
         pcm = next(self._pieces)
         self._samples += len(pcm)
+        if self.seconds > self._most_seconds:
+            raise _TooLong(f"the recording is longer than {self._most_seconds:g} s (max_audio_seconds): send it in parts")
         return pcm
 
     @property

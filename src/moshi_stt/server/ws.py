@@ -12,7 +12,7 @@ from moshi_stt.server.aiohttp_internals import TakenOver, take_over
 from moshi_stt.server.connection import Connection
 from moshi_stt.server.doors.door import Door, Opening, Refused, Route
 from moshi_stt.server.gate import Entry
-from moshi_stt.server.handshake import handshake_of, peer_name, refused
+from moshi_stt.server.handshake import handshake_of, refused
 from moshi_stt.server.resume import process_of
 from moshi_stt.server.service import Served, Service
 from moshi_stt.server.upgrade import switch_protocols, upgrade_problem
@@ -37,19 +37,18 @@ async def handle(request: web.Request, service: Service, door: Door, route: Rout
     except Refused as refusal:
         return refused(refusal)
     try:
-        return await _converse(request, service, door, opening, served, entry)
+        return await _converse(request, service, door, opening, served, entry, handshake.peer)
     except BaseException:
         entry.close()
         raise
 
 
 async def _converse(
-    request: web.Request, service: Service, door: Door, opening: Opening, served: Served, entry: Entry
+    request: web.Request, service: Service, door: Door, opening: Opening, served: Served, entry: Entry, peer: str
 ) -> web.StreamResponse:
     transport, early, lost = take_over(request)
     switch_protocols(request, transport, opening.subprotocol, opening.headers)
     service.metrics.connects.inc()
-    peer = peer_name(request)
     others = service.workers if service.is_started else None
     if opening.resume is not None and opening.resume.token is not None:
         entry.close()  # the stream has its place

@@ -15,12 +15,14 @@ from moshi_stt.engine.commands import Audio, Mark, Reset
 from moshi_stt.engine.engine import StreamOptions
 from moshi_stt.engine.turns import TurnDetector
 from moshi_stt.errors import AudioError, ProtocolError
-from moshi_stt.events import AnyEvent, Pause, Word
+from moshi_stt.events import AnyEvent, EndWord, Interim, Pause, Word
 from moshi_stt.server.doors.door import (
     Answer,
     Door,
+    FileAnswer,
     FileDoor,
     FileOptions,
+    FileRequest,
     Handshake,
     Opening,
     RefusalKind,
@@ -92,14 +94,40 @@ class KyutaiFiles(FileDoor):
         """The key counts in the header alone."""
         return header_key(request.headers)
 
+    def parse(self, request: FileRequest) -> FileOptions:
+        """options: whether the client wants lines."""
+        return FileOptions(LINES in request.handshake.headers.get("accept", ""))
+
     def answer(self, transcript: Transcript, options: FileOptions) -> Answer:
         return Answer(msgspec.json.encode(transcript.events), "application/json")
+
+    def stream(self, options: FileOptions) -> FileAnswer | None:
+        return _Lines() if options.options else None
 
     def refusal(self, kind: RefusalKind, sentence: str) -> Refused:
         refused = _refusal(kind, super().refusal(kind, sentence))
         if refused.status == 503:
             refused.headers = (("Retry-After", "10"),)
         return refused
+
+
+LINES = "application/x-ndjson"
+"""Media type of an answer that comes line by line, for clients that show progress."""
+
+
+class _Lines(FileAnswer):
+    """A JSON object a line: the events as they come, then `End` with the audio's duration, or `Error`."""
+
+    content_type = LINES
+
+    def event(self, event: Word | EndWord | Interim) -> bytes:
+        return b"" if isinstance(event, Interim) else msgspec.json.encode(event) + b"\n"
+
+    def end(self, transcript: Transcript) -> bytes:
+        return msgspec.json.encode({"type": "End", "duration": round(transcript.duration_seconds, 3)}) + b"\n"
+
+    def error(self, kind: RefusalKind, sentence: str) -> bytes:
+        return msgspec.json.encode({"type": "Error", "message": sentence}) + b"\n"
 
 
 def header_key(headers: Mapping[str, str]) -> str | None:

@@ -337,10 +337,11 @@ const uploads = {
   },
 
   async run({ file, row, bar, phase, stop }) {
-    const progress = (done, name) => {
+    const progress = (done, name, at) => {
       if (name === "sending" || done) bar.value = done;
-      else bar.removeAttribute("value"); // the server does not say how far it is
-      phase.textContent = name === "sending" ? `sending, ${Math.round(done * 100)} %` : done ? `transcribing, ${Math.round(done * 100)} %` : "transcribing";
+      else bar.removeAttribute("value"); // how long the recording is, is not known
+      if (name === "sending") phase.textContent = `sending, ${Math.round(done * 100)} %`;
+      else phase.textContent = at === undefined ? "transcribing" : `transcribing, ${clock(at)}`;
     };
     say(`Transcribing ${file.name}…`);
     try {

@@ -67,7 +67,7 @@ export async function whyEnded({ code, message }, path, key) {
 
 const sentence = (words) => words && words[0].toUpperCase() + words.slice(1) + (/[.!?]$/.test(words) ? "" : ".");
 
-/** A file's words. progress(done, phase): done of the upload as a share of 1; phase "sending" or "transcribing". */
+/** A file's words. progress(done, phase, at): done as a share of 1, 0 where unknown; phase "sending" or "transcribing"; at: seconds of the recording. */
 export function transcribeFile(file, path, key, progress, signal) {
   return new Promise((resolve, reject) => {
     const request = new XMLHttpRequest();
@@ -76,7 +76,9 @@ export function transcribeFile(file, path, key, progress, signal) {
     request.setRequestHeader("accept", "application/x-ndjson, application/json;q=0.9");
     request.upload.onprogress = ({ loaded, total }) => progress(total ? loaded / total : 0, "sending");
     request.upload.onload = () => progress(0, "transcribing");
-    const lines = new Lines(({ type, done }) => type === "Progress" && progress(done, "transcribing"));
+    let length = 0;
+    durationOf(file).then((seconds) => { length = seconds; });
+    const lines = new Lines(({ type, start_time }) => type === "Word" && progress(length ? Math.min(1, start_time / length) : 0, "transcribing", start_time));
     request.onprogress = () => isLines(request) && lines.feed(request.responseText);
     request.onerror = () => reject(new Error("The connection to the server was lost."));
     request.onabort = () => reject(new DOMException("stopped", "AbortError"));
@@ -89,6 +91,21 @@ export function transcribeFile(file, path, key, progress, signal) {
     };
     signal.addEventListener("abort", () => request.abort());
     request.send(file);
+  });
+}
+
+/** Seconds of a recording, 0 where the browser cannot tell. */
+function durationOf(file) {
+  return new Promise((resolve) => {
+    const sound = document.createElement("audio");
+    const done = (seconds) => {
+      URL.revokeObjectURL(sound.src);
+      resolve(Number.isFinite(seconds) ? seconds : 0);
+    };
+    sound.onloadedmetadata = () => done(sound.duration);
+    sound.onerror = () => done(0);
+    sound.preload = "metadata";
+    sound.src = URL.createObjectURL(file);
   });
 }
 
