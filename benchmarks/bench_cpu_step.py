@@ -127,7 +127,7 @@ def ours(job: Job) -> tuple[Step, dict[str, Any]]:
         if fresh and job.full_context:
             for tensor in backend.state.named.values():
                 tensor.zero_()  # so that what the rings hold is read from memory
-            backend.age()
+            backend.fill_context()
         start = time.perf_counter()
         backend.step(pcm, slots, np.full(rows, fresh and not job.full_context))
         return time.perf_counter() - start, parts["lm"], parts["mimi"]

@@ -25,6 +25,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,16 +33,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moshi_stt.constants import FRAME_SAMPLES, FRAME_SECONDS
-from moshi_stt.engine.batch import BatchEngine, LoadedModel
+from moshi_stt.engine.batch import BatchEngine
 from moshi_stt.engine.commands import Audio, Finish
 from moshi_stt.engine.engine import EngineInfo, SilentObserver
+from moshi_stt.engine.loaded import LoadedModel
 from moshi_stt.engine.remote import RemoteEngine
-from moshi_stt.engine.share import Line, Share
+from moshi_stt.engine.sharing import BackendLink, WorkerConfig
 from moshi_stt.engine.slots import spare_slots
 from moshi_stt.engine.stream import Stream
 from moshi_stt.errors import NoFreeSlot
 from moshi_stt.events import Error, Step
 from moshi_stt.server.runtime import tune_interpreter
+from moshi_stt.text.words import WordAssembler
 
 JOIN_SECONDS = 3.0
 """In which all have joined."""
@@ -218,9 +221,9 @@ async def hear(
 ) -> Heard:
     """Let a crowd speak: some seconds to warm up, then `seconds` that count. meet: wait for the other crowds, twice."""
     await meet()
-    crowd = Crowd(engine, count, lifetime, 1 if engine.heads else 0, seed)
+    crowd = Crowd(engine, count, lifetime, 1 if engine.pause_heads else 0, seed)
     await crowd.speak(WARM_SECONDS)
-    lags = crowd.lags if engine.heads else observer.lags
+    lags = crowd.lags if engine.pause_heads else observer.lags
     lags.clear()
     await crowd.speak(seconds)
     lags, refused = list(lags), observer.refusals
@@ -234,7 +237,7 @@ async def hear(
 
 
 class Job(NamedTuple):
-    share: Share
+    config: WorkerConfig
     memory: int
     signal: int
     slots: range
@@ -246,7 +249,8 @@ class Fixed(RemoteEngine):
     """An engine with slots of its own, lent for good."""
 
     def __init__(self, job: Job, observer: Counter) -> None:
-        super().__init__(job.share, Line(job.memory, socket.socket(fileno=job.signal)), on_freed=self.grant, observer=observer)
+        link = BackendLink(job.memory, socket.socket(fileno=job.signal))
+        super().__init__(job.config, link, on_freed=self.grant, observer=observer)
         for slot in job.slots:
             self.grant(slot)
 
@@ -349,9 +353,10 @@ async def measure(args: argparse.Namespace, device: Any) -> dict[str, Any]:
         info = EngineInfo("batched_asr", args.shape, "", (), str(device), args.kv, streams)
         if args.old:
             begin_old(backend)
-        return LoadedModel(backend, word, info, streams, processes)
+        new_words = partial(WordAssembler, word, spec.delay_frames)
+        return LoadedModel(backend, new_words, info, streams, spec.delay_frames, processes=processes)
 
-    engine = BatchEngine(load, delay_frames=spec.delay_frames, observer=observer)
+    engine = BatchEngine(load, observer=observer)
     await engine.start()
     started = time.perf_counter() - begun
     moments: list[float] = []

@@ -14,7 +14,7 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +22,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moshi_stt.constants import FRAME_SAMPLES
-from moshi_stt.engine.batch import BatchEngine, LoadedModel
+from moshi_stt.engine.backend import StepOutput
+from moshi_stt.engine.batch import BatchEngine
 from moshi_stt.engine.commands import Audio
-from moshi_stt.engine.engine import EngineInfo, StepOutput
-from moshi_stt.engine.slots import spare_slots
-from moshi_stt.engine.stream import Stream
+from moshi_stt.engine.engine import EngineInfo
+from moshi_stt.engine.loaded import LoadedModel
+from moshi_stt.engine.model_loop import LoopEvents, ModelLoop
+from moshi_stt.engine.scheduler import Outcome
+from moshi_stt.engine.slots import SlotPool, spare_slots
+from moshi_stt.text.words import WordAssembler
 
 HEADS = 4
 TOKENS_A_SECOND = 3.5 * 2.5
@@ -36,7 +40,7 @@ TOKENS_A_SECOND = 3.5 * 2.5
 class NullBackend:
     """Answers with tokens drawn beforehand; counts the time spent in it."""
 
-    heads = HEADS
+    pause_heads = HEADS
 
     def __init__(self, slots: int) -> None:
         random = np.random.default_rng(0)
@@ -63,28 +67,33 @@ class NullBackend:
     def close(self) -> None: ...
 
 
+def model_of(backend: NullBackend, streams: int) -> LoadedModel:
+    info = EngineInfo("batched_asr", "null", "", (), "none", "none", streams)
+    return LoadedModel(backend, partial(WordAssembler, lambda ids: "word", 6), info, streams, 6)
+
+
 class InlineEngine(BatchEngine):
-    """The engine on one thread: deliveries are kept instead of being sent to the event loop."""
+    """The engine on one thread: its turns are taken by hand, and what comes of them is kept until it is delivered."""
 
-    def __init__(self, backend: NullBackend, streams: int) -> None:
-        info = EngineInfo("batched_asr", "null", "", (), "none", "none", streams)
-        super().__init__(lambda: LoadedModel(backend, lambda ids: "word", info, streams), delay_frames=6)
+    def __init__(self, model: ModelLoop) -> None:
+        super().__init__(lambda: model.loaded)
         self._loop = asyncio.get_running_loop()
-        self._adopt(self._load())
-        self._ready = True
-        self.kept: list[tuple[Callable[..., object], tuple[object, ...]]] = []
+        self._model, self._slots, self._ready = model, SlotPool(model.loaded.streams), True
 
-    def _post(self, call: Callable[..., object], *args: object) -> None:
-        self.kept.append((call, args))
+    def deliver(self, outcome: Outcome) -> None:
+        self._deliver(outcome)
 
 
 async def measure(rows: int, seconds: float) -> dict[str, float]:
     """Microseconds per row and step of the model thread and of the event loop."""
     backend = NullBackend(rows + spare_slots(rows))
-    engine = InlineEngine(backend, rows)
-    streams: list[Stream] = [engine.open() for _ in range(rows)]
+    kept: list[Outcome] = []
+    loop_events = LoopEvents(deliver=kept.append, stepped=lambda seconds, rows: None)
+    model = ModelLoop(model_of(backend, rows), loop_events, marker_wait_seconds=0.25)
+    engine = InlineEngine(model)
+    streams = [engine.open() for _ in range(rows)]
     frame = np.zeros(FRAME_SAMPLES, np.float32)
-    model = loop = 0.0
+    model_seconds = loop_seconds = 0.0
     stepped = 0
     begun = time.thread_time()
     while time.thread_time() - begun < seconds:
@@ -93,16 +102,21 @@ async def measure(rows: int, seconds: float) -> dict[str, float]:
             await stream.send(Audio(frame))
         fed = time.thread_time()
         backend.seconds = 0.0
-        stepped += engine._turn(time.monotonic())
+        stepped += model.turn(time.monotonic())
         turned = time.thread_time()
-        for call, args in engine.kept:
-            call(*args)
-        engine.kept.clear()
+        for outcome in kept:
+            engine.deliver(outcome)
+        kept.clear()
         for stream in streams:
             stream.take()
-        model += turned - fed - backend.seconds
-        loop += fed - start + time.thread_time() - turned
-    return {"rows": rows, "model_thread_us": 1e6 * model / stepped, "event_loop_us": 1e6 * loop / stepped, "steps": stepped}
+        model_seconds += turned - fed - backend.seconds
+        loop_seconds += fed - start + time.thread_time() - turned
+    return {
+        "rows": rows,
+        "model_thread_us": 1e6 * model_seconds / stepped,
+        "event_loop_us": 1e6 * loop_seconds / stepped,
+        "steps": stepped,
+    }
 
 
 def commit() -> str:

@@ -79,7 +79,7 @@ def fill(backend: Any) -> None:
         for scales in ring[2:]:
             if scales is not None:
                 scales.fill_(0.01)
-    backend.age()
+    backend.fill_context()
 
 
 def time_ours(backend: Any, rows: int, steps: int) -> dict[str, float]:
@@ -88,7 +88,7 @@ def time_ours(backend: Any, rows: int, steps: int) -> dict[str, float]:
     slots, fresh = np.arange(rows, dtype=np.int64), np.zeros(rows, np.bool_)
     for _ in range(3):
         backend.step(pcm, slots, fresh)
-    backend.age()
+    backend.fill_context()
     taken = []
     for _ in range(steps):
         begun = time.perf_counter()

@@ -21,8 +21,9 @@ import msgspec
 
 from moshi_stt.config import EmbeddedModule, KyutaiModule, LimitsConfig, Module, ServerConfig, inbox_samples
 from moshi_stt.cores import usable_cores
-from moshi_stt.engine.batch import BatchEngine, LoadedModel
+from moshi_stt.engine.batch import BatchEngine
 from moshi_stt.engine.engine import Engine, EngineInfo, EngineObserver
+from moshi_stt.engine.loaded import LoadedModel
 from moshi_stt.engine.slots import spare_slots
 from moshi_stt.engine.stream import StreamLimits
 from moshi_stt.errors import CheckpointError, ConfigError
@@ -141,7 +142,6 @@ def _kyutai(
         raise ConfigError(f"Kyutai's models need {', '.join(missing)}, not installed here: run `{install_command(framework)}`")
     return BatchEngine(
         partial(load_kyutai, module, framework, processes, token_logs),
-        delay_frames=delay_frames(module),
         marker_wait_seconds=module.engine.marker_wait_seconds,
         limits=limits,
         observer=observer,
@@ -185,6 +185,7 @@ def load_kyutai(
     from moshi_stt.models.hub import resolve
     from moshi_stt.models.spec import spec_from_module
     from moshi_stt.text.tokenizer import TextTokenizer
+    from moshi_stt.text.words import WordAssembler
 
     begun = time.monotonic()
     config_json = read_json(resolve(module.config_file)) if module.config_file else None
@@ -233,7 +234,15 @@ def load_kyutai(
     if module.log_frequency_s is not None and token_logs is not None:
         recorder = make_token_log(token_logs, spec.lm, streams, module.log_frequency_s)
         backend.record_to(recorder)
-    return LoadedModel(backend, tokenizer.decode, info, streams, processes_for(streams, processes), recorder=recorder)
+    return LoadedModel(
+        backend,
+        partial(WordAssembler, tokenizer.decode, delay_frames(module)),
+        info,
+        streams,
+        delay_frames(module),
+        processes=processes_for(streams, processes),
+        recorder=recorder,
+    )
 
 
 def make_token_log(base: Path, spec: "LMSpec", streams: int, seconds: float) -> "TokenLog":

@@ -1,16 +1,19 @@
 """A model that fails, hangs or cannot be loaded: every stream hears of it, nothing waits for ever."""
 
 import asyncio
+from functools import partial
 
 import pytest
 from tests.support.batch import engine, noise, rest, steps_of, transcribe, until
 from tests.support.scripted_backend import PseudoModel, Scripted
 
-from moshi_stt.engine.batch import BatchEngine, LoadedModel
+from moshi_stt.engine.batch import BatchEngine
 from moshi_stt.engine.commands import Audio, Finish, Mark, Reset
 from moshi_stt.engine.engine import EngineInfo, SilentObserver
+from moshi_stt.engine.loaded import LoadedModel
 from moshi_stt.errors import CheckpointError, EngineError, EngineFailed
 from moshi_stt.events import Error
+from moshi_stt.text.words import WordAssembler
 
 
 async def test_a_step_that_raises_ends_every_stream() -> None:
@@ -98,7 +101,7 @@ async def test_a_model_that_cannot_be_loaded() -> None:
     def missing() -> LoadedModel:
         raise CheckpointError("model.safetensors: tensor text_emb.weight is missing")
 
-    failing = BatchEngine(missing, delay_frames=6)
+    failing = BatchEngine(missing)
     with pytest.raises(CheckpointError, match="text_emb"):
         await failing.start()
     assert not failing.ready
@@ -109,7 +112,7 @@ async def test_a_model_that_does_not_fit_the_device() -> None:
     def too_big() -> LoadedModel:
         raise MemoryError("CUDA out of memory")
 
-    failing = BatchEngine(too_big, delay_frames=6)
+    failing = BatchEngine(too_big)
     with pytest.raises(EngineError, match=r"could not be started: MemoryError: CUDA out of memory"):
         await failing.start()
     await failing.stop()
@@ -118,7 +121,7 @@ async def test_a_model_that_does_not_fit_the_device() -> None:
 async def test_a_backend_without_a_spare_slot() -> None:
     backend = Scripted(4, [])
     info = EngineInfo("batched_asr", "x", "", (), "none", "f32", 4)
-    failing = BatchEngine(lambda: LoadedModel(backend, str, info, 4), delay_frames=6)
+    failing = BatchEngine(lambda: LoadedModel(backend, partial(WordAssembler, str, 6), info, 4, 6))
     with pytest.raises(EngineError, match="1 more are needed"):
         await failing.start()
     await failing.stop()
@@ -133,7 +136,7 @@ async def test_a_model_that_fails_while_it_warms_up_is_freed() -> None:
 
     backend = Cold(5)
     info = EngineInfo("batched_asr", "x", "", (), "none", "f32", 4)
-    failing = BatchEngine(lambda: LoadedModel(backend, str, info, 4), delay_frames=6)
+    failing = BatchEngine(lambda: LoadedModel(backend, partial(WordAssembler, str, 6), info, 4, 6))
     with pytest.raises(EngineError, match="no kernel image"):
         await failing.start()
     await failing.stop()

@@ -17,7 +17,7 @@ from tests.support.local_hub import local_hub
 
 from moshi_stt.config import KyutaiModule
 from moshi_stt.config_load import parse_config, shipped_text
-from moshi_stt.engine.engine import Backend
+from moshi_stt.engine.backend import Backend
 from moshi_stt.engines import Framework, load_kyutai
 from moshi_stt.errors import CheckpointError, ConfigError, DownloadError, MoshiSttError
 from moshi_stt.models.spec import LMSpec, MimiSpec
@@ -185,7 +185,7 @@ BROKEN: dict[str, tuple[Damage, type[MoshiSttError], list[str]]] = {
 def test_it_loads_when_nothing_is_broken(framework: str, tokenizer: bytes, tmp_path: Path) -> None:
     need(framework)
     backend = Files(tmp_path, tokenizer).load(framework)
-    assert backend.heads == LM.extra_heads
+    assert backend.pause_heads == LM.extra_heads
     backend.close()
 
 

@@ -52,7 +52,7 @@ def test_no_heads(small: Checkpoint) -> None:
     spec = dataclasses.replace(small.spec, lm=dataclasses.replace(small.spec.lm, extra_heads=0))
     backend = load_backend(module(), small.lm_file, small.mimi_file, spec, 2)
     output = drive(backend, noise(FRAMES, seed=3))
-    assert (backend.heads, output.pause.shape) == (0, (FRAMES, 0))
+    assert (backend.pause_heads, output.pause.shape) == (0, (FRAMES, 0))
     assert output.tokens.tolist() == tokens(small)
 
 

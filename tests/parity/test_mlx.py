@@ -243,7 +243,7 @@ def test_rotary_angles_far_out() -> None:
 def test_report(small: Checkpoint) -> None:
     backend = load(small, engine_threads=3, engine_mimi_dtype="bf16")
     report = backend.report
-    assert (report.device.split()[0], report.dtype, backend.slots, backend.heads) == ("mlx", "f32", 4, 4)
+    assert (report.device.split()[0], report.dtype, backend.slots, backend.pause_heads) == ("mlx", "f32", 4, 4)
     spec = small.spec
     conv = sum(conv.context * conv.channels_in for conv in spec.mimi.convs)
     rings = spec.lm.kv_bytes(4) + 2 * spec.mimi.layers * spec.mimi.context * spec.mimi.dim * 4

@@ -2,6 +2,7 @@
 
 import asyncio
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,9 @@ from tests.support.stepping import drive, noise, step_rows
 from moshi_stt.cli.quantize import quantize_file
 from moshi_stt.config import LimitsConfig
 from moshi_stt.constants import FRAME_SAMPLES
-from moshi_stt.engine.batch import BatchEngine, LoadedModel
+from moshi_stt.engine.batch import BatchEngine
 from moshi_stt.engine.engine import EngineInfo
+from moshi_stt.engine.loaded import LoadedModel
 from moshi_stt.engine.slots import spare_slots
 from moshi_stt.engine.stream import StreamLimits
 from moshi_stt.engines import build_engine
@@ -30,6 +32,7 @@ from moshi_stt.models.torch_impl.beside import Beside
 from moshi_stt.models.torch_impl.build import choose_scheme, load_backend, rows_independent
 from moshi_stt.models.torch_impl.quantized import QuantizedLinear, packed_linear, packed_table
 from moshi_stt.models.weights import Packing, plan_lm, read_header
+from moshi_stt.text.words import WordAssembler
 
 FRAMES = 30
 HIDDEN = 64
@@ -283,9 +286,9 @@ async def test_end_to_end(wide: Checkpoint, scheme: str) -> None:
     def model() -> LoadedModel:
         backend = load(wide, scheme, slots=streams + spare_slots(streams))
         info = EngineInfo("batched_asr", "packed", "mimi", (), "cpu", scheme, streams, {})
-        return LoadedModel(backend, lambda tokens: " ".join(map(str, tokens)), info, streams)
+        return LoadedModel(backend, partial(WordAssembler, lambda ids: " ".join(map(str, ids)), 6), info, streams, 6)
 
-    engine = BatchEngine(model, delay_frames=6, marker_wait_seconds=1.0, limits=StreamLimits(inbox_samples=10**7))
+    engine = BatchEngine(model, marker_wait_seconds=1.0, limits=StreamLimits(inbox_samples=10**7))
     await engine.start()
     try:
         pcm = [noise(FRAMES, seed) for seed in range(2)]

@@ -14,6 +14,7 @@ import asyncio
 import itertools
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +28,15 @@ from tests.support.serving import Running, serving
 from moshi_stt import protocol
 from moshi_stt.config import KyutaiModule
 from moshi_stt.config_load import parse_config
-from moshi_stt.engine.batch import BatchEngine, LoadedModel
+from moshi_stt.engine.batch import BatchEngine
 from moshi_stt.engine.engine import EngineInfo
+from moshi_stt.engine.loaded import LoadedModel
 from moshi_stt.engine.slots import spare_slots
 from moshi_stt.events import AnyEvent, EndWord, Marker, Ready, Step, Word
 from moshi_stt.models.spec import delay_frames, spec_from_module
 from moshi_stt.models.torch_impl.build import load_backend
 from moshi_stt.text.tokenizer import TextTokenizer
+from moshi_stt.text.words import WordAssembler
 
 STREAMS = 4
 DEADLINE = 60.0
@@ -74,9 +77,10 @@ async def server(tiny: Path, name: str, marker_wait: float = 600.0) -> AsyncIter
         zero = name != "unbatched"
         backend = load_backend(module, *files, spec, STREAMS + spare_slots(STREAMS), device="cpu", zero_start=zero)
         info = EngineInfo("batched_asr", name, "", (), "cpu", "f32", STREAMS)
-        return LoadedModel(backend, TextTokenizer(Path(module.text_tokenizer_file)).decode, info, STREAMS)
+        decode, delay = TextTokenizer(Path(module.text_tokenizer_file)).decode, delay_frames(module)
+        return LoadedModel(backend, partial(WordAssembler, decode, delay), info, STREAMS, delay)
 
-    engine = BatchEngine(load, delay_frames=delay_frames(module), marker_wait_seconds=marker_wait)
+    engine = BatchEngine(load, marker_wait_seconds=marker_wait)
     async with serving(engine) as running:
         yield running
 

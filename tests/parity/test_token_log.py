@@ -1,5 +1,6 @@
 """Token logs of real models, against those of moshi-server itself for the same sound: `tokens.npz`."""
 
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -12,12 +13,14 @@ from tests.support.frameworks import FRAMEWORKS, loader
 from moshi_stt.config import KyutaiModule
 from moshi_stt.config_load import parse_config
 from moshi_stt.constants import FRAME_SAMPLES
-from moshi_stt.engine.batch import BatchEngine, LoadedModel
+from moshi_stt.engine.batch import BatchEngine
 from moshi_stt.engine.commands import Audio, Finish
 from moshi_stt.engine.engine import EngineInfo
+from moshi_stt.engine.loaded import LoadedModel
 from moshi_stt.engine.slots import spare_slots
 from moshi_stt.models.spec import spec_from_module
 from moshi_stt.models.token_log import TokenLog
+from moshi_stt.text.words import WordAssembler
 
 STREAMS = 4
 
@@ -75,9 +78,9 @@ async def test_the_log_is_moshi_servers(tiny: Path, shared: Path, speech: NDArra
         backend = load_backend(configured, *files, spec, STREAMS + spare_slots(STREAMS), device="cpu", zero_start=True)
         backend.record_to(log)
         info = EngineInfo("batched_asr", "tiny", "", (), "cpu", "f32", STREAMS)
-        return LoadedModel(backend, str, info, STREAMS, recorder=log)
+        return LoadedModel(backend, partial(WordAssembler, str, 6), info, STREAMS, 6, recorder=log)
 
-    engine = BatchEngine(load, delay_frames=6)
+    engine = BatchEngine(load)
     await engine.start()
     stream = engine.open(live=False)
     await stream.send(Audio(np.concatenate([speech, np.zeros(len(text) * FRAME_SAMPLES - len(speech), np.float32)])))

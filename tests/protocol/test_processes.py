@@ -102,9 +102,9 @@ async def test_a_process_whose_engine_fails_is_replaced(monkeypatch: pytest.Monk
         for client in clients:
             assert (await client.receive_event())["type"] == "Ready"
         before = [worker.process for worker in processes._workers]
-        hub = running.server.service.served[0].engine._hub  # type: ignore[attr-defined]
-        port = next(iter(hub._ports))
-        port.signal.shutdown(socket.SHUT_RDWR)  # its line to the model breaks, and nothing else
+        model = running.server.service.served[0].engine._model  # type: ignore[attr-defined]
+        client = next(iter(model.server._clients))
+        client.signal.shutdown(socket.SHUT_RDWR)  # its link to the model breaks, and nothing else
         clients[0].audio(noise(1))
         clients[1].audio(noise(1))
         endings = [await asyncio.wait_for(client.receive_event(), 20) for client in clients]
@@ -141,7 +141,7 @@ async def test_several_modules() -> None:
     """Two that share their processes, and one that this process keeps for itself."""
 
     def made(shared: int) -> BatchEngine:
-        return BatchEngine(loader(LevelModel, 4, spell_level, shared), delay_frames=6, marker_wait_seconds=0.05)
+        return BatchEngine(loader(LevelModel, 4, spell_level, shared), marker_wait_seconds=0.05)
 
     config = server_config()
     names = {"asr": 2, "second": 1, "alone": 0}

@@ -45,8 +45,7 @@ async def engine(
         return made[0]
 
     started = Started(
-        loader(keep, streams, processes=processes),
-        delay_frames=delay,
+        loader(keep, streams, processes=processes, delay=delay),
         limits=limits,
         observer=observer,
         marker_wait_seconds=marker_wait,

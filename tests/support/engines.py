@@ -19,12 +19,14 @@ from tests.support.scripted_backend import FakeBackend, LevelModel, loader, spel
 from moshi_stt.config import KyutaiModule
 from moshi_stt.config_load import parse_config
 from moshi_stt.constants import FRAME_SAMPLES, SAMPLE_RATE
-from moshi_stt.engine.batch import BatchEngine, LoadedModel
-from moshi_stt.engine.engine import Backend, Engine, EngineInfo, StepOutput
-from moshi_stt.engine.lane import HOLD_FRAMES
+from moshi_stt.engine.backend import Backend, StepOutput
+from moshi_stt.engine.batch import BatchEngine
+from moshi_stt.engine.engine import Engine, EngineInfo
+from moshi_stt.engine.loaded import LoadedModel
 from moshi_stt.engine.segment import SegmentEngine
 from moshi_stt.engine.slots import spare_slots
 from moshi_stt.engine.stream import StreamLimits
+from moshi_stt.engine.stream_state import HOLD_FRAMES
 from moshi_stt.events import AnyEvent
 from moshi_stt.models.spec import spec_from_module
 from moshi_stt.text.subtitles import TimedWord, pair_words
@@ -86,8 +88,8 @@ class BatchKind(LevelKind):
             self.model = LevelModel(slots)
             return self.model
 
-        load = loader(model, STREAMS, spell_level)
-        return BatchEngine(load, delay_frames=DELAY, limits=LIMITS, marker_wait_seconds=0.05)
+        load = loader(model, STREAMS, spell_level, delay=DELAY)
+        return BatchEngine(load, limits=LIMITS, marker_wait_seconds=0.05)
 
     def break_model(self) -> None:
         self.model.raise_next = True
@@ -112,7 +114,7 @@ class Window:
         """lock: held while the backend is stepped. keep: leave the model loaded at `close`, for the next engine."""
         self.backend = backend
         self.slots = slots
-        self.heads = backend.heads
+        self.pause_heads = backend.pause_heads
         self.broken = False
         self._lock = lock
         self._keep = keep
@@ -162,9 +164,9 @@ class ModelKind(Kind):
             lock = self._lock if self._keep else threading.Lock()
             self._newest = window = Window(backend, self._slots, lock, keep=self._keep)
             info = EngineInfo("batched_asr", "random", "", (), "cpu", "f32", STREAMS)
-            return LoadedModel(window, self._decode, info, STREAMS)
+            return LoadedModel(window, partial(WordAssembler, self._decode, DELAY), info, STREAMS, DELAY)
 
-        return BatchEngine(load, delay_frames=DELAY, limits=LIMITS, marker_wait_seconds=0.4)
+        return BatchEngine(load, limits=LIMITS, marker_wait_seconds=0.4)
 
     def words(self, pcm: NDArray[np.float32]) -> list[TimedWord]:
         """Frame by frame, then silence until the delay is over, and with it the word under way."""
@@ -184,7 +186,7 @@ class ModelKind(Kind):
         for step, frame in enumerate(padded.reshape(-1, 1, FRAME_SAMPLES), 1):
             output = window.step(frame, np.array([self._slots]), np.array([step == 1]))
             events += assembler.push(int(output.text_token[0]), float(output.logprob[0]))
-            if step >= last and not assembler.under_way:
+            if step >= last and not assembler.in_word:
                 break
         return pair_words([*events, *assembler.finish(len(pcm) / SAMPLE_RATE)])
 

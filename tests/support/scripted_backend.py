@@ -4,14 +4,17 @@ import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
 
 from moshi_stt.constants import FRAME_SAMPLES
-from moshi_stt.engine.batch import LoadedModel
-from moshi_stt.engine.engine import EngineInfo, StepOutput
+from moshi_stt.engine.backend import StepOutput
+from moshi_stt.engine.engine import EngineInfo
+from moshi_stt.engine.loaded import LoadedModel
 from moshi_stt.engine.slots import spare_slots
+from moshi_stt.text.words import WordAssembler
 
 
 class FakeBackend(ABC):
@@ -22,10 +25,10 @@ class FakeBackend(ABC):
 
     def __init__(self, slots: int, heads: int = 4) -> None:
         self.slots = slots
-        self.heads = heads
+        self.pause_heads = heads
         self.position = np.zeros(slots, np.int64)
         self.heard = np.zeros(slots, np.int64)
-        self.raise_next = self.hang_next = False
+        self.raise_next = self.hang_next = self.is_hanging = False
         self.resume = threading.Event()
         self.steps = 0
         self.rows: list[int] = []
@@ -55,7 +58,9 @@ class FakeBackend(ABC):
         if self.raise_next:
             raise RuntimeError("device-side assert triggered")
         if self.hang_next:
+            self.is_hanging = True
             self.resume.wait(60)
+            self.is_hanging = False
         if self.step_seconds:
             time.sleep(self.step_seconds)
         self.position[slots[fresh]] = 0
@@ -64,7 +69,7 @@ class FakeBackend(ABC):
         self.heard[slots] = (self.heard[slots] * 1_000_003 + sums + 12_345) % (1 << 40)
         self.position[slots] += 1
         tokens = np.asarray(self.tokens(slots), np.int64)
-        noise = (self.heard[slots, None] >> (8 * np.arange(self.heads))) & 255
+        noise = (self.heard[slots, None] >> (8 * np.arange(self.pause_heads))) & 255
         return StepOutput(tokens, (-1 - tokens % 7).astype(np.float32) / 4, (noise / 256).astype(np.float32))
 
     @abstractmethod
@@ -116,13 +121,14 @@ def loader(
     streams: int,
     decode: Callable[[Sequence[int]], str] = spell,
     processes: int = 0,
+    delay: int = 6,
 ) -> Callable[[], LoadedModel]:
     """A loader for `BatchEngine` around `make(slots)`."""
 
     def load() -> LoadedModel:
         backend = make(streams + spare_slots(streams, processes))
         info = EngineInfo("batched_asr", "scripted", "", ("en",), "none", "float32", streams)
-        return LoadedModel(backend, decode, info, streams, processes)
+        return LoadedModel(backend, partial(WordAssembler, decode, delay), info, streams, delay, processes=processes)
 
     return load
 

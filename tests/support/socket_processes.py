@@ -38,7 +38,7 @@ async def served(
         model.backend = LevelModel(slots)
         return model.backend
 
-    engine = BatchEngine(loader(make, streams, spell_level, PROCESSES), delay_frames=6, marker_wait_seconds=0.05)
+    engine = BatchEngine(loader(make, streams, spell_level, PROCESSES), marker_wait_seconds=0.05)
     async with serving(engine, doors=doors) as running:
         processes = running.server.service.workers
         assert processes is not None

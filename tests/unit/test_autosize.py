@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from moshi_stt.engine.costs import step_seconds
-from moshi_stt.engine.engine import StepOutput
+from moshi_stt.engine.backend import StepOutput
+from moshi_stt.engine.timings import step_seconds
 from moshi_stt.models.autosize import sustained_streams
 
 
@@ -14,7 +14,7 @@ class TimedBackend:
 
     def __init__(self, slots: int, fixed_ms: float, row_ms: float) -> None:
         self.slots = slots
-        self.heads = 0
+        self.pause_heads = 0
         self.now = 0.0
         self.rows: list[int] = []
         self._fixed_ms, self._row_ms = fixed_ms, row_ms

@@ -355,7 +355,7 @@ async def test_start_tells_what_the_machine_can_carry() -> None:
 
 
 async def test_nothing_opens_before_the_start() -> None:
-    engine_ = BatchEngine(lambda: pytest.fail("not asked to load"), delay_frames=6)
+    engine_ = BatchEngine(lambda: pytest.fail("not asked to load"))
     assert not engine_.ready
     assert engine_.used_slots == engine_.queued_samples == engine_.total_slots == 0
     with pytest.raises(EngineError, match="not loaded yet"):

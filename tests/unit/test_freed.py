@@ -14,23 +14,24 @@ from tests.support.batch import DEADLINE, rest
 from tests.support.engines import BatchKind, Kind, SegmentKind, speech
 from tests.support.streams import some
 
+from moshi_stt.audio.cut import CutRule
 from moshi_stt.audio.framer import Framer
 from moshi_stt.audio.resample import StreamingResampler
 from moshi_stt.constants import SAMPLE_RATE
 from moshi_stt.engine.commands import Audio, Finish, Mark, Reset
 from moshi_stt.engine.engine import Engine
-from moshi_stt.engine.lane import Lane, Tail
-from moshi_stt.engine.recording import transcribe_recording
-from moshi_stt.engine.segment import _Lane
+from moshi_stt.engine.recording import RecordingOptions, transcribe_recording
+from moshi_stt.engine.segment import _StreamState
 from moshi_stt.engine.segmenter import Segmenter
 from moshi_stt.engine.stream import Stream
+from moshi_stt.engine.stream_state import Flush, StreamState
 from moshi_stt.errors import AudioError, EngineError
 from moshi_stt.events import Error
 from moshi_stt.text.words import WordAssembler
 
 STREAMS = 200
 """Of each way to end."""
-PARTS = (Stream, Lane, Tail, Framer, WordAssembler, _Lane, Segmenter, StreamingResampler)
+PARTS = (Stream, StreamState, Flush, Framer, WordAssembler, _StreamState, Segmenter, StreamingResampler)
 SECOND = np.full(SAMPLE_RATE, 0.05, np.float32)
 
 
@@ -151,6 +152,17 @@ async def recording(engine: Engine, sounds: Sounds) -> None:
     assert await transcribe_recording(engine, iter([sounds.new(speech([3, 9]))]))
 
 
+async def damaged_pieces(engine: Engine, sounds: Sounds) -> None:
+    """The same where it is cut to pieces that run on several streams."""
+
+    def pieces() -> Iterator[NDArray[np.float32]]:
+        yield sounds.new(np.tile(SECOND, 20))
+        raise AudioError("damaged")
+
+    with pytest.raises(AudioError):
+        await transcribe_recording(engine, pieces(), RecordingOptions(cut=CutRule(2.0, 4.0, 1.0, 0.5)))
+
+
 async def damaged_recording(engine: Engine, sounds: Sounds) -> None:
     """Its decoder fails in the middle."""
 
@@ -163,7 +175,9 @@ async def damaged_recording(engine: Engine, sounds: Sounds) -> None:
 
 
 @pytest.mark.parametrize(
-    "way", [close_at_once, finish, reset, flood, mark, cancelled, recording, damaged_recording], ids=lambda way: way.__name__
+    "way",
+    [close_at_once, finish, reset, flood, mark, cancelled, recording, damaged_recording, damaged_pieces],
+    ids=lambda way: way.__name__,
 )
 async def test_ended_streams_leave_nothing(
     engine: Engine, sounds: Sounds, way: Callable[[Engine, Sounds], Awaitable[None]]
@@ -175,8 +189,16 @@ async def test_ended_streams_leave_nothing(
     assert engine.used_slots == 0
 
 
-async def test_streams_of_a_broken_model_leave_nothing(kind: Kind, sounds: Sounds, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(logging.root.manager, "disable", logging.CRITICAL)  # pytest keeps records, with their frames
+@pytest.fixture
+def no_log() -> Iterator[None]:
+    """pytest keeps the records of a test, and with them the frames of their exceptions."""
+    logging.disable(logging.CRITICAL)
+    yield
+    logging.disable(logging.NOTSET)
+
+
+@pytest.mark.usefixtures("no_log")
+async def test_streams_of_a_broken_model_leave_nothing(kind: Kind, sounds: Sounds) -> None:
     before = parts()
     for _ in range(STREAMS // 10):
         await break_model(kind, sounds)

@@ -3,7 +3,6 @@
 import asyncio
 import os
 import random
-import socket
 import struct
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -18,7 +17,7 @@ from moshi_stt.constants import FRAME_SAMPLES
 from moshi_stt.engine.batch import BatchEngine
 from moshi_stt.engine.commands import Audio, Finish, Mark
 from moshi_stt.engine.engine import SilentObserver
-from moshi_stt.engine.rows import RowBlock, RowHub, shared_file
+from moshi_stt.engine.shared_backend import BackendServer, RowBlock, SocketWakeup, shared_file
 from moshi_stt.engine.slots import spare_share, spare_slots
 from moshi_stt.errors import EngineFailed, NoFreeSlot
 from moshi_stt.events import AnyEvent, Error, Marker
@@ -118,21 +117,6 @@ async def test_the_owner_counts_everybodys_steps() -> None:
     assert uncounted.rows == 0
 
 
-async def test_files_make_room_for_the_live_streams_of_others() -> None:
-    """While somebody speaks on another engine and there is time for two rows in a step, three files do not step together."""
-    async with engine(lambda slots: Scripted(slots, []), 8, processes=1) as owner, remotes(owner, 1) as (other,):
-        owner._costs = owner._costs._replace(rows=(1, 8), seconds=(0.02, 0.16))
-        speaker = other.open()
-        await speaker.send(Audio(noise(1)))
-        await until(speaker, lambda e: steps_of(e) == 1)
-        assert owner._hub is not None
-        owner._hub.heard_at += 3_600  # spoken all the time, however slow this machine is
-        owner.fake.rows.clear()
-        await asyncio.gather(*(transcribe(owner, noise(40, seed), live=False) for seed in range(3)))
-        assert max(owner.fake.rows) == 2
-        speaker.close()
-
-
 async def test_a_failed_step_ends_the_streams_of_all() -> None:
     async with engine(PseudoModel, 4, processes=2) as owner, remotes(owner, 2) as others:
         streams = [each.open() for each in (owner, *others)]
@@ -170,8 +154,9 @@ def test_every_process_has_copies() -> None:
 
 def test_a_frame_is_what_the_rows_hold() -> None:
     """The shared block has room for every stream of the engine at once."""
-    memory = shared_file(RowBlock.size(5, 4))
-    block = RowBlock(memory, 5, 4)
+    memory = shared_file(RowBlock.size(5, 4, FRAME_SAMPLES))
+    block = RowBlock(memory, 5, 4, FRAME_SAMPLES)
+    os.close(memory)
     assert block.inputs.pcm.shape == (5, FRAME_SAMPLES)
     block.inputs.pcm[:] = 1
     block.output.pause[:] = 2
@@ -180,38 +165,37 @@ def test_a_frame_is_what_the_rows_hold() -> None:
 
 
 def test_a_wake_up_that_comes_late_is_over_after_one_turn() -> None:
-    """`set` by another thread may write its byte behind the `clear` that forgets it: the hub must not stay awake for ever."""
-    hub = RowHub()
-    hub._wake_out.send(b"w")
-    hub.wait(10)
-    hub.clear()
-    assert not hub._selector.select(0)
-    hub.close()
+    """`set` by another thread may write its byte after the `clear` that forgets it: the thread must not stay awake for ever."""
+    wakeup = SocketWakeup()
+    wakeup._out.send(b"w")
+    wakeup.wait(10)
+    wakeup.clear()
+    assert wakeup.readable() == []
+    assert not wakeup._selector.select(0)
+    wakeup.close()
 
 
-def test_who_comes_to_a_closed_hub_is_told_so() -> None:
-    hub = RowHub()
-    hub.close()
-    here, there = socket.socketpair()
+def test_who_comes_to_a_closed_server_is_told_so() -> None:
+    server = BackendServer(1, 4, FRAME_SAMPLES)
+    server.close()
     gone: list[bool] = []
-    memory = shared_file(RowBlock.size(1, 4))
-    hub.add(RowBlock(memory, 1, 4), here, lambda: gone.append(True))
+    memory, signal = server.connect(lambda: gone.append(True))
     os.close(memory)
-    assert there.recv(1) == b""
+    assert signal.recv(1) == b""
     assert gone == [True]
-    there.close()
+    signal.close()
 
 
 async def test_the_slots_of_a_process_that_died_rest_until_its_rows_are_done() -> None:
     """However long that step takes: a row of its last request must not meet the slot's next stream in one step."""
     async with engine(PseudoModel, 2, processes=1) as owner:
         memory, signal = owner.connect((gone := asyncio.Event()).set)
-        block = RowBlock(memory, 2, 4)
+        block = RowBlock(memory, 2, 4, FRAME_SAMPLES)
         os.close(memory)
         owner.fake.hang_next = True
         stream = owner.open()
         await stream.send(Audio(noise(1)))
-        await becomes(lambda: owner.fake.steps > 0 and owner._step_started is not None, "the long step")
+        await becomes(lambda: owner.fake.is_hanging, "the long step")
         slot = owner.lend()
         block.inputs.slots[0] = slot.index
         signal.sendall(struct.pack("<BII", 1, 1, 0))

@@ -3,6 +3,7 @@
 import errno
 import logging
 import threading
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,12 +14,15 @@ from tests.support.batch import noise
 from tests.support.checkpoints import small_spec
 from tests.support.scripted_backend import PseudoModel, spell
 
-from moshi_stt.engine.batch import BatchEngine, LoadedModel
+from moshi_stt.engine.backend import StepOutput, StepRecorder
+from moshi_stt.engine.batch import BatchEngine
 from moshi_stt.engine.commands import Audio, Finish
-from moshi_stt.engine.engine import EngineInfo, StepOutput, StepRecorder
+from moshi_stt.engine.engine import EngineInfo
+from moshi_stt.engine.loaded import LoadedModel
 from moshi_stt.engine.slots import spare_slots
 from moshi_stt.models import token_log
 from moshi_stt.models.token_log import TokenLog
+from moshi_stt.text.words import WordAssembler
 
 DEADLINE = 20.0
 SPEC = small_spec().lm
@@ -180,9 +184,10 @@ async def test_an_engine_records_its_streams_alone(tmp_path: Path) -> None:
     def load() -> LoadedModel:
         backend = Recording(2 + spare_slots(2))
         backend.recorder = log
-        return LoadedModel(backend, spell, EngineInfo("batched_asr", "scripted", "", (), "", "", 2), 2, recorder=log)
+        info = EngineInfo("batched_asr", "scripted", "", (), "", "", 2)
+        return LoadedModel(backend, partial(WordAssembler, spell, 2), info, 2, 2, recorder=log)
 
-    engine = BatchEngine(load, delay_frames=2)
+    engine = BatchEngine(load)
     await engine.start()
     stream = engine.open()
     await stream.send(Audio(noise(30)))

@@ -95,7 +95,7 @@ def test_a_model_that_babbles_fills_no_memory() -> None:
     assert isinstance(second, Word)
     assert end == EndWord(second.start_time)
     assert second.start_time == MOST_PIECES / 12.5
-    assert words.under_way
+    assert words.in_word
 
 
 def test_a_word_at_the_end_is_flushed() -> None:
@@ -103,9 +103,9 @@ def test_a_word_at_the_end_is_flushed() -> None:
     words = WordAssembler(spell, 1)
     for token in [0, 40, 41]:
         assert not words.push(token)
-    assert words.under_way
+    assert words.in_word
     assert words.flush() == [Word("40.41", 0.0)]
-    assert not words.under_way
+    assert not words.in_word
     assert words.flush() == []
     assert words.finish(5.0) == [EndWord(1.0)]
     assert words.finish(5.0) == []

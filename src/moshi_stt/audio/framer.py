@@ -1,4 +1,4 @@
-"""Any chunking of a stream's samples in, model frames out, each with the time its last sample came. Knows no model."""
+"""Any chunking of a stream's samples in, model frames out, each with the time its last sample came."""
 
 from collections import deque
 
@@ -9,14 +9,15 @@ from moshi_stt.constants import FRAME_SAMPLES
 
 
 class Framer:
-    """Holds the pieces a client sent until they make whole frames of 1,920 samples.
+    """Holds the pieces a client sent until they make whole frames.
 
     A sample is copied once on its way, from the piece it came in to the row of the batch: pieces are kept as they are.
     """
 
-    __slots__ = ("_offset", "_pieces", "samples")
+    __slots__ = ("_frame_samples", "_offset", "_pieces", "samples")
 
-    def __init__(self) -> None:
+    def __init__(self, frame_samples: int = FRAME_SAMPLES) -> None:
+        self._frame_samples = frame_samples
         self._pieces: deque[tuple[NDArray[np.float32], float]] = deque()
         self._offset = 0
         """Samples of the first piece that are gone."""
@@ -26,12 +27,7 @@ class Framer:
     @property
     def frames(self) -> int:
         """Whole frames held."""
-        return self.samples // FRAME_SAMPLES
-
-    @property
-    def rest(self) -> int:
-        """Samples beyond the whole frames: 0 .. 1919."""
-        return self.samples % FRAME_SAMPLES
+        return self.samples // self._frame_samples
 
     def push(self, samples: NDArray[np.float32], arrived: float) -> None:
         """Append float32 (S,), any length, 0 included; the array is kept, not copied. arrived: when they came."""
@@ -40,22 +36,22 @@ class Framer:
             self.samples += len(samples)
 
     def pop(self, row: NDArray[np.float32]) -> float:
-        """Move the next frame into row, float32 (1920,); return when its last sample came.
+        """Move the next frame into row, float32 (frame_samples,); return when its last sample came.
 
         Fewer samples than a frame are followed by zeros. Raises IndexError when nothing is held.
         """
-        pieces, offset = self._pieces, self._offset
+        pieces, offset, size = self._pieces, self._offset, self._frame_samples
         samples, arrived = pieces[0]
-        end = offset + FRAME_SAMPLES
+        end = offset + size
         if end < len(samples):  # the common case of a large message: the piece outlives the frame
             row[:] = samples[offset:end]
             self._offset = end
-            self.samples -= FRAME_SAMPLES
+            self.samples -= size
             return arrived
         filled = 0
-        while filled < FRAME_SAMPLES and pieces:
+        while filled < size and pieces:
             samples, arrived = pieces[0]
-            part = samples[offset : offset + FRAME_SAMPLES - filled]
+            part = samples[offset : offset + size - filled]
             row[filled : filled + len(part)] = part
             filled += len(part)
             offset += len(part)
@@ -68,13 +64,13 @@ class Framer:
         return arrived
 
     def peek(self, row: NDArray[np.float32]) -> float:
-        """Copy less than a frame into row, zeros behind it, and keep it here too. Returns when its last sample came.
+        """Copy less than a frame into row, zeros after it, and keep it here too. Returns when its last sample came.
 
         Raises IndexError when nothing is held.
         """
         filled, offset, arrived = 0, self._offset, self._pieces[-1][1]
         for samples, _ in self._pieces:
-            part = samples[offset : offset + FRAME_SAMPLES - filled]
+            part = samples[offset : offset + self._frame_samples - filled]
             row[filled : filled + len(part)] = part
             filled += len(part)
             offset = 0

@@ -1,161 +1,13 @@
-"""The two interfaces everything hangs on: `Engine`, which admits streams, and `Backend`, which steps frames.
-
-Knows nothing of sockets, encodings, or any model framework. Legend of axes for the whole project:
-B row (a stream in this step), T frame, K codebook, H head, D dim, S sample.
-"""
+"""`Engine`: what admits streams. The server, the command line and most tests need this, `Stream`, and nothing below."""
 
 import asyncio
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Final, NamedTuple, Protocol, runtime_checkable
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import Final, Protocol
 
 from moshi_stt.engine.stream import Stream
 from moshi_stt.errors import EngineFailed
-
-
-class StepOutput(NamedTuple):
-    """What one step says of each of its rows.
-
-    text_token: int64 (B,)        the token produced at this position (contract section 5.5)
-    logprob:    float32 (B,)      natural-log probability of that token
-    pause:      float32 (B, H)    pause probability per extra head; H = 0 where the model has none
-    """
-
-    text_token: NDArray[np.int64]
-    logprob: NDArray[np.float32]
-    pause: NDArray[np.float32]
-
-    def rows(self, start: int, stop: int) -> "StepOutput":
-        """Views of some rows."""
-        return StepOutput(self.text_token[start:stop], self.logprob[start:stop], self.pause[start:stop])
-
-    def put(self, rows: "StepOutput") -> None:
-        """Copy rows over the first ones."""
-        count = len(rows.text_token)
-        self.text_token[:count], self.logprob[:count], self.pause[:count] = rows
-
-
-class Backend(Protocol):
-    """A frame-synchronous model with persistent state in numbered slots.
-
-    All methods are called from one thread, the model thread. A row's output depends on its slot's own frames since its
-    last `fresh` alone, never on the other rows.
-    """
-
-    slots: int
-    """How many slots have state. Slot numbers are 0 .. slots - 1."""
-
-    heads: int
-    """Extra heads of the model; 0 means that its streams send no `Step`."""
-
-    def step(self, pcm: NDArray[np.float32], slots: NDArray[np.int64], fresh: NDArray[np.bool_]) -> StepOutput:
-        """Step each row once.
-
-        pcm (B, 1920) float32 at 24 kHz; slots (B,) without repeats; fresh (B,): start that slot's state from zero first.
-        Raises whatever the framework raises; the engine then counts as failed.
-        """
-        ...
-
-    def copy(self, source: int, target: int) -> None:
-        """Make slot `target`'s state what slot `source`'s is: convolution tails, K/V, positions, last token and codes.
-
-        They go their own ways from there. It lets a marker be answered early without touching the stream's own state.
-        """
-        ...
-
-    def warm_up(self) -> None:
-        """Run what makes the first real step as fast as the later ones. Leaves every slot's state undefined until `fresh`."""
-        ...
-
-    def close(self) -> None:
-        """Free the device's memory."""
-        ...
-
-
-class StepRecorder(Protocol):
-    """Who keeps what went through a model, step by step. For the model thread; must return at once."""
-
-    def start(self) -> None:
-        """The model is warm: what is stepped from here on are streams."""
-        ...
-
-    def record(
-        self, slots: NDArray[np.int64], fresh: NDArray[np.bool_], text: NDArray[np.int64], codes: NDArray[np.int64]
-    ) -> None:
-        """A step is done: its rows' slots and fresh (B,) as `Backend.step` took them, its tokens (B,) and codes (B, K)."""
-        ...
-
-    def stop(self) -> None:
-        """No step follows. Idempotent."""
-        ...
-
-
-@runtime_checkable
-class Ages(Protocol):
-    """A backend whose steps take longer the more its streams have said."""
-
-    def age(self) -> None:
-        """Make every slot's stream one whose context is full, of anything. The state is undefined then."""
-        ...
-
-
-@runtime_checkable
-class WarmsUpInParts(Protocol):
-    """A backend that can serve before everything is as fast as it gets."""
-
-    def begin_warm_up(self) -> None:
-        """As `warm_up`, but for what `go_on_warming_up` does: steps of some numbers of rows may take as long as larger ones."""
-        ...
-
-    def go_on_warming_up(self) -> bool:
-        """Do the next part, if it can be done now. Whether any are left. Takes about as long as a step of all rows."""
-        ...
-
-
-@runtime_checkable
-class TimesSteps(Protocol):
-    """A backend that knows how long its device worked on the last step."""
-
-    @property
-    def device_seconds(self) -> float | None:
-        """None where there was no step yet."""
-        ...
-
-
-class StepInputs(NamedTuple):
-    """What `Backend.step` takes. pcm float32 (B, 1920), slots int64 (B,), fresh bool (B,)."""
-
-    pcm: NDArray[np.float32]
-    slots: NDArray[np.int64]
-    fresh: NDArray[np.bool_]
-
-    def rows(self, start: int, stop: int) -> "StepInputs":
-        """Views of some rows."""
-        return StepInputs(self.pcm[start:stop], self.slots[start:stop], self.fresh[start:stop])
-
-    def put(self, rows: "StepInputs", start: int = 0) -> None:
-        """Copy rows over those from `start` on, but for what lies there already."""
-        pairs: tuple[tuple[NDArray[Any], NDArray[Any]], ...] = (
-            (rows.pcm, self.pcm),
-            (rows.slots, self.slots),
-            (rows.fresh, self.fresh),
-        )
-        for source, target in pairs:
-            into = target[start : start + len(source)]
-            if source.ctypes.data != into.ctypes.data:
-                into[:] = source
-
-
-@runtime_checkable
-class TakesInPlace(Protocol):
-    """A backend with arrays of its own, whose first rows a step takes without a copy on the host."""
-
-    @property
-    def inputs(self) -> StepInputs: ...
 
 
 @dataclass(frozen=True)
@@ -182,7 +34,7 @@ class EngineInfo:
 
 
 class EngineObserver(Protocol):
-    """Who counts. Methods may be called from any thread and must return at once."""
+    """Receives an engine's metrics. Methods may be called from any thread and must return at once."""
 
     def stepped(self, seconds: float, rows: int) -> None:
         """One model step (or one recogniser call) of `rows` streams took this wall time."""
@@ -202,6 +54,9 @@ class EngineObserver(Protocol):
     def failed(self) -> None:
         """A stream ended with an `Error`."""
 
+    def restarted(self) -> None:
+        """The model's state of a stream was reset, because it had stopped transcribing."""
+
 
 class SilentObserver:
     """Counts nothing."""
@@ -217,6 +72,8 @@ class SilentObserver:
     def refused(self) -> None: ...
 
     def failed(self) -> None: ...
+
+    def restarted(self) -> None: ...
 
 
 @dataclass(frozen=True)

@@ -178,10 +178,7 @@ class _Run:
         reading: asyncio.Task[Piece | None] | None = asyncio.create_task(_next(pieces))
         try:
             while reading is not None or running:
-                waits: set[asyncio.Future[Any]] = {running[0].done} if running else set()
-                if reading is not None:
-                    waits.add(reading)
-                await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+                await _first_of(running[0].done if running else None, reading)
                 if running and running[0].done.done():
                     for event in word_events(merger.add(running[0].piece.start, self._words(running[0]))):
                         yield event
@@ -202,6 +199,7 @@ class _Run:
                 await asyncio.gather(reading, return_exceptions=True)
                 if not reading.cancelled() and reading.exception() is None and (piece := reading.result()) is not None:
                     piece.release()
+                reading = None  # as above: its exception leads to this frame
             if isinstance(pieces, AsyncGenerator):
                 await pieces.aclose()
 
@@ -320,6 +318,11 @@ def _chained(head: list[Pcm], rest: Iterator[Pcm]) -> Iterator[Pcm]:
     yield from rest
 
 
+async def _first_of(*futures: asyncio.Future[Any] | None) -> None:
+    """Wait until one is done; None is no future."""
+    await asyncio.wait([future for future in futures if future is not None], return_when=asyncio.FIRST_COMPLETED)
+
+
 async def _next(pieces: AsyncIterator[Piece]) -> Piece | None:
     return await anext(pieces, None)
 
@@ -346,3 +349,5 @@ async def in_thread(work: Callable[[], T]) -> T:
         if not running.cancelled():
             running.exception()  # nobody is left whom it would concern
         raise
+    finally:
+        del running  # its exception leads to this frame: only the cycle collector would free the two

@@ -39,7 +39,7 @@ FILE_TURN = 4
 JOIN_SECONDS = 10.0
 
 
-class _Lane:
+class _StreamState:
     """One stream inside the engine. A worker that has taken it from the line is alone with it."""
 
     def __init__(self, stream: Stream, segmenter: Segmenter) -> None:
@@ -116,10 +116,10 @@ class SegmentEngine(Engine):
         self._limits = limits or StreamLimits()
         self._settings = settings or SegmentSettings()
         self._recogniser: Recogniser | None = None
-        self._lanes: dict[Stream, _Lane] = {}
+        self._lanes: dict[Stream, _StreamState] = {}
         self._line = threading.Condition()
-        self._live: deque[_Lane] = deque()
-        self._files: deque[_Lane] = deque()
+        self._live: deque[_StreamState] = deque()
+        self._files: deque[_StreamState] = deque()
         self._turns = 0
         self._threads: list[threading.Thread] = []
         self._ready = False
@@ -186,7 +186,7 @@ class SegmentEngine(Engine):
             raise NoFreeSlot
         stream = Stream(self._limits if live else self._limits.of_recordings, live=live, wake=self._wake, release=self._release)
         settings = self._settings if live or options.interim else replace(self._settings, while_speaking=False)
-        self._lanes[stream] = _Lane(stream, Segmenter(self._recogniser, settings, options))
+        self._lanes[stream] = _StreamState(stream, Segmenter(self._recogniser, settings, options))
         stream.deliver([Ready()])
         self.observer.opened()
         return stream
@@ -246,14 +246,14 @@ class SegmentEngine(Engine):
             self._files.clear()
             self._line.notify_all()
 
-    def _enqueue(self, lane: _Lane) -> None:
+    def _enqueue(self, lane: _StreamState) -> None:
         if self._stopping or self.failure:
             return
         lane.state = "waiting"
         (self._live if lane.stream.live else self._files).append(lane)
         self._line.notify()
 
-    def _next(self) -> _Lane | None:
+    def _next(self) -> _StreamState | None:
         """The lane whose turn it is, waiting for one; None when the engine stops."""
         with self._line:
             while not (self._live or self._files or self._stopping or self.failure):
@@ -266,7 +266,7 @@ class SegmentEngine(Engine):
             lane.state = "running"
             return lane
 
-    def _put_back(self, lane: _Lane, *, more: bool) -> None:
+    def _put_back(self, lane: _StreamState, *, more: bool) -> None:
         with self._line:
             if more or lane.state == "woken":
                 self._enqueue(lane)
@@ -286,7 +286,7 @@ class SegmentEngine(Engine):
             self._put_back(lane, more=more)
             del lane  # while this thread waits for the next one, nothing keeps an ended stream
 
-    def _turn(self, lane: _Lane) -> bool:
+    def _turn(self, lane: _StreamState) -> bool:
         """Go through one stream's commands up to the next hypothesis or TURN_SAMPLES of audio; whether there is more to do."""
         stream, segmenter = lane.stream, lane.segmenter
         lane.absorb()
@@ -312,7 +312,7 @@ class SegmentEngine(Engine):
                 self._post(self._deliver, Delivery(stream, events, lane.done), lane.arrived, False)
         return not lane.done
 
-    def _blame(self, lane: _Lane, error: Exception) -> None:
+    def _blame(self, lane: _StreamState, error: Exception) -> None:
         """A turn raised: where the model still takes its own sample, this stream's audio did it; else the model is broken."""
         log.error("recognition failed", exc_info=error)
         lane.done = True

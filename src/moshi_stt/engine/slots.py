@@ -1,19 +1,35 @@
-"""Who owns which slot of a model's state. Knows neither the state nor the streams.
+"""Which slots of a model's state are lent.
 
 A slot is lent with a generation number, so that giving one back twice, or late, does not touch its next owner.
 """
 
 from dataclasses import dataclass
+from typing import Protocol
 
 from moshi_stt.errors import NoFreeSlot
 
 
 @dataclass(frozen=True, slots=True)
 class Slot:
-    """index: which state. generation: the how-manieth loan of it."""
+    """index: which state. generation: loan counter."""
 
     index: int
     generation: int
+
+
+class SlotSource(Protocol):
+    """Where an engine's streams get their slots. For one thread."""
+
+    @property
+    def used(self) -> int: ...
+
+    def acquire(self) -> Slot:
+        """Lend a slot. Raises NoFreeSlot."""
+        ...
+
+    def release(self, slot: Slot) -> bool:
+        """Take a slot back. False, and nothing done, when that loan is over already."""
+        ...
 
 
 class SlotPool:

@@ -17,10 +17,10 @@ from numpy.typing import NDArray
 
 from moshi_stt.audio.resample import StreamingResampler
 from moshi_stt.constants import FRAME_SECONDS, SAMPLE_RATE
+from moshi_stt.engine.backend import Words
 from moshi_stt.engine.recogniser import RECOGNISER_RATE, VAD_FRAME
 from moshi_stt.events import AnyEvent, EndOfTurn, EndWord, Pause, Ready, SpeechStarted, TurnResumed, Word
 from moshi_stt.text.word_lists import plain
-from moshi_stt.text.words import WordAssembler
 
 if TYPE_CHECKING:
     from moshi_stt.audio.vad import SileroVad
@@ -147,7 +147,7 @@ class PauseMeter:
         if self._detector is not None:
             self._silence = self._detector.push(frame)
 
-    def pause(self, words: WordAssembler, heads: Sequence[float] | None) -> Pause:
+    def pause(self, words: Words, heads: Sequence[float] | None) -> Pause:
         """After the frame's token was pushed. heads: what the model said of it."""
         if heads and self._detector is None:
             self._silence = self._heads.push(heads)

@@ -6,8 +6,8 @@ from collections.abc import Callable
 import numpy as np
 
 from moshi_stt.constants import FRAME_SECONDS
-from moshi_stt.engine.costs import step_seconds
-from moshi_stt.engine.engine import Backend
+from moshi_stt.engine.backend import Backend
+from moshi_stt.engine.timings import step_seconds
 
 BUDGET_SECONDS = 0.8 * FRAME_SECONDS
 """What a step of all streams may take: the rest of the frame's 80 ms is for the sockets and for bad moments."""

@@ -58,6 +58,7 @@ class Metrics:
         self.step_rows = histogram("moshi_stt_step_rows", "Streams that took part in a model step.", ROWS)
         self.refusals = counter("moshi_stt_refused", "Requests turned away, by reason.", "reason")
         self.errors = counter("moshi_stt_errors", "Sessions that ended with an Error, by kind.", "kind")
+        self.restarts = counter("moshi_stt_restarts", "Streams whose model had stopped transcribing and was started again.")
         self.uploads = counter("moshi_stt_uploads", "Files received by POST, by status of the answer.", "status")
         self.parked = counter("moshi_stt_parked", "Streams that were kept after their socket was lost.")
         self.resumed = counter("moshi_stt_resumed", "Clients that came back to a stream, and whether there was one.", "found")
@@ -97,6 +98,9 @@ class Metrics:
 
     def failed(self) -> None:
         self.errors.labels("stream").inc()
+
+    def restarted(self) -> None:
+        self.restarts.inc()
 
     def families(self) -> list[Metric]:
         """What this process has counted, less what the engines know themselves. Plain values, which can be pickled."""

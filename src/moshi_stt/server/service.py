@@ -7,8 +7,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 from moshi_stt.config import Module, ServerConfig
-from moshi_stt.engine.batch import BatchEngine
 from moshi_stt.engine.engine import Engine
+from moshi_stt.engine.sharing import ShareableEngine
 from moshi_stt.server.auth import Keys
 from moshi_stt.server.connections import Connections
 from moshi_stt.server.doors.door import Handshake, HttpDoor
@@ -92,7 +92,7 @@ class Service:
 
     async def start_processes(self) -> None:
         """Start the processes that carry WebSockets, as many as the engines were loaded for."""
-        engines = {each.module.name: each.engine for each in self.served if isinstance(each.engine, BatchEngine)}
+        engines = {each.module.name: each.engine for each in self.served if isinstance(each.engine, ShareableEngine)}
         shared = {name: engine for name, engine in engines.items() if engine.processes}
         if shared:
             count = min(engine.processes for engine in shared.values())

@@ -1,4 +1,4 @@
-"""Token ids, one a step, to words with times: contract section 5.6 with flaws F11 and F12 mended. Knows no model and no clock.
+"""Token ids, one a step, to words with times: contract section 5.6 with flaws F11 and F12 fixed.
 
 A pure function of the token list and the delay. Token 0 says that a word starts at the next position, token 3 is
 padding, everything else is a piece of the word under way. Where this differs from the Rust server:
@@ -8,14 +8,13 @@ padding, everything else is a piece of the word under way. Where this differs fr
   word: the first word ends there and the second starts there.
 * F11: there a word is lost if nothing follows its last piece. `flush` emits it; `finish` also ends the last word.
 
-`fork` and `join` let another token list run ahead of this one for a few steps (silence instead of what the client will send)
-without saying a word twice.
+`fork`, `join` and `restart` are for token lists that hear the same audio twice: see `Ledger`.
 """
 
 import math
 from collections.abc import Callable, Sequence
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final
 
 from moshi_stt.constants import FRAME_RATE
@@ -28,7 +27,7 @@ LAST_WORD_SECONDS: Final = 1.0
 MOST_PIECES: Final = 4_096
 """A word of so many pieces (five minutes and a half) is emitted as it is: a model that babbles must not fill the memory."""
 SAME_WORD_STEPS: Final = 3
-"""A word of this list and one of a fork are the same when their first pieces are no further apart."""
+"""Words of two token lists are the same word when their first pieces are no further apart."""
 
 WordEvent = Word | EndWord | Interim
 
@@ -36,31 +35,69 @@ _NOTHING: Final[tuple[WordEvent, ...]] = ()
 
 
 @dataclass(slots=True)
-class _Said:
-    """A word that a fork emitted. step: of its first piece; ended: whether its `EndWord` went out, too."""
+class _Emitted:
+    """A word that a token list emitted. step: of its first piece; ended: whether its `EndWord` was emitted, too."""
 
     step: int
     ended: bool = False
 
 
+@dataclass(slots=True)
+class Ledger:
+    """Which words of the audio that is being heard again have been emitted already.
+
+    A stream has one only while it needs it: a fork always, its origin until it has reached what the fork emitted, and a list
+    that was restarted until it has passed the last word that it had emitted.
+    """
+
+    ahead: list[_Emitted] = field(default_factory=list)
+    """What forks emitted, and this list has not reached yet."""
+    until: float = 0.0
+    """Every word that starts before this time was emitted, and ended, before a restart."""
+    mute_end: bool = False
+    """Whether the last word's end was emitted by a fork or before a restart."""
+    own: list[_Emitted] | None = None
+    """Of a fork: the words it came to, emitted by it or by a fork before it."""
+    ended_inherited: bool = False
+    """Of a fork: whether it ended the word that was the last when it began."""
+
+    def holds(self, step: int, start: float) -> bool:
+        """Whether the word under way, of this first piece and start, was emitted."""
+        return start < self.until or any(abs(word.step - step) <= SAME_WORD_STEPS for word in self.ahead)
+
+    def take(self, step: int, start: float) -> _Emitted | None:
+        """The word of this first piece and start, if it was emitted. It is asked for once."""
+        if start < self.until:
+            return _Emitted(step, ended=True)
+        if not self.ahead:
+            return None
+        nearest = min(self.ahead, key=lambda word: abs(word.step - step))
+        if abs(nearest.step - step) > SAME_WORD_STEPS:
+            return None
+        self.ahead.remove(nearest)
+        return nearest
+
+    def is_over(self, start: float) -> bool:
+        """Whether it says nothing about words from this start on."""
+        return self.own is None and not self.ahead and not self.mute_end and start >= self.until
+
+
 class WordAssembler:
-    """The words of one stream."""
+    """The words of one stream: `engine.backend.Words` for Kyutai's models."""
 
     __slots__ = (
-        "_ahead",
         "_announced",
         "_confidence",
         "_decode",
         "_delay",
-        "_ended_inherited",
         "_first_step",
         "_ids",
         "_interim",
+        "_ledger",
         "_logprob",
-        "_mute_end",
-        "_own",
         "_start",
         "_unended",
+        "_warm_step",
         "_word_closed",
         "_word_start",
         "steps",
@@ -79,11 +116,13 @@ class WordAssembler:
         confidence: give each `Word` its probability. interim: also emit the word under way, an `Interim` for each piece.
         """
         self._decode = decode
+        self._delay = delay_frames
         self._confidence = confidence
         self._interim = interim
-        self._delay = delay_frames
         self.steps = 0
         """Tokens pushed: the local counter `s` of the contract."""
+        self._warm_step = delay_frames
+        """The first step whose token means anything."""
         self._ids: list[int] = []
         self._first_step = 0
         """Of the word under way."""
@@ -97,17 +136,10 @@ class WordAssembler:
         self._word_start = 0.0
         self._word_closed = 0.0
         """When the last word started, and the time of the token that closed it."""
-        self._mute_end = False
-        """Whether a fork emitted the last word's end already."""
-        self._ahead: list[_Said] = []
-        """What forks emitted and this list has not reached yet."""
-        self._own: list[_Said] | None = None
-        """Of a fork: the words it came to, sent by it or by a fork before it."""
-        self._ended_inherited = False
-        """Of a fork: whether it ended the word that was the last when it began."""
+        self._ledger: Ledger | None = None
 
     @property
-    def under_way(self) -> bool:
+    def in_word(self) -> bool:
         """Whether a word has begun, or is about to, that was not emitted yet."""
         return self._announced or bool(self._ids)
 
@@ -115,12 +147,12 @@ class WordAssembler:
     def settled(self) -> float:
         """No word that starts before this many seconds of the stream is emitted any more."""
         heard = max(0.0, self._time(self.steps))
-        return min(heard, max(0.0, self._start)) if self.under_way else heard
+        return min(heard, max(0.0, self._start)) if self.in_word else heard
 
     def push(self, token: int, logprob: float = 0.0) -> Sequence[WordEvent]:
         """Take the next step's token and its natural-log probability; return what it completes."""
         self.steps = step = self.steps + 1
-        if step < self._delay:
+        if step < self._warm_step:
             return _NOTHING
         if token == PAD:
             self._announced = False
@@ -138,7 +170,7 @@ class WordAssembler:
         self._logprob += logprob
         if len(self._ids) >= MOST_PIECES:
             return self._close(list(events))
-        if self._interim and not (self._ahead and self._is_said()):
+        if self._interim and not (self._ledger is not None and self._ledger.holds(self._first_step, self._start)):
             return [*events, Interim(self._decode(self._ids), self._start)]
         return events
 
@@ -154,54 +186,70 @@ class WordAssembler:
         self._end(max(self._word_start, min(stop, audio_seconds)), events)
         return events
 
+    def restart(self, step: int) -> Sequence[WordEvent]:
+        """The model starts again from a fresh state and hears the stream from that step on. See `engine.backend.Words`.
+
+        A word is heard again a few steps earlier or later than the first time, so what starts before the middle of the last
+        emitted word, or less than SAME_WORD_STEPS after its start, is that word or one before it.
+        """
+        events: list[WordEvent] = []
+        self._end(max(self._word_start, self._word_closed), events)
+        until = 0.0
+        if self._word_closed:
+            until = max((self._word_start + self._word_closed) / 2, self._word_start + SAME_WORD_STEPS / FRAME_RATE)
+        if self._ledger is not None:
+            emitted = [self._time(word.step + SAME_WORD_STEPS) for word in self._ledger.ahead]
+            until = max([until, self._ledger.until, *emitted])
+        self.steps, self._warm_step = step, step + self._delay
+        self._announced = False
+        self._ids.clear()
+        self._logprob = 0.0
+        self._start = self._time(self._warm_step)
+        self._ledger = Ledger(until=until)
+        return events
+
     def fork(self) -> "WordAssembler":
         """An assembler in the same state, for tokens of another future."""
         other = copy(self)
         other._ids = self._ids.copy()
-        other._ahead = [_Said(said.step, said.ended) for said in self._ahead]
-        other._own, other._ended_inherited = [], False
+        ledger = self._ledger or Ledger()
+        other._ledger = Ledger([copy(word) for word in ledger.ahead], ledger.until, ledger.mute_end, own=[])
         return other
 
     def join(self, fork: "WordAssembler") -> None:
         """What the fork emitted has been sent: do not emit the same words again when this list's tokens make them."""
-        own = fork._own or []
-        known = {said.step for said in own}
-        recent = [s for s in self._ahead if s.step not in known and s.step > self.steps - SAME_WORD_STEPS]
-        self._ahead = recent + own
-        self._mute_end |= fork._ended_inherited
+        forked = fork._ledger
+        assert forked is not None
+        assert forked.own is not None
+        ledger = self._ledger or Ledger()
+        known = {word.step for word in forked.own}
+        recent = [word for word in ledger.ahead if word.step not in known and word.step > self.steps - SAME_WORD_STEPS]
+        joined = Ledger(recent + forked.own, ledger.until, ledger.mute_end or forked.ended_inherited)
+        self._ledger = None if joined.is_over(self._start) else joined
 
     def _close(self, events: list[WordEvent]) -> list[WordEvent]:
-        """Emit the word under way, if there is one and no fork did."""
+        """Emit the word under way, if there is one and it was not emitted."""
         if not self._ids:
             return events
         self._word_start = self._start
         self._word_closed = self._time(self.steps)
         self._unended = True
-        said = self._find_said() if self._ahead else None
-        self._mute_end = said is not None and said.ended
-        if said is None:
-            said = _Said(self._first_step)
+        ledger = self._ledger
+        emitted = ledger.take(self._first_step, self._start) if ledger is not None else None
+        if emitted is None:
             confidence = min(1.0, math.exp(self._logprob)) if self._confidence else None
             events.append(Word(self._decode(self._ids), self._start, confidence))
-            for earlier in self._ahead:
-                earlier.ended = True  # an end sent after this word would be taken for this word's
-        if self._own is not None:
-            self._own.append(said)
+        if ledger is not None:
+            ledger.mute_end = emitted is not None and emitted.ended
+            if emitted is None:
+                emitted = _Emitted(self._first_step)
+                for earlier in ledger.ahead:
+                    earlier.ended = True  # an end sent after this word would be taken for this word's
+            if ledger.own is not None:
+                ledger.own.append(emitted)
         self._ids.clear()
         self._logprob = 0.0
         return events
-
-    def _is_said(self) -> bool:
-        """Whether a fork emitted the word under way."""
-        return any(abs(said.step - self._first_step) <= SAME_WORD_STEPS for said in self._ahead)
-
-    def _find_said(self) -> _Said | None:
-        """Take out the fork's word that is the one under way."""
-        said = min(self._ahead, key=lambda said: abs(said.step - self._first_step))
-        if abs(said.step - self._first_step) > SAME_WORD_STEPS:
-            return None
-        self._ahead.remove(said)
-        return said
 
     def _bound(self, step: int, events: list[WordEvent]) -> list[WordEvent]:
         self._start = self._time(step)
@@ -209,13 +257,18 @@ class WordAssembler:
         return events
 
     def _end(self, stop: float, events: list[WordEvent]) -> None:
-        if self._unended and not self._mute_end:
+        ledger = self._ledger
+        if self._unended and not (ledger is not None and ledger.mute_end):
             events.append(EndWord(stop))
-            if self._own:
-                self._own[-1].ended = True
-            else:
-                self._ended_inherited = True
-        self._unended = self._mute_end = False
+            if ledger is not None and ledger.own:
+                ledger.own[-1].ended = True
+            elif ledger is not None:
+                ledger.ended_inherited = True
+        self._unended = False
+        if ledger is not None:
+            ledger.mute_end = False
+            if ledger.is_over(self._start):
+                self._ledger = None
 
     def _time(self, step: int) -> float:
         """Seconds: an integer difference, then one division, as the wire's values are made."""

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moshi_stt.constants import FRAME_SAMPLES
-from moshi_stt.engine.engine import StepOutput, StepRecorder
+from moshi_stt.engine.backend import StepOutput, StepRecorder
 from moshi_stt.models.mlx_impl.attention import Ring
 from moshi_stt.models.mlx_impl.lm import LanguageModel, LMState
 from moshi_stt.models.mlx_impl.mimi import MimiEncoder, MimiState
@@ -96,7 +96,7 @@ class MLXBackend:
         self.mimi = mimi
         self.state = state
         self.slots = state.slots - 1
-        self.heads = spec.lm.extra_heads
+        self.pause_heads = spec.lm.extra_heads
         self.device = device
         self._mimi_stream = mimi_stream
         self.fixed_rows = fixed_rows
@@ -132,7 +132,7 @@ class MLXBackend:
             for start in range(0, len(slots), block):
                 rows = slice(start, start + block)
                 outputs.append(self._step_block(pcm[rows], slots[rows], fresh[rows]))
-        said, width = 2 + self.heads, 2 + self.heads + self.spec.lm.codebooks
+        said, width = 2 + self.pause_heads, 2 + self.pause_heads + self.spec.lm.codebooks
         packed = np.concatenate(outputs) if outputs else np.zeros((0, width), np.float32)
         tokens = packed[:, 0].astype(np.int64)
         if self.recorder is not None:
@@ -188,7 +188,7 @@ class MLXBackend:
         output = np.array(packed)[:rows]
         state.frames[slots] = frames[:rows] + 1
         state.text[slots] = output[:, 0]
-        state.codes[slots] = output[:, 2 + self.heads :]
+        state.codes[slots] = output[:, 2 + self.pause_heads :]
         return output
 
     def step_rows(self, pcm: mx.array, frames: NDArray[np.int64], slots: list[int]) -> mx.array:

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from moshi_stt.constants import FRAME_SAMPLES
-from moshi_stt.engine.engine import StepOutput, StepRecorder
+from moshi_stt.engine.backend import StepOutput, StepRecorder
 from moshi_stt.errors import ConfigError
 from moshi_stt.models.report import LOUDEST, LoadReport
 from moshi_stt.models.spec import ModelSpec
@@ -83,7 +83,7 @@ class SlotBackend:
         self.spec = spec
         self.state = state
         self.slots = len(state.frames) - 1
-        self.heads = spec.lm.extra_heads
+        self.pause_heads = spec.lm.extra_heads
         self.report = report
         self.device = state.frames.device
         self.recorder: StepRecorder | None = None
@@ -95,11 +95,11 @@ class SlotBackend:
     @property
     def width(self) -> int:
         """Columns of a step's output: the token, its log-probability, the pauses and, where they are recorded, the codes."""
-        return 2 + self.heads + (0 if self.recorder is None else self.spec.lm.codebooks)
+        return 2 + self.pause_heads + (0 if self.recorder is None else self.spec.lm.codebooks)
 
     def _unpack(self, packed: NDArray[np.float32], slots: NDArray[np.int64], fresh: NDArray[np.bool_]) -> StepOutput:
         """packed float32 (B, width), in which float32 holds tokens and codes exactly."""
-        said = 2 + self.heads
+        said = 2 + self.pause_heads
         tokens = packed[:, 0].astype(np.int64)
         if self.recorder is not None:
             self.recorder.record(slots, fresh, tokens, packed[:, said:].astype(np.int64))
@@ -132,7 +132,7 @@ class SlotBackend:
             for name, tensor in self.state.named.items():
                 tensor[slot].copy_(saved[name])
 
-    def age(self) -> None:
+    def fill_context(self) -> None:
         """Make every slot's stream one whose context is full, of anything: for measuring. The state is undefined then."""
         self.state.frames.fill_(max(self.spec.lm.context, self.spec.mimi.context))
 

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from moshi_stt.constants import FRAME_SAMPLES
-from moshi_stt.engine.engine import StepInputs
+from moshi_stt.engine.backend import StepInputs
 
 StepRows = Callable[[Callable[[], Tensor], Tensor, Tensor], Tensor]
 """(load, slots int64 (B,), fresh bool (B,)) -> float32 (B, width): static shapes, no synchronisation.

@@ -6,7 +6,7 @@ from typing import Any
 from prometheus_client.metrics_core import Metric
 
 from moshi_stt.config import ServerConfig
-from moshi_stt.engine.share import Share
+from moshi_stt.engine.sharing import WorkerConfig
 from moshi_stt.server.doors.door import Door, Opening
 
 
@@ -15,7 +15,7 @@ class SetUp:
     """First of all. Two descriptors a share come along: its memory and its signal."""
 
     config: ServerConfig
-    shares: dict[str, Share]
+    shares: dict[str, WorkerConfig]
     """By module name."""
     log_level: int
     process: int

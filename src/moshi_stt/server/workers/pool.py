@@ -20,8 +20,7 @@ import msgspec
 from prometheus_client.metrics_core import Metric
 
 from moshi_stt.config import ServerConfig
-from moshi_stt.engine.batch import BatchEngine
-from moshi_stt.engine.share import Line
+from moshi_stt.engine.sharing import BackendLink, ShareableEngine
 from moshi_stt.engine.slots import Slot
 from moshi_stt.errors import EngineError
 from moshi_stt.server import framing
@@ -91,7 +90,7 @@ class _Worker:
 class WorkerPool:
     """All of them. Used on the event loop alone."""
 
-    def __init__(self, config: ServerConfig, engines: Mapping[str, BatchEngine], count: int) -> None:
+    def __init__(self, config: ServerConfig, engines: Mapping[str, ShareableEngine], count: int) -> None:
         """engines: started, by module name, loaded for so many processes."""
         self._config = config
         self._engines = dict(engines)
@@ -148,7 +147,7 @@ class WorkerPool:
         worker.failed = worker.deaf = False
         worker.counted.set()
         worker.gone = {}
-        lines: dict[str, Line] = {}
+        lines: dict[str, BackendLink] = {}
         try:
             for name, engine in self._engines.items():
                 gone = asyncio.Event()

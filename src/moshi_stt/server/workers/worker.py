@@ -16,7 +16,7 @@ from contextlib import suppress
 from typing import Any, cast
 
 from moshi_stt.engine.remote import RemoteEngine
-from moshi_stt.engine.share import Line
+from moshi_stt.engine.sharing import BackendLink
 from moshi_stt.server.connections import Connections
 from moshi_stt.server.metrics import Metrics
 from moshi_stt.server.runtime import raise_file_limit, run, tune_interpreter
@@ -96,7 +96,7 @@ class Worker:
     async def _set_up(self, message: messages.SetUp, descriptors: list[int]) -> None:
         log_to(self._channel, message.log_level)
         for i, (name, share) in enumerate(message.shares.items()):
-            line = Line(descriptors[2 * i], socket.socket(fileno=descriptors[2 * i + 1]))
+            line = BackendLink(descriptors[2 * i], socket.socket(fileno=descriptors[2 * i + 1]))
             engine = RemoteEngine(share, line, on_freed=self._freed(name), observer=self._metrics)
             self._engines[name] = engine
             await engine.start()

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from moshi_stt.engine.engine import StepInputs, StepOutput, StepRecorder
+from moshi_stt.engine.backend import StepInputs, StepOutput, StepRecorder
 from moshi_stt.models.report import LoadReport
 from moshi_stt.models.spec import ModelSpec
 from moshi_stt.models.torch_impl.backend import BackendState, SlotBackend
@@ -88,7 +88,7 @@ class CudaBackend(SlotBackend):
     def step(self, pcm: NDArray[np.float32], slots: NDArray[np.int64], fresh: NDArray[np.bool_]) -> StepOutput:
         """Step each row once: pcm (B, 1920), slots (B,), fresh (B,). See `engine.Backend.step`."""
         if not len(slots):
-            return StepOutput(np.zeros(0, np.int64), np.zeros(0, np.float32), np.zeros((0, self.heads), np.float32))
+            return StepOutput(np.zeros(0, np.int64), np.zeros(0, np.float32), np.zeros((0, self.pause_heads), np.float32))
         with torch.inference_mode():
             packed = self.runner.step(pcm, slots, fresh)
         return self._unpack(packed, slots, fresh)
@@ -128,7 +128,7 @@ class CudaBackend(SlotBackend):
 
     @property
     def device_seconds(self) -> float | None:
-        """See `engine.TimesSteps`."""
+        """See `engine.backend.TimesSteps`."""
         return self.runner.device_seconds
 
     def _compile(self, buckets: tuple[int, ...]) -> None:
@@ -176,9 +176,9 @@ class CudaBackend(SlotBackend):
         super().restore(slot, saved)
         self._settle()
 
-    def age(self) -> None:
-        """See `SlotBackend.age`."""
-        super().age()
+    def fill_context(self) -> None:
+        """See `SlotBackend.fill_context`."""
+        super().fill_context()
         self._settle()
 
     def _settle(self) -> None:
