@@ -131,7 +131,7 @@ class Scheduler:
         chosen = self._choose(ready, now, others)
         for state, row in zip(chosen, self.inputs.pcm, strict=False):
             state.gather(row)
-            state.last_step = self.steps
+            state.last_step = self.steps + 1
         self.inputs.slots[: len(chosen)] = [state.row_slot for state in chosen]
         self.inputs.fresh[: len(chosen)] = [state.row_fresh for state in chosen]
         return chosen

@@ -147,7 +147,7 @@ class StreamState:
         self.row_fresh = True
         """Of the row gathered last: the slot to step, and whether its state starts from zero."""
         self.last_step = 0
-        """Engine step in which this stream last took part."""
+        """Number of the engine's step in which this stream last took part, from 1 on."""
         self.done = False
         """Whether the last event has been made."""
         self.woken = False
