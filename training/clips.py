@@ -1,0 +1,43 @@
+"""Clips on disk: shards of one Ogg Opus file each, with an index of what is where."""
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from training.voices import RATE, Clip, Timed
+
+_GAP = RATE // 20
+"""Silence between two clips of a shard, so that the codec does not carry one into the next."""
+
+
+def write_shard(path: Path, clips: Sequence[Clip]) -> None:
+    """path: without a suffix. The index is written last, so that a shard with an index is whole."""
+    import soundfile
+
+    pieces, index, at = [], [], 0
+    for clip in clips:
+        samples = np.clip(clip.samples * (0.5 / max(1e-4, float(np.abs(clip.samples).max()))), -1, 1)
+        words = [[w.text, round(w.start, 3), round(w.end, 3)] for w in clip.words]
+        index.append([at, len(samples), clip.text, clip.voice, clip.language, words])
+        pieces += [samples, np.zeros(_GAP, np.float32)]
+        at += len(samples) + _GAP
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sound = np.concatenate(pieces)
+    with soundfile.SoundFile(path.with_suffix(".ogg"), "w", RATE, 1, format="OGG", subtype="OPUS", compression_level=0.88) as file:
+        for start in range(0, len(sound), RATE):  # libsndfile's Opus writer needs a deep stack for long writes
+            file.write(sound[start : start + RATE])
+    path.with_suffix(".json").write_text(json.dumps(index, ensure_ascii=False), encoding="utf-8")
+
+
+def read_shards(folder: Path) -> Iterator[Clip]:
+    """Every clip of a folder, in the order of the names."""
+    import soundfile
+
+    for index in sorted(folder.rglob("*.json")):
+        samples, rate = soundfile.read(index.with_suffix(".ogg"), dtype="float32")
+        assert rate == RATE, f"{index}: {rate} Hz"
+        for at, length, text, voice, language, words in json.loads(index.read_text(encoding="utf-8")):
+            timed = tuple(Timed(*word) for word in words)
+            yield Clip(samples[at : at + length].copy(), text, timed, voice, language)

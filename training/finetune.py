@@ -1,0 +1,138 @@
+"""Quantizes a trained model and teaches its language model to read the codes; the encoder stays as it is.
+
+    python -m training.finetune OUT/last.pt OUT/final.pt --clips FOLDER --tokenizer FILE --seconds 60 [--device cuda]
+"""
+
+import argparse
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from training.compose import Bank, Mix, Planner, changed, render
+from training.model import Shape, SmallModel
+from training.quantise import Codes, fit_codes
+from training.tokenizer import pieces_of
+from training.train import DELAY_FRAMES, held_out_tests, load_clips, prefetched, validate
+
+
+class Finetuner:
+    """The quantized model and the tables that are fitted to it."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        torch.manual_seed(args.seed)
+        self.args, self.device = args, torch.device(args.device)
+        state = torch.load(args.source, map_location=self.device, weights_only=True)
+        shape = dict(state["shape"])
+        self.shape = Shape(**{**shape, "channels": tuple(shape["channels"])})
+        self.pieces = pieces_of(args.tokenizer)
+        self.bank = Bank(load_clips(args.clips), self.device)
+        self.planner = Planner(self.bank, self.pieces, DELAY_FRAMES, Mix(), args.seed + 1)
+        self.generator = torch.Generator(self.device).manual_seed(args.seed + 1)
+        self.model = SmallModel(self.shape, self.planner.word_classes).to(self.device)
+        self.model.load_state_dict(state["average"])
+        round_weights(self.model)
+        self.codes = fit_codes(self.model, self._sample_latents(args.sample_batches), self.generator)
+
+    def _sample_latents(self, batches: int) -> torch.Tensor:
+        found = []
+        with torch.no_grad():
+            for _ in range(batches):
+                plan = self.planner.plan(self.args.rows, self.args.frames)
+                clean = render(plan, self.bank, self.args.rows, self.args.frames, self.generator, change=False)
+                found.append(self.model.latents(changed(clean, self.generator)).flatten(0, 1))
+        return torch.cat(found)
+
+    def run(self) -> None:
+        args, model, codes = self.args, self.model, self.codes
+        codes.tables.requires_grad_(True)
+        encoder = [w for name, w in model.named_weights() if name.startswith(("encoder", "downsample", "quantizer"))]
+        for weight in encoder:
+            weight.requires_grad_(False)
+        trained = [w for name, w in model.named_weights() if w.requires_grad and name != "latent_in"] + [codes.tables]
+        optimizer = torch.optim.AdamW(trained, lr=args.rate, betas=(0.9, 0.98), weight_decay=0.01)
+        average = [w.detach().clone() for w in trained]
+        start, step = time.monotonic(), 0
+        for plan in prefetched(lambda: self.planner.plan(args.rows, args.frames)):
+            progress = step / args.steps if args.steps else (time.monotonic() - start) / args.seconds
+            if progress >= 1:
+                break
+            optimizer.param_groups[0]["lr"] = args.rate * min(1.0, (step + 1) / 50) * (1 - progress) + 1e-6
+            loss = self._loss(plan)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(trained, 1.0)
+            optimizer.step()
+            step += 1
+            with torch.no_grad():
+                torch._foreach_lerp_(average, trained, 1 - min(0.998, 1 - 1 / (1 + step / 4)))
+            if step % args.show == 0:
+                print(f"fine-tuning step {step} {progress:.0%} {loss.item():.3f}", flush=True)
+        with torch.no_grad():
+            for weight, mean in zip(trained, average, strict=True):
+                weight.copy_(mean)
+        self.save(args.target)
+
+    def _loss(self, plan) -> torch.Tensor:  # type: ignore[no-untyped-def]
+        args, model = self.args, self.model
+        tokens, pauses = torch.from_numpy(plan.tokens).to(self.device), torch.from_numpy(plan.pauses).to(self.device)
+        clean = render(plan, self.bank, args.rows, args.frames, self.generator, change=False)
+        with torch.no_grad():  # in float32: the server's codes
+            codes = self.codes.encode(model.latents(changed(clean, self.generator)))
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=args.bf16):
+            inputs = model.shifted(self.codes.embed(codes))
+            text = torch.cat([torch.full_like(tokens[:, :1], self.shape.text_card), tokens[:, :-1]], 1)
+            keep = (torch.rand(text.shape, device=self.device) >= args.text_dropout).float()
+            logits, pause = model.language(inputs, text, keep)
+            weight = torch.ones(logits.shape[-1], device=self.device)
+            weight[3] = 0.5
+            token = F.cross_entropy(logits.float().flatten(0, 1), tokens.flatten(), weight=weight)
+            return token + 0.25 * F.cross_entropy(pause.float().flatten(0, 2), (~pauses).long().flatten())
+
+    def save(self, path: Path) -> None:
+        weights = {name: weight.detach().cpu() for name, weight in self.model.named_weights()}
+        codes = {"books": self.codes.books.cpu(), "tables": self.codes.tables.detach().cpu()}
+        torch.save({"weights": weights, "codes": codes, "shape": self.shape.as_dict()}, path)
+
+
+def round_weights(model: SmallModel) -> None:
+    """The encoder's weights to the 16 bits that they are shipped in, so that the codes are those of the shipped model."""
+    with torch.no_grad():
+        for name, weight in model.named_weights():
+            if name.startswith(("encoder", "downsample", "quantizer")):
+                weight.copy_(weight.half().float())
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("source", type=Path)
+    parser.add_argument("target", type=Path)
+    parser.add_argument("--clips", type=Path, required=True)
+    parser.add_argument("--tokenizer", type=Path, required=True)
+    parser.add_argument("--seconds", type=float, default=60)
+    parser.add_argument("--steps", type=int)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--rows", type=int, default=4)
+    parser.add_argument("--frames", type=int, default=125)
+    parser.add_argument("--rate", type=float, default=6e-4)
+    parser.add_argument("--text-dropout", type=float, default=0.2)
+    parser.add_argument("--sample-batches", type=int, default=40)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--show", type=int, default=50)
+    parser.add_argument("--bf16", action="store_true")
+    args = parser.parse_args(argv)
+    tuner = Finetuner(args)
+    tuner.run()
+    for name, rate in tests_report(tuner).items():
+        print(f"{name} {rate:.1%}", flush=True)
+
+
+def tests_report(tuner: Finetuner) -> dict[str, float]:
+    """Word error rates of the quantized model on what training does not see."""
+    tests = held_out_tests(tuner.args.clips)
+    return {name: validate(tuner.model, clips, tuner.pieces, tuner.device, tuner.codes) for name, clips in tests.items()}
+
+
+if __name__ == "__main__":
+    main()

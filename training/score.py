@@ -1,0 +1,62 @@
+"""Greedy decoding of whole sequences, and word errors."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from training.model import SmallModel, rms, rotary, turned
+
+
+@torch.no_grad()
+def greedy(model: SmallModel, inputs: Tensor) -> Tensor:
+    """inputs (B, T, dim), one frame late: the tokens (B, T) as the server would choose them, one position at a time."""
+    s = model.shape
+    rows, frames = inputs.shape[:2]
+    cos, sin = rotary(frames, s.dim // s.heads, 100_000.0, inputs.device)
+    caches: list[tuple[list[Tensor], list[Tensor]]] = [([], []) for _ in range(s.layers)]
+    token = torch.full((rows,), s.text_card, device=inputs.device)
+    tokens = []
+    for t in range(frames):
+        x = inputs[:, t] + F.embedding(token, model["text_emb.weight"]).to(inputs.dtype)
+        for i, (keys, values) in enumerate(caches):
+            at = f"transformer.layers.{i}."
+            qkv = F.linear(rms(x, model[at + "norm1.alpha"]), model[at + "self_attn.in_proj_weight"])
+            q, k, v = qkv.view(rows, 1, 3, s.heads, -1).unbind(2)
+            turn = cos[t : t + 1], sin[t : t + 1]
+            keys.append(turned(k, turn))
+            values.append(v)
+            del keys[: -s.context], values[: -s.context]
+            y = F.scaled_dot_product_attention(
+                turned(q, turn).transpose(1, 2), torch.cat(keys, 1).transpose(1, 2), torch.cat(values, 1).transpose(1, 2)
+            )
+            x = x + F.linear(y.transpose(1, 2).reshape(rows, -1), model[at + "self_attn.out_proj.weight"])
+            gate, up = F.linear(rms(x, model[at + "norm2.alpha"]), model[at + "gating.linear_in.weight"]).chunk(2, -1)
+            x = x + F.linear(F.silu(gate) * up, model[at + "gating.linear_out.weight"])
+        token = F.linear(rms(x, model["out_norm.alpha"]), model["text_linear.weight"]).argmax(-1)
+        tokens.append(token)
+    return torch.stack(tokens, 1)
+
+
+def word_ids(tokens: Sequence[int]) -> list[tuple[int, ...]]:
+    """The pieces of each word: what stands between boundaries (0) and padding (3)."""
+    found: list[tuple[int, ...]] = []
+    here: list[int] = []
+    for token in [*tokens, 3]:
+        if token not in (0, 3):
+            here.append(token)
+        elif here:
+            found.append(tuple(here))
+            here = []
+    return found
+
+
+def edits(said: Sequence[object], heard: Sequence[object]) -> int:
+    """Substitutions, deletions and insertions between two word lists."""
+    row = list(range(len(heard) + 1))
+    for i, a in enumerate(said, 1):
+        before, row[0] = row[0], i
+        for j, b in enumerate(heard, 1):
+            before, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, before + (a != b))
+    return row[-1]

@@ -1,0 +1,109 @@
+"""Speaks the vocabulary with every synthetic voice there is, into shards of clips. Seeded; what is there already is kept.
+
+    python -m training.synthesise OUT --engines espeak,flite,festival,hibari --seed 1 [--scale 0.1]
+"""
+
+import argparse
+import random
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+
+from training.alignment import align
+from training.clips import read_shards, write_shard
+from training.vocabulary import DIGITS, ENGLISH, FRENCH
+from training.voices import (
+    ESPEAK_ENGLISH,
+    ESPEAK_FRENCH,
+    ESPEAK_VARIANTS,
+    FESTIVAL,
+    FLITE,
+    Clip,
+    Espeak,
+    Hibari,
+    festival,
+    flite,
+)
+
+SHARD = 100
+"""Clips of one shard."""
+
+
+def espeak_clips(rng: random.Random, scale: float) -> Iterator[Clip]:
+    """Each variant with several accents, rates and pitches."""
+    espeak = Espeak()
+    for variant in ESPEAK_VARIANTS:
+        for _ in range(max(1, round(4 * scale))):
+            accent = rng.choice(ESPEAK_ENGLISH)
+            for text in DIGITS:
+                yield espeak.say(text, accent, variant, rng.randint(110, 210), rng.randint(25, 75), rng.randint(20, 90))
+        for _ in range(max(1, round(45 * scale))):
+            accent, text = rng.choice(ESPEAK_ENGLISH), rng.choice(ENGLISH)
+            yield espeak.say(text, accent, variant, rng.randint(120, 190), rng.randint(25, 75), rng.randint(30, 80))
+        for _ in range(max(1, round(30 * scale))):
+            accent, text = rng.choice(ESPEAK_FRENCH), rng.choice(FRENCH)
+            yield espeak.say(text, accent, variant, rng.randint(120, 185), rng.randint(25, 75), rng.randint(30, 80))
+
+
+def flite_clips(rng: random.Random, scale: float) -> Iterator[Clip]:
+    espeak = Espeak()
+    for voice in FLITE:
+        for text in [*DIGITS * max(1, round(6 * scale)), *rng.sample(ENGLISH, max(1, round(len(ENGLISH) * min(1, scale))))]:
+            yield align(flite(text, voice, rng.uniform(0.85, 1.4)), _reading(espeak, text, "en-us"))
+
+
+def festival_clips(rng: random.Random, scale: float) -> Iterator[Clip]:
+    espeak = Espeak()
+    for voice in FESTIVAL:
+        for _ in range(max(1, round(4 * scale))):
+            texts = [*DIGITS, *rng.sample(ENGLISH, max(1, round(len(ENGLISH) * min(1, scale) / 3)))]
+            for clip in festival(texts, voice, rng.uniform(0.85, 1.4)):
+                yield align(clip, _reading(espeak, clip.text, "en-us"))
+
+
+def hibari_clips(rng: random.Random, scale: float) -> Iterator[Clip]:
+    espeak, hibari = Espeak(), Hibari()
+    for text in [*DIGITS * max(1, round(12 * scale)), *ENGLISH]:
+        yield align(hibari.say(text, rng.uniform(0.75, 1.3)), _reading(espeak, text, "en-us"))
+
+
+def kokoro_clips(folder: Path) -> Iterator[Clip]:
+    """What `training.kokoro speak` left in a folder, with the times of the words."""
+    espeak = Espeak()
+    for clip in read_shards(folder):
+        yield clip if clip.words else align(clip, _reading(espeak, clip.text, "fr-fr" if clip.language == "fr" else "en-us"))
+
+
+def _reading(espeak: Espeak, text: str, accent: str) -> Clip:
+    return espeak.say(text, accent, "", 150, 50, 50)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--engines", default="espeak,flite,festival,hibari")
+    parser.add_argument("--kokoro", type=Path, help="the folder of `training.kokoro speak`, to be aligned")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--scale", type=float, default=1.0)
+    args = parser.parse_args()
+    for engine in [*args.engines.split(","), *(["kokoro"] if args.kokoro else [])]:
+        synthesise(args.out, engine, args.seed, args.scale, args.kokoro)
+
+
+ENGINES = {"espeak": espeak_clips, "flite": flite_clips, "festival": festival_clips, "hibari": hibari_clips}
+
+
+def synthesise(out: Path, engine: str, seed: int, scale: float, kokoro: Path | None = None) -> int:
+    """All clips of one engine into `out`/ENGINE. Returns how many there are."""
+    rng = random.Random(f"{seed} {engine}")
+    clips = kokoro_clips(kokoro) if kokoro and engine == "kokoro" else ENGINES[engine](rng, scale)
+    count, number = 0, 0
+    while shard := list(islice(clips, SHARD)):
+        write_shard(out / engine / f"{number:04}", shard)
+        count, number = count + len(shard), number + 1
+        print(f"{engine}: {count} clips", flush=True)
+    return count
+
+
+if __name__ == "__main__":
+    main()
