@@ -4,6 +4,9 @@ Dynamic time warping between the log-mel spectra of the two: both say the same s
 reading with known times, in any language.
 """
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -55,23 +58,39 @@ def warp(a: NDArray[np.float32], b: NDArray[np.float32]) -> NDArray[np.int64]:
     return path
 
 
-def align(clip: Clip, reading: Clip) -> Clip:
+class Reading(NamedTuple):
+    """What `align` needs of a reading: its spectrum, one row per 10 ms from the first word's start, and each word's first
+    row.
+    """
+
+    mel: NDArray[np.float32]
+    words: tuple[str, ...]
+    rows: tuple[int, ...]
+
+
+def reading_of(clip: Clip) -> Reading:
+    """Of a clip with known times."""
+    begin, end = clip.words[0].start, clip.words[-1].end
+    mel = log_mel(clip.samples[int(begin * RATE) : int(end * RATE)])
+    rows = [min(len(mel) - 1, round((word.start - begin) * 100)) for word in clip.words]
+    return Reading(mel, tuple(word.text for word in clip.words), tuple(rows))
+
+
+def joined(readings: Sequence[Reading]) -> Reading:
+    """Readings one after the other, as one."""
+    offsets = np.cumsum([0, *(len(reading.mel) for reading in readings)])
+    rows = [int(offset) + row for offset, reading in zip(offsets, readings, strict=False) for row in reading.rows]
+    return Reading(np.concatenate([r.mel for r in readings]), tuple(w for r in readings for w in r.words), tuple(rows))
+
+
+def align(clip: Clip, reading: Reading) -> Clip:
     """The clip with the times of the reading's words carried over to it."""
     first, last = sounding(clip.samples, RATE)
-    if len(reading.words) == 1:
-        return _timed(clip, (Timed(clip.text, first, last),))
-    begin, end = reading.words[0].start, reading.words[-1].end
-    ours = log_mel(clip.samples[int(first * RATE) : int(last * RATE)])
-    theirs = log_mel(reading.samples[int(begin * RATE) : int(end * RATE)])
-    path = warp(theirs, ours)
     edges = [first]
-    for word in reading.words[1:]:
-        row = min(len(path) - 1, round((word.start - begin) * 100))
-        edges.append(max(edges[-1] + 0.02, first + float(path[row]) / 100))
+    if len(reading.words) > 1:
+        path = warp(reading.mel, log_mel(clip.samples[int(first * RATE) : int(last * RATE)]))
+        for row in reading.rows[1:]:
+            edges.append(max(edges[-1] + 0.02, first + float(path[row]) / 100))
     edges.append(max(last, edges[-1] + 0.02))
-    words = tuple(Timed(w.text, a, b) for w, a, b in zip(reading.words, edges, edges[1:], strict=False))
-    return _timed(clip, words)
-
-
-def _timed(clip: Clip, words: tuple[Timed, ...]) -> Clip:
+    words = tuple(Timed(w, a, b) for w, a, b in zip(reading.words, edges, edges[1:], strict=False))
     return Clip(clip.samples, clip.text, words, clip.voice, clip.language)

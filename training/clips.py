@@ -25,7 +25,9 @@ def write_shard(path: Path, clips: Sequence[Clip]) -> None:
         at += len(samples) + _GAP
     path.parent.mkdir(parents=True, exist_ok=True)
     sound = np.concatenate(pieces)
-    with soundfile.SoundFile(path.with_suffix(".ogg"), "w", RATE, 1, format="OGG", subtype="OPUS", compression_level=0.88) as file:
+    with soundfile.SoundFile(
+        path.with_suffix(".ogg"), "w", RATE, 1, format="OGG", subtype="OPUS", compression_level=0.88
+    ) as file:
         for start in range(0, len(sound), RATE):  # libsndfile's Opus writer needs a deep stack for long writes
             file.write(sound[start : start + RATE])
     path.with_suffix(".json").write_text(json.dumps(index, ensure_ascii=False), encoding="utf-8")

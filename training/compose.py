@@ -1,7 +1,7 @@
-"""Endless training rows made of clips: what is said when is drawn on the CPU (`plan`), the sound is made on the device (`render`).
+"""Endless training rows made of clips: `plan` draws what is said when, on the CPU; `render` makes the sound, on the device.
 
-A row is some seconds of turns by one voice or several: strings of digits, phrases, pauses between and inside them; so the time of every
-word and every pause is known exactly. `render` changes speed, level, room, bandwidth and noise.
+A row is some seconds of turns by one voice or several: strings of digits, phrases, pauses between and inside them; so the
+time of every word and every pause is known exactly. `changed` gives each row a room, a bandwidth, noise and a level.
 """
 
 import random
@@ -58,13 +58,28 @@ class Piece(NamedTuple):
 
 @dataclass
 class Plan:
-    """A batch before its sound is made. tokens (B, T); pauses (B, T, heads) bool; words (B, T): class of the word being said."""
+    """A batch before its sound is made.
+
+    tokens (B, T); pauses (B, T, heads) bool; words (B, T): class of the word at each frame.
+
+    said: the words of each row with their times.
+    """
 
     pieces: list[Piece] = field(default_factory=list)
     tokens: NDArray[np.int64] = field(default_factory=lambda: np.zeros((0, 0), np.int64))
     pauses: NDArray[np.bool_] = field(default_factory=lambda: np.zeros((0, 0, 0), np.bool_))
     words: NDArray[np.int64] = field(default_factory=lambda: np.zeros((0, 0), np.int64))
     said: list[list[tuple[str, float, float]]] = field(default_factory=list)
+
+
+@dataclass
+class _Row:
+    """One row as it is drawn."""
+
+    number: int
+    seconds: float
+    pieces: list[Piece] = field(default_factory=list)
+    said: list[tuple[str, float, float]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -84,7 +99,9 @@ class Mix:
 class Planner:
     """Draws rows."""
 
-    def __init__(self, bank: Bank, pieces_of: dict[str, list[int]], delay_frames: int, mix: Mix | None = None, seed: int = 0) -> None:
+    def __init__(
+        self, bank: Bank, pieces_of: dict[str, list[int]], delay_frames: int, mix: Mix | None = None, seed: int = 0
+    ) -> None:
         """pieces_of: the token ids of each word."""
         self._bank, self._pieces_of, self._delay = bank, pieces_of, delay_frames
         self._mix = mix or Mix()
@@ -101,7 +118,9 @@ class Planner:
     def plan(self, rows: int, frames: int) -> Plan:
         plan = Plan()
         seconds = frames / FRAME_RATE
-        said = [self._row(plan, row, seconds) for row in range(rows)]
+        drawn = [self._row(row, seconds) for row in range(rows)]
+        plan.pieces = [piece for row in drawn for piece in row.pieces]
+        said = [row.said for row in drawn]
         made = [targets(words, frames, self._pieces_of, self._delay) for words in said]
         plan.tokens = np.stack([tokens for tokens, _ in made])
         plan.pauses = np.stack([pauses for _, pauses in made])
@@ -109,29 +128,29 @@ class Planner:
         plan.said = said
         return plan
 
-    def _row(self, plan: Plan, row: int, seconds: float) -> list[tuple[str, float, float]]:
+    def _row(self, number: int, seconds: float) -> "_Row":
         rng, mix = self._random, self._mix
+        row = _Row(number, seconds)
         if rng.random() < mix.empty:
-            return []
-        said: list[tuple[str, float, float]] = []
+            return row
         now = rng.choice((0.0, rng.uniform(0, 0.6), rng.uniform(0.3, 2.5)))
         kind = self._kind()
         while now < seconds - 0.5:
             if rng.random() < 0.5:
                 kind = self._kind()
             voice = self._voice(kind)
-            speed = rng.uniform(0.85, 1.18)
-            gain = 10 ** (rng.uniform(-8, 0) / 20)
+            speed, gain = rng.uniform(0.85, 1.18), 10 ** (rng.uniform(-8, 0) / 20)
             if kind == "digit":
-                now = self._digits(plan, row, seconds, now, voice, speed, gain, said)
+                now = self._digits(row, now, voice, speed, gain)
             else:
-                now = self._phrase(plan, row, seconds, now, rng.choice(self._bank.groups[kind][voice]), speed, gain, said)
+                now = self._phrase(row, now, rng.choice(self._bank.groups[kind][voice]), speed, gain)
             now += rng.uniform(0.1, 0.8) if rng.random() < 0.2 else rng.uniform(0.8, 4.0)
-        return said
+        return row
 
     def _kind(self) -> str:
         rng = self._random
-        kind = "digit" if rng.random() < self._mix.digits else "fr" if rng.random() < self._mix.french / (1 - self._mix.digits) else "en"
+        other = "fr" if rng.random() < self._mix.french / (1 - self._mix.digits) else "en"
+        kind = "digit" if rng.random() < self._mix.digits else other
         return kind if self._bank.voices[kind] else "digit"
 
     def _voice(self, kind: str) -> str:
@@ -141,21 +160,17 @@ class Planner:
         human = self._human and (rng.random() < self._mix.human or not self._synthetic)
         return rng.choice(self._human if human else self._synthetic)
 
-    def _digits(
-        self, plan: Plan, row: int, seconds: float, now: float, voice: str, speed: float, gain: float, said: list[tuple[str, float, float]]
-    ) -> float:
+    def _digits(self, row: "_Row", now: float, voice: str, speed: float, gain: float) -> float:
         rng = self._random
         spread = rng.choice((0.12, 0.35, 0.9))
         for _ in range(rng.choice((1, 1, 2, 3, 4, 5, 6, 8, 10))):
             clip = rng.choice(self._bank.groups["digit"][voice])
             own = speed * rng.uniform(0.95, 1.05)
-            now = self._phrase(plan, row, seconds, now, clip, own, gain * rng.uniform(0.7, 1.0), said)
+            now = self._phrase(row, now, clip, own, gain * rng.uniform(0.7, 1.0))
             now += rng.uniform(0.0, spread)
         return now
 
-    def _phrase(
-        self, plan: Plan, row: int, seconds: float, now: float, clip: int, speed: float, gain: float, said: list[tuple[str, float, float]]
-    ) -> float:
+    def _phrase(self, row: "_Row", now: float, clip: int, speed: float, gain: float) -> float:
         """Put one clip at `now`, trimmed to its words; returns where it ends. A clip that does not fit ends the row."""
         rng, words, length = self._random, self._bank.words[clip], float(self._bank.lengths[clip])
         begin = max(0.0, words[0].start - rng.uniform(0.01, 0.08))
@@ -165,10 +180,10 @@ class Planner:
         for i, (a, b, inside) in enumerate(parts):
             if i:
                 now += rng.uniform(0.2, 1.5)
-            if now + (b - a) / speed > seconds:
-                return seconds
-            plan.pieces.append(Piece(row, clip, a, b - a, now, speed, gain))
-            said += [(w.text, now + (w.start - a) / speed, now + (w.end - a) / speed) for w in inside]
+            if now + (b - a) / speed > row.seconds:
+                return row.seconds
+            row.pieces.append(Piece(row.number, clip, a, b - a, now, speed, gain))
+            row.said += [(w.text, now + (w.start - a) / speed, now + (w.end - a) / speed) for w in inside]
             now += (b - a) / speed
         return now
 
@@ -184,9 +199,9 @@ def targets(
 ) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
     """Tokens (T,) and pauses (T, heads) of a row.
 
-    A boundary token stands where a word begins and where it ends, `delay` later (contract section 5.6); the word's pieces right before
-    its end, so that they are chosen when all of it was heard. A pause holds at a position when nobody speaks from the moment that the
-    position tells of until the head's horizon.
+    A boundary token stands where a word begins and where it ends, `delay` later (contract section 5.6); the word's pieces right
+    before its end, so that they are chosen when all of it was heard. A pause holds at a position when nobody speaks from the
+    moment that the position tells of until the head's horizon.
     """
     tokens = np.full(frames, PAD, np.int64)
     free = delay - 1
@@ -243,7 +258,9 @@ def _place(pieces: Sequence[Piece], bank: Bank, sound: Tensor, frames: int) -> N
     index = below.long()
     values = torch.lerp(bank.sound[index].float(), bank.sound[index + 1].float(), part) * (gain / 32_768).float()
     edge = torch.minimum(steps, lengths - 1 - steps).clamp(0, 120).float() / 120  # 5 ms in and out
-    sound.index_add_(0, (target + steps).clamp(max=len(sound) - 1).flatten(), torch.where(steps < lengths, values * edge, 0).flatten())
+    sound.index_add_(
+        0, (target + steps).clamp(max=len(sound) - 1).flatten(), torch.where(steps < lengths, values * edge, 0).flatten()
+    )
 
 
 def changed(sound: Tensor, generator: torch.Generator) -> Tensor:

@@ -1,6 +1,6 @@
 """Quantizes a trained model and teaches its language model to read the codes; the encoder stays as it is.
 
-    python -m training.finetune OUT/last.pt OUT/final.pt --clips FOLDER --tokenizer FILE --seconds 60 [--device cuda]
+python -m training.finetune OUT/last.pt OUT/final.pt --clips FOLDER --tokenizer FILE --seconds 60 [--device cuda]
 """
 
 import argparse
@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from training.compose import Bank, Mix, Planner, changed, render
 from training.model import Shape, SmallModel
-from training.quantise import Codes, fit_codes
+from training.quantise import fit_codes
 from training.tokenizer import pieces_of
 from training.train import DELAY_FRAMES, held_out_tests, load_clips, prefetched, validate
 
@@ -53,8 +53,8 @@ class Finetuner:
         trained = [w for name, w in model.named_weights() if w.requires_grad and name != "latent_in"] + [codes.tables]
         optimizer = torch.optim.AdamW(trained, lr=args.rate, betas=(0.9, 0.98), weight_decay=0.01)
         average = [w.detach().clone() for w in trained]
-        start, step = time.monotonic(), 0
-        for plan in prefetched(lambda: self.planner.plan(args.rows, args.frames)):
+        start = time.monotonic()
+        for step, plan in enumerate(prefetched(lambda: self.planner.plan(args.rows, args.frames))):
             progress = step / args.steps if args.steps else (time.monotonic() - start) / args.seconds
             if progress >= 1:
                 break
@@ -64,9 +64,8 @@ class Finetuner:
             loss.backward()
             torch.nn.utils.clip_grad_norm_(trained, 1.0)
             optimizer.step()
-            step += 1
             with torch.no_grad():
-                torch._foreach_lerp_(average, trained, 1 - min(0.998, 1 - 1 / (1 + step / 4)))
+                torch._foreach_lerp_(average, trained, 1 - min(0.998, 1 - 1 / (1 + (step + 1) / 4)))
             if step % args.show == 0:
                 print(f"fine-tuning step {step} {progress:.0%} {loss.item():.3f}", flush=True)
         with torch.no_grad():

@@ -16,7 +16,10 @@ TEST_TAKES = 5
 
 
 def shared_folder() -> Path | None:
-    """The folder with `digits`, `audio` and `turns`: MOSHI_STT_SHARED, or `shared` beside the project. None where there is none."""
+    """The folder with `digits`, `audio` and `turns`: MOSHI_STT_SHARED, or `shared` beside the project.
+
+    None where there is none.
+    """
     named = os.environ.get("MOSHI_STT_SHARED")
     folder = Path(named) if named else Path(__file__).resolve().parents[2] / "shared"
     return folder if folder.is_dir() else None

@@ -1,10 +1,10 @@
 """Speaks with Kokoro-82M, the slow one of the engines, on as many cores as there are.
 
-What to say is prepared first (`plan`, which needs hibari's and espeak-ng's phonemes), so that the speaking can happen on another
-machine (`speak`, which needs ONNX Runtime alone).
+What to say is prepared first (`plan`, which needs hibari's and espeak-ng's phonemes, and espeak-ng's readings for the words'
+times), so that the speaking can happen on another machine (`speak`, which needs ONNX Runtime alone).
 
-    python -m training.kokoro plan JOBS.npz --voices FOLDER --seed 1
-    python -m training.kokoro speak JOBS.npz --model kokoro.onnx OUT --processes 16 --seconds 200
+    python -m training.kokoro plan JOBS.npz --readings READINGS.npz --voices FOLDER --seed 1
+    python -m training.kokoro speak JOBS.npz OUT --readings READINGS.npz --model kokoro.onnx --processes 16 --seconds 200
 """
 
 import argparse
@@ -19,9 +19,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from training.alignment import Reading, align, joined, reading_of
 from training.clips import write_shard
 from training.vocabulary import DIGITS, ENGLISH, FRENCH
-from training.voices import HELD_OUT_KOKORO, Clip, french_phonemes, kokoro_vocabulary, mixed_voice
+from training.voices import HELD_OUT_KOKORO, Clip, Espeak, french_phonemes, kokoro_vocabulary, mixed_voice
 
 SHARD = 100
 STYLE = 256
@@ -84,7 +85,11 @@ def plan(styles: Styles, rng: random.Random, digits: int, english: int, french: 
         jobs.append(Job(text, language, f"kokoro:{name}", ids, styles.mixed(voice, len(ids)), speed))
 
     for i in range(digits):
-        voice = [(styles.english[i], 1.0)] if i < len(styles.english) else mixed_voice(rng, rng.choice((styles.english, styles.every)))
+        voice = (
+            [(styles.english[i], 1.0)]
+            if i < len(styles.english)
+            else mixed_voice(rng, rng.choice((styles.english, styles.every)))
+        )
         for text in DIGITS if i % 8 == 0 else ():
             add(text, text, "en", voice, rng.uniform(0.75, 1.15))
         order = rng.sample(DIGITS, len(DIGITS))
@@ -100,6 +105,27 @@ def plan(styles: Styles, rng: random.Random, digits: int, english: int, french: 
     return jobs
 
 
+def readings() -> dict[tuple[str, str], Reading]:
+    """espeak-ng's reading of everything there is to say, by language and text; a list of digits is made of its digits."""
+    espeak = Espeak()
+    texts = [("en", text) for text in (*DIGITS, *ENGLISH)] + [("fr", text) for text in FRENCH]
+    accents = {"en": "en-us", "fr": "fr-fr"}
+    return {(language, text): reading_of(espeak.say(text, accents[language], "", 150, 50, 50)) for language, text in texts}
+
+
+def save_readings(path: Path, found: dict[tuple[str, str], Reading]) -> None:
+    index = [[*key, reading.words, reading.rows] for key, reading in found.items()]
+    mels = {f"mel{i}": np.clip(reading.mel * 24, -127, 127).astype(np.int8) for i, reading in enumerate(found.values())}
+    np.savez_compressed(path, index=json.dumps(index), **mels)  # type: ignore[arg-type]
+
+
+def load_readings(path: Path) -> dict[tuple[str, str], Reading]:
+    with np.load(path) as file:
+        index = json.loads(str(file["index"]))
+        mels = [file[f"mel{i}"].astype(np.float32) / 24 for i in range(len(index))]
+    return {(row[0], row[1]): Reading(mel, tuple(row[2]), tuple(row[3])) for row, mel in zip(index, mels, strict=True)}
+
+
 def save_jobs(path: Path, jobs: list[Job]) -> None:
     index = [[job.text, job.language, job.voice, job.ids, job.speed] for job in jobs]
     np.savez_compressed(path, index=json.dumps(index), styles=np.stack([job.style for job in jobs]).astype(np.float16))
@@ -113,12 +139,14 @@ def load_jobs(path: Path) -> list[Job]:
 
 
 _session: Any = None
+_readings: dict[tuple[str, str], Reading] = {}
 
 
-def _start(model: str) -> None:
+def _start(model: str, known: str) -> None:
     import onnxruntime
 
-    global _session
+    global _session, _readings
+    _readings = load_readings(Path(known))
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = options.inter_op_num_threads = 1
     _session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
@@ -127,13 +155,15 @@ def _start(model: str) -> None:
 def _speak(job: Job) -> Clip:
     feeds = {"tokens": np.array([[0, *job.ids, 0]]), "style": job.style[None], "speed": np.full(1, job.speed, np.float32)}
     samples = np.asarray(_session.run(None, feeds)[0], np.float32).reshape(-1)
-    return Clip(samples, job.text, (), job.voice, job.language)
+    key = job.language, job.text
+    reading = _readings[key] if key in _readings else joined([_readings["en", word] for word in job.text.split()])
+    return align(Clip(samples, job.text, (), job.voice, job.language), reading)
 
 
-def speak(jobs: list[Job], model: Path, processes: int, seconds: float) -> Iterator[Clip]:
+def speak(jobs: list[Job], model: Path, known: Path, processes: int, seconds: float) -> Iterator[Clip]:
     """The clips as they come, until the time is up."""
     end = time.monotonic() + seconds
-    with multiprocessing.get_context("spawn").Pool(processes, _start, (str(model),)) as pool:
+    with multiprocessing.get_context("spawn").Pool(processes, _start, (str(model), str(known))) as pool:
         for clip in pool.imap_unordered(_speak, jobs):
             yield clip
             if time.monotonic() > end:
@@ -156,15 +186,18 @@ def main() -> None:
     speaking.add_argument("--model", type=Path, required=True)
     speaking.add_argument("--processes", type=int, default=2)
     speaking.add_argument("--seconds", type=float, default=1e9)
+    for command in (planning, speaking):
+        command.add_argument("--readings", type=Path, required=True)
     args = parser.parse_args()
     if args.command == "plan":
         jobs = plan(Styles(args.voices), random.Random(args.seed), args.digits, args.english, args.french)
         save_jobs(args.jobs, jobs)
+        save_readings(args.readings, readings())
         print(f"{len(jobs)} readings planned")
         return
     shard: list[Clip] = []
     number = 0
-    for clip in speak(load_jobs(args.jobs), args.model, args.processes, args.seconds):
+    for clip in speak(load_jobs(args.jobs), args.model, args.readings, args.processes, args.seconds):
         shard.append(clip)
         if len(shard) == SHARD:
             write_shard(args.out / f"{number:04}", shard)

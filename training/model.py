@@ -1,8 +1,8 @@
 """The small model as it is trained: whole sequences at once, every weight under the name it has in the published files.
 
-The same arithmetic as the server's streaming code (contract section 5), over (B, T) instead of one frame. Two differences, both gone
-once the model is quantized: the language model sees the encoder's projected latent instead of its codes, with some noise on it; and the
-text that it sees is dropped here and there, so that it listens.
+The same arithmetic as the server's streaming code (contract section 5), over (B, T) instead of one frame. Two differences,
+both gone once the model is quantized: the language model sees the encoder's projected latent instead of its codes, with some
+noise on it; and the text that it sees is dropped here and there, so that it listens.
 """
 
 import math
@@ -147,7 +147,14 @@ class SmallModel(nn.Module):
         at = f"encoder_transformer.transformer.layers.{index}."
         w = self.shape.width
         y = F.layer_norm(x, (w,), self[at + "norm1.weight"], self[at + "norm1.bias"], 1e-5)
-        y = attend(y, self[at + "self_attn.in_proj_weight"], self[at + "self_attn.out_proj.weight"], self.shape.encoder_heads, mask, turn)
+        y = attend(
+            y,
+            self[at + "self_attn.in_proj_weight"],
+            self[at + "self_attn.out_proj.weight"],
+            self.shape.encoder_heads,
+            mask,
+            turn,
+        )
         x = x + self[at + "layer_scale_1.scale"] * y
         y = F.layer_norm(x, (w,), self[at + "norm2.weight"], self[at + "norm2.bias"], 1e-5)
         y = F.linear(F.gelu(F.linear(y, self[at + "linear1.weight"])), self[at + "linear2.weight"])
@@ -160,7 +167,10 @@ class SmallModel(nn.Module):
     # ---- language model ----------------------------------------------------------------------------------------------------
 
     def language(self, inputs: Tensor, text: Tensor, keep_text: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """inputs (B, T, dim): the sound at each position, already one frame late. text (B, T): the token before. -> (logits, pause)"""
+        """inputs (B, T, dim): the sound at each position, already one frame late.
+
+        text (B, T): the token before. -> (logits, pause)
+        """
         s = self.shape
         spoken = F.embedding(text, self["text_emb.weight"])
         if keep_text is not None:
@@ -171,7 +181,9 @@ class SmallModel(nn.Module):
         for i in range(s.layers):
             at = f"transformer.layers.{i}."
             y = rms(x, self[at + "norm1.alpha"])
-            x = x + attend(y, self[at + "self_attn.in_proj_weight"], self[at + "self_attn.out_proj.weight"], s.heads, mask, turn)
+            x = x + attend(
+                y, self[at + "self_attn.in_proj_weight"], self[at + "self_attn.out_proj.weight"], s.heads, mask, turn
+            )
             gate, up = F.linear(rms(x, self[at + "norm2.alpha"]), self[at + "gating.linear_in.weight"]).chunk(2, -1)
             x = x + F.linear(F.silu(gate) * up, self[at + "gating.linear_out.weight"])
         x = rms(x, self["out_norm.alpha"])

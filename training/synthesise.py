@@ -1,6 +1,6 @@
 """Speaks the vocabulary with every synthetic voice there is, into shards of clips. Seeded; what is there already is kept.
 
-    python -m training.synthesise OUT --engines espeak,flite,festival,hibari --seed 1 [--scale 0.1]
+python -m training.synthesise OUT --engines espeak,flite,festival,hibari --seed 1 [--scale 0.1]
 """
 
 import argparse
@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
-from training.alignment import align
-from training.clips import read_shards, write_shard
+from training.alignment import Reading, align, reading_of
+from training.clips import write_shard
 from training.vocabulary import DIGITS, ENGLISH, FRENCH
 from training.voices import (
     ESPEAK_ENGLISH,
@@ -67,36 +67,28 @@ def hibari_clips(rng: random.Random, scale: float) -> Iterator[Clip]:
         yield align(hibari.say(text, rng.uniform(0.75, 1.3)), _reading(espeak, text, "en-us"))
 
 
-def kokoro_clips(folder: Path) -> Iterator[Clip]:
-    """What `training.kokoro speak` left in a folder, with the times of the words."""
-    espeak = Espeak()
-    for clip in read_shards(folder):
-        yield clip if clip.words else align(clip, _reading(espeak, clip.text, "fr-fr" if clip.language == "fr" else "en-us"))
-
-
-def _reading(espeak: Espeak, text: str, accent: str) -> Clip:
-    return espeak.say(text, accent, "", 150, 50, 50)
+def _reading(espeak: Espeak, text: str, accent: str) -> Reading:
+    return reading_of(espeak.say(text, accent, "", 150, 50, 50))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
     parser.add_argument("--engines", default="espeak,flite,festival,hibari")
-    parser.add_argument("--kokoro", type=Path, help="the folder of `training.kokoro speak`, to be aligned")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--scale", type=float, default=1.0)
     args = parser.parse_args()
-    for engine in [*args.engines.split(","), *(["kokoro"] if args.kokoro else [])]:
-        synthesise(args.out, engine, args.seed, args.scale, args.kokoro)
+    for engine in args.engines.split(","):
+        synthesise(args.out, engine, args.seed, args.scale)
 
 
 ENGINES = {"espeak": espeak_clips, "flite": flite_clips, "festival": festival_clips, "hibari": hibari_clips}
 
 
-def synthesise(out: Path, engine: str, seed: int, scale: float, kokoro: Path | None = None) -> int:
+def synthesise(out: Path, engine: str, seed: int, scale: float) -> int:
     """All clips of one engine into `out`/ENGINE. Returns how many there are."""
     rng = random.Random(f"{seed} {engine}")
-    clips = kokoro_clips(kokoro) if kokoro and engine == "kokoro" else ENGINES[engine](rng, scale)
+    clips = ENGINES[engine](rng, scale)
     count, number = 0, 0
     while shard := list(islice(clips, SHARD)):
         write_shard(out / engine / f"{number:04}", shard)

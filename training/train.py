@@ -1,11 +1,10 @@
 """Trains the small model on clips, for a number of seconds, from nothing or from a checkpoint. Prints what it comes to.
 
-    python -m training.train OUT --clips FOLDER --tokenizer FILE --seconds 480 [--device cuda] [--resume OUT/last.pt]
+python -m training.train OUT --clips FOLDER --tokenizer FILE --seconds 480 [--device cuda] [--resume OUT/last.pt]
 """
 
 import argparse
 import copy
-import json
 import math
 import queue
 import threading
@@ -54,7 +53,9 @@ def learning_rate(progress: float, step: int, top: float) -> float:
     return top * min(1.0, (step + 1) / 200) * (0.02 + 0.98 * (0.5 + 0.5 * math.cos(math.pi * progress)))
 
 
-def losses(forward: Callable[..., Output], pcm: Tensor, clean: Tensor, plan: Plan, args: argparse.Namespace) -> dict[str, Tensor]:
+def losses(
+    forward: Callable[..., Output], pcm: Tensor, clean: Tensor, plan: Plan, args: argparse.Namespace
+) -> dict[str, Tensor]:
     """The parts of the loss. forward: the model."""
     device = pcm.device
     tokens, pauses, words = (torch.from_numpy(array).to(device) for array in (plan.tokens, plan.pauses, plan.words))
@@ -119,7 +120,8 @@ class Trainer:
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=args.rate, betas=(0.9, 0.98), weight_decay=0.02)
         self.step, self.progress = 0, 0.0
         voices = len({clip.voice for clip in clips})
-        print(f"{len(clips)} clips, {sum(len(c.samples) for c in clips) / RATE / 60:.0f} minutes, {voices} voices", flush=True)
+        minutes = sum(len(clip.samples) for clip in clips) / RATE / 60
+        print(f"{len(clips)} clips, {minutes:.0f} minutes, {voices} voices", flush=True)
         print(f"{sum(w.numel() for _, w in self.model.named_weights()):,} weights", flush=True)
         if args.resume:
             self.restore(args.resume)
@@ -133,14 +135,18 @@ class Trainer:
         print(f"resumed at step {self.step}, {self.progress:.0%} done", flush=True)
 
     def save(self, path: Path) -> None:
-        state = {"model": self.model.state_dict(), "average": self.average.state_dict(), "optimizer": self.optimizer.state_dict()}
+        state = {
+            "model": self.model.state_dict(),
+            "average": self.average.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+        }
         torch.save(state | {"step": self.step, "progress": self.progress, "shape": self.shape.as_dict()}, path)
 
     def run(self) -> None:
         args = self.args
         schedule = Schedule(args.seconds, args.steps, self.progress, args.until)
         saved = shown = time.monotonic()
-        begun, sums = self.step, dict.fromkeys(WEIGHTS, 0.0)
+        begun = self.step
         forward = torch.compile(self.model) if args.compile else self.model
         for plan in prefetched(lambda: self.planner.plan(args.rows, args.frames)):
             self.progress = schedule.at(self.step - begun)
@@ -165,10 +171,15 @@ class Trainer:
                 print(f"step {self.step} {self.progress:.0%} {text} {(now - shown) / args.show * 1e3:.0f} ms", flush=True)
                 shown = now
             if time.monotonic() - saved > args.save_every:
-                self.save(args.out / "last.pt")
-                self.report()
+                self.keep()
                 saved = time.monotonic()
-        self.save(args.out / "last.pt")
+        self.keep()
+
+    def keep(self) -> None:
+        """Save everything for `--resume`, the averaged weights alone for `finetune`, and print how good they are."""
+        self.save(self.args.out / "last.pt")
+        half = {name: weight.half() for name, weight in self.average.state_dict().items()}
+        torch.save({"average": half, "shape": self.shape.as_dict()}, self.args.out / "average.pt")
         self.report()
 
     def _average(self) -> None:
@@ -195,12 +206,16 @@ def held_out_tests(folder: Path) -> dict[str, list[Clip]]:
 
 
 @torch.no_grad()
-def validate(model: SmallModel, clips: list[Clip], pieces: dict[str, list[int]], device: torch.device, codes: Codes | None = None) -> float:
+def validate(
+    model: SmallModel, clips: list[Clip], pieces: dict[str, list[int]], device: torch.device, codes: Codes | None = None
+) -> float:
     """Word error rate over rows of joined clips, without changes to the sound but a little noise."""
     bank = Bank(clips, device)
     kinds = [kind for kind, voices in bank.voices.items() if voices]
     digits = 1.0 if kinds == ["digit"] else 0.3 if "digit" in kinds else 0.0
-    mix = Mix(digits=min(digits, 0.999), french=0.999 if "fr" in kinds and "en" not in kinds else 0.0, human=0.5, empty=0, split=0.2)
+    mix = Mix(
+        digits=min(digits, 0.999), french=0.999 if "fr" in kinds and "en" not in kinds else 0.0, human=0.5, empty=0, split=0.2
+    )
     plan = Planner(bank, pieces, model.shape.delay_frames, mix, seed=5).plan(32, 200)
     generator = torch.Generator(device).manual_seed(5)
     sound = render(plan, bank, 32, 200, generator, change=False)

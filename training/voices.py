@@ -1,7 +1,8 @@
 """Synthetic voices: what each engine needs, and one clip of one phrase from it.
 
-Used when a model is trained, never by the server. Each engine comes in a Debian, PyPI or npm package; `MODEL_CARD.md` names them
-with their licences. A clip is float32 at 24 kHz with the words' times where the engine tells them; `alignment` finds the rest.
+Used when a model is trained, never by the server. Each engine comes in a Debian, PyPI or npm package; `MODEL_CARD.md` names
+them with their licences. A clip is float32 at 24 kHz with the words' times where the engine tells them; `alignment` finds the
+rest.
 """
 
 import ctypes
@@ -22,13 +23,90 @@ RATE = 24_000
 ESPEAK_ENGLISH = ("en-us", "en-gb", "en-gb-x-rp", "en-gb-scotland", "en-gb-x-gbclan", "en-gb-x-gbcwmd", "en-029")
 ESPEAK_FRENCH = ("fr-fr", "fr-be", "fr-ch")
 ESPEAK_VARIANTS = (
-    "", "adam", "Alex", "Alicia", "Andrea", "Andy", "Annie", "antonio", "aunty", "belinda", "benjamin", "boris", "caleb", "david",
-    "Denis", "Diogo", "ed", "edward", "edward2", "Gene", "Gene2", "gustave", "Henrique", "Hugo", "iven", "iven2", "iven3", "iven4",
-    "Jacky", "john", "kaukovalta", "Lee", "linda", "marcelo", "Marco", "Mario", "max", "Michael", "michel", "miguel", "Mike",
-    "Mr", "Nguyen", "pablo", "paul", "pedro", "quincy", "rob", "robert", "sandro", "shelby", "steph", "steph2", "steph3", "Storm",
-    "travis", "victor", "zac", "anika", "f1", "f2", "f3", "f4", "f5", "m1", "m2", "m3", "m4", "m5", "m6", "m7", "m8", "klatt",
-    "klatt2", "klatt3", "klatt4", "klatt5", "klatt6", "norbert", "grandpa", "grandma",
-)  # fmt: skip
+    "",
+    *[
+        "adam",
+        "Alex",
+        "Alicia",
+        "Andrea",
+        "Andy",
+        "Annie",
+        "antonio",
+        "aunty",
+        "belinda",
+        "benjamin",
+        "boris",
+        "caleb",
+        "david",
+        "Denis",
+        "Diogo",
+        "ed",
+        "edward",
+        "edward2",
+        "Gene",
+        "Gene2",
+        "gustave",
+        "Henrique",
+        "Hugo",
+        "iven",
+        "iven2",
+        "iven3",
+        "iven4",
+        "Jacky",
+        "john",
+        "kaukovalta",
+        "Lee",
+        "linda",
+        "marcelo",
+        "Marco",
+        "Mario",
+        "max",
+        "Michael",
+        "michel",
+        "miguel",
+        "Mike",
+        "Mr",
+        "Nguyen",
+        "pablo",
+        "paul",
+        "pedro",
+        "quincy",
+        "rob",
+        "robert",
+        "sandro",
+        "shelby",
+        "steph",
+        "steph2",
+        "steph3",
+        "Storm",
+        "travis",
+        "victor",
+        "zac",
+        "anika",
+        "f1",
+        "f2",
+        "f3",
+        "f4",
+        "f5",
+        "m1",
+        "m2",
+        "m3",
+        "m4",
+        "m5",
+        "m6",
+        "m7",
+        "m8",
+        "klatt",
+        "klatt2",
+        "klatt3",
+        "klatt4",
+        "klatt5",
+        "klatt6",
+        "norbert",
+        "grandpa",
+        "grandma",
+    ],
+)
 HELD_OUT_VARIANTS = ("Andy", "belinda", "edward", "iven3", "linda", "Mario", "robert", "steph2", "f4", "m6", "klatt3", "victor")
 """espeak-ng variants that no training clip comes from."""
 HELD_OUT_KOKORO = ("af_bella", "am_liam", "bf_lily", "bm_lewis")

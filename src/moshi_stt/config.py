@@ -129,6 +129,20 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
     conditioners: dict[str, LutConfig | ContinuousConfig] | None = None
 
 
+class EncoderConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """`[modules.NAME.moshi_stt.encoder]`: sizes of an audio encoder that is not the published Mimi (docs/phrases.md)."""
+
+    channels: list[int]
+    """Of the convolutions, from the first to the last."""
+    dim: int
+    """Width of the transformer."""
+    heads: int
+    layers: int
+    feedforward: int
+    codebook_size: int
+    codebook_dim: int
+
+
 class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     """`[modules.NAME.moshi_stt]`: how the model is run."""
 
@@ -142,6 +156,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     """Compute rows in shapes that do not depend on the neighbours."""
     marker_wait_seconds: float = 0.25
     """When nothing followed a marker for so long, silence of the server's own answers it (docs/engine.md)."""
+    encoder: EncoderConfig | None = None
+    """None: Mimi as published."""
 
 
 class KyutaiModule(msgspec.Struct, frozen=True, kw_only=True):

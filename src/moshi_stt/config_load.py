@@ -18,6 +18,7 @@ from moshi_stt.config import (
     MOST_SOCKET_PROCESSES,
     ContinuousConfig,
     EmbeddedModule,
+    EncoderConfig,
     EngineConfig,
     ExtraHeadsConfig,
     KyutaiModule,
@@ -45,6 +46,10 @@ ASR_SLOTS = 16
 
 MIMI_FILE = "mimi-pytorch-e351c8d8@125.safetensors"
 """Name of the audio tokenizer in every published repository."""
+
+
+PACKAGE = "package:"
+"""A file key that begins so names a file that comes with this package."""
 
 
 class LoadedConfig(NamedTuple):
@@ -169,13 +174,15 @@ def _expanded(table: Table, key: str, text: str) -> str:
 
 
 def _file(table: Table, key: str, text: str | None = None) -> str:
-    """A file key: `hf://` names keep their form, after a check; paths have `$NAME` expanded."""
+    """A file key: `hf://` names keep their form, after a check; `package:` names become paths; paths have `$NAME` expanded."""
     if text is None:
         text = cast(str, table.get(key, str, hint='Give a path, or "hf://OWNER/REPOSITORY/FILE".'))
     if text.startswith("hf://"):
         parts = text.removeprefix("hf://").split("/")
         if len(parts) < 3 or not all(parts):
             table.fail(key, 'expected "hf://OWNER/REPOSITORY/FILE", at least three names with a slash between them.')
+    elif text.startswith(PACKAGE):
+        text = str(resources.files("moshi_stt") / text.removeprefix(PACKAGE))
     else:
         text = _expanded(table, key, text)
         if not text:
@@ -307,7 +314,8 @@ def _engine(table: Table) -> EngineConfig:
     ours = table.table("moshi_stt")
     if not ours:
         return EngineConfig()
-    engine = ours.struct(EngineConfig)
+    encoder = ours.table("encoder")
+    engine = ours.struct(EngineConfig, encoder=encoder.struct(EncoderConfig) if encoder else None)
     if not 0 <= engine.marker_wait_seconds <= 60:
         ours.fail("marker_wait_seconds", "expected seconds from 0 to 60. Leave the key out for the default.")
     return engine
@@ -352,7 +360,10 @@ def _log_frequency(table: Table) -> float | None:
 
 def _check_law(table: Table, module: KyutaiModule, model: ModelConfig) -> None:
     """Raise ConfigError for every value that no model can have, each at its place."""
-    faults = [*table_faults(model), *driving_faults(module, model.transformer.context, conditioner_specs(model))]
+    faults = [
+        *table_faults(model, module.engine.encoder),
+        *driving_faults(module, model.transformer.context, conditioner_specs(model)),
+    ]
     if not faults:
         return
     messages = []

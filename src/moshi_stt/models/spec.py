@@ -11,7 +11,7 @@ from typing import Literal, NamedTuple
 
 import msgspec
 
-from moshi_stt.config import KyutaiModule, LutConfig, ModelConfig
+from moshi_stt.config import EncoderConfig, KyutaiModule, LutConfig, ModelConfig
 from moshi_stt.constants import FRAME_RATE, FRAME_SAMPLES
 from moshi_stt.errors import CheckpointError, ConfigError, MoshiSttError
 
@@ -202,7 +202,7 @@ def spec_from_module(module: KyutaiModule, config_json: Mapping[str, object] | N
     Raises ConfigError for what the TOML says, CheckpointError for what config.json says, naming everything that is wrong.
     """
     if module.model is not None:
-        lm = lm_spec_from_toml(module.model)
+        lm = lm_spec_from_toml(module.model, module.engine.encoder)
     elif config_json is not None:
         lm = lm_spec_from_json(config_json)
     else:
@@ -215,7 +215,7 @@ def spec_from_module(module: KyutaiModule, config_json: Mapping[str, object] | N
     note = f"conditioning_delay = {module.conditioning_delay} makes the delay {delay} frames instead of {given}"
     return ModelSpec(
         lm=lm,
-        mimi=MimiSpec(codebooks=lm.codebooks),
+        mimi=mimi_spec(module.engine.encoder, lm.codebooks),
         delay_frames=delay,
         prefix_silence_seconds=_prefix_silence(lm, config_json),
         condition=_condition(module, lm),
@@ -224,9 +224,27 @@ def spec_from_module(module: KyutaiModule, config_json: Mapping[str, object] | N
     )
 
 
-def lm_spec_from_toml(model: ModelConfig) -> LMSpec:
+def mimi_spec(encoder: EncoderConfig | None, codebooks: int) -> MimiSpec:
+    """The published encoder, or one of the sizes in `[modules.NAME.moshi_stt.encoder]`."""
+    if encoder is None:
+        return MimiSpec(codebooks=codebooks)
+    return MimiSpec(
+        codebooks=codebooks,
+        codebook_size=encoder.codebook_size,
+        codebook_dim=encoder.codebook_dim,
+        dim=encoder.dim,
+        heads=encoder.heads,
+        layers=encoder.layers,
+        feedforward=encoder.feedforward,
+        channels=tuple(encoder.channels),
+    )
+
+
+def lm_spec_from_toml(model: ModelConfig, encoder: EncoderConfig | None = None) -> LMSpec:
     """The spec of `[modules.NAME.model]` (contract section 4.4). Raises ConfigError naming every key that cannot be used."""
-    _raise_all(ConfigError, "the model table", (fault._replace(table=fault.table[1:]) for fault in table_faults(model)))
+    _raise_all(
+        ConfigError, "the model table", (fault._replace(table=fault.table[1:]) for fault in table_faults(model, encoder))
+    )
     heads = model.extra_heads
     return LMSpec(
         dim=model.transformer.d_model,
@@ -312,8 +330,8 @@ class _Shape(NamedTuple):
         return Fault(table, key, self.values[name], expected)
 
 
-def table_faults(model: ModelConfig) -> list[Fault]:
-    """Everything in `[modules.NAME.model]` that cannot be used. Tables begin with `model`."""
+def table_faults(model: ModelConfig, encoder: EncoderConfig | None = None) -> list[Fault]:
+    """Everything in `[modules.NAME.model]` and in the encoder's sizes that cannot be used. Tables begin with `model`."""
     t, top, inner = model.transformer, ("model",), ("model", "transformer")
     faults = [
         Fault(inner, key, got, f"expected {_wanted(value)}{'' if got is not None else ' (the key is absent)'}. {_SUPPORTED}")
@@ -325,8 +343,12 @@ def table_faults(model: ModelConfig) -> list[Fault]:
     if model.text_in_vocab_size != model.text_out_vocab_size + 1:
         expected = f"expected text_out_vocab_size + 1 = {model.text_out_vocab_size + 1} (the last id is the start token)."
         faults.append(Fault(top, "text_in_vocab_size", model.text_in_vocab_size, expected))
-    if model.audio_vocab_size != CODEBOOK_ENTRIES + 1:
-        expected = f"expected {CODEBOOK_ENTRIES + 1}: Mimi has {CODEBOOK_ENTRIES} entries, the last id is the pad."
+    entries = CODEBOOK_ENTRIES if encoder is None else encoder.codebook_size
+    if encoder is not None:
+        faults += _encoder_faults(encoder)
+    if model.audio_vocab_size != entries + 1:
+        what = "Mimi has" if encoder is None else "the encoder's codebooks have"
+        expected = f"expected {entries + 1}: {what} {entries} entries, the last id is the pad."
         faults.append(Fault(top, "audio_vocab_size", model.audio_vocab_size, expected))
     heads = model.extra_heads
     if heads is not None:
@@ -345,6 +367,24 @@ def table_faults(model: ModelConfig) -> list[Fault]:
         "codebooks": (model.audio_codebooks, top, "audio_codebooks"),
     }
     return faults + _shape_faults(_shape(numbers))
+
+
+ENCODER_SIZES = ("dim", "heads", "layers", "feedforward", "codebook_size", "codebook_dim")
+
+
+def _encoder_faults(encoder: EncoderConfig) -> list[Fault]:
+    """What is wrong with the sizes of an encoder of the configuration's own."""
+    table = ("moshi_stt", "encoder")
+    levels = len(MimiSpec().strides) + 1
+    faults = []
+    if len(encoder.channels) != levels or not all(width >= 2 and width % 2 == 0 for width in encoder.channels):
+        faults.append(Fault(table, "channels", encoder.channels, f"expected {levels} even numbers, one for each level."))
+    wrong = [key for key in ENCODER_SIZES if getattr(encoder, key) < 1]
+    faults += [Fault(table, key, getattr(encoder, key), "expected at least 1.") for key in wrong]
+    if not faults and (encoder.dim % encoder.heads or (encoder.dim // encoder.heads) % 2):
+        expected = f"expected a divisor of dim = {encoder.dim} that leaves an even head size."
+        faults.append(Fault(table, "heads", encoder.heads, expected))
+    return faults
 
 
 class _ConfigJson(msgspec.Struct):
