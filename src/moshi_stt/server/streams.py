@@ -44,7 +44,8 @@ class StreamSet:
     @property
     def ended(self) -> bool:
         """Whether `take` has had the last event of all."""
-        return all(stream.ended for stream in self._streams)
+        streams = self._streams
+        return streams[0].ended if len(streams) == 1 else all(stream.ended for stream in streams)
 
     @property
     def pending_samples(self) -> int:
@@ -66,6 +67,8 @@ class StreamSet:
 
     def take(self) -> list[tuple[int, list[AnyEvent]]]:
         """Every event that is there, by channel."""
+        if len(self._streams) == 1:
+            return [(0, self._streams[0].take())]
         return [(channel, stream.take()) for channel, stream in enumerate(self._streams)]
 
     def close(self) -> None:
