@@ -16,7 +16,7 @@ from moshi_stt.engine.segment import SegmentEngine, measure
 from moshi_stt.engine.segmenter import SegmentSettings
 from moshi_stt.engine.stream import Stream, StreamLimits
 from moshi_stt.errors import CheckpointError, EngineError, EngineFailed, NoFreeSlot
-from moshi_stt.events import AnyEvent, EndWord, Error, Marker, Ready, Word
+from moshi_stt.events import AnyEvent, EndWord, Error, Marker, Ready, Step, Word
 
 DEADLINE = 60.0
 
@@ -40,11 +40,12 @@ async def engine(slots: int = 8, threads: int = 2, **options: object) -> AsyncIt
 
 
 async def until(stream: Stream, last: Callable[[AnyEvent], bool]) -> list[AnyEvent]:
-    """Events up to and with the first that is the last one."""
+    """Events up to and with the first that is the last one, without the steps."""
     events: list[AnyEvent] = []
     async with asyncio.timeout(DEADLINE):
         async for event in stream:
-            events.append(event)
+            if not isinstance(event, Step):
+                events.append(event)
             if last(event):
                 break
     return events
@@ -117,6 +118,21 @@ async def test_a_file_is_recognised_once_where_speech_ends() -> None:
         stream.close()
 
 
+async def test_steps_come_with_the_pause_probabilities() -> None:
+    async with engine() as served:
+        stream = served.open()
+        await stream.send(Audio(np.concatenate([say([10]), pause(3.0)])))
+        await stream.send(Finish())
+        async with asyncio.timeout(DEADLINE):
+            steps = [event async for event in stream if isinstance(event, Step)]
+        stream.close()
+    assert [step.step_idx for step in steps] == list(range(len(steps)))
+    assert len(steps) == int((0.5 + 3.0) / 0.08)
+    assert steps[0].prs == (1.0,) * 4
+    assert steps[-1].prs[2] > steps[20].prs[2] > 0
+    assert all(0 <= step.buffered_pcm <= 3.5 * SAMPLE_RATE for step in steps)
+
+
 async def test_a_marker_before_any_audio_is_answered() -> None:
     async with engine() as served:
         stream = served.open()
@@ -143,7 +159,7 @@ async def test_reset_says_what_was_pending_and_starts_anew() -> None:
 async def test_streams_at_once_say_what_each_says_alone() -> None:
     audios = [say([10 + 3 * index + step for step in range(12)]) for index in range(8)]
     async with engine() as served:
-        alone = [await transcribe(served, audio) for audio in audios]
+        alone = [await transcribe(served, audio, live=index % 2 == 0) for index, audio in enumerate(audios)]
         together = await asyncio.gather(
             *(transcribe(served, audio, live=index % 2 == 0, size=777) for index, audio in enumerate(audios))
         )

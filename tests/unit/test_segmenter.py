@@ -1,5 +1,7 @@
 """The segmenter over speech of levels: every word once, in order, at its time, however the audio is cut."""
 
+import math
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -7,13 +9,19 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from tests.support.level_speech import LevelRecogniser, pause, say
 
-from moshi_stt.constants import SAMPLE_RATE
+from moshi_stt.constants import FRAME_SAMPLES, FRAME_SECONDS, SAMPLE_RATE
+from moshi_stt.engine.engine import StreamOptions
 from moshi_stt.engine.recogniser import Hypothesis, Spoken
 from moshi_stt.engine.segmenter import Segmenter, SegmentSettings
-from moshi_stt.events import AnyEvent, EndWord, Word
+from moshi_stt.events import AnyEvent, EndWord, Interim, Pause, Step, Word
 
 
 def run(segmenter: Segmenter, *pieces: NDArray[np.float32], flush: bool = True) -> list[AnyEvent]:
+    """Everything but the steps."""
+    return [event for event in run_whole(segmenter, *pieces, flush=flush) if not isinstance(event, Step)]
+
+
+def run_whole(segmenter: Segmenter, *pieces: NDArray[np.float32], flush: bool = True) -> list[AnyEvent]:
     events = [event for piece in pieces for batch in segmenter.feed(piece) for event in batch]
     if flush:
         events += [event for batch in segmenter.flush() for event in batch]
@@ -151,7 +159,7 @@ def spoken(text: str, logprob: float = -0.01) -> list[Spoken]:
     return [Spoken(word, (1,), logprob) for word in text.split()]
 
 
-RULES = SegmentSettings(hypothesis_seconds=0.48, agreements=4, followers=6)
+RULES = SegmentSettings(hypothesis_frames=15, followers=6, most_followers=10)
 """What these tests count with, whatever the defaults are tuned to."""
 
 STEADY = np.full(SAMPLE_RATE * 4, 0.5, np.float32)
@@ -159,22 +167,28 @@ STEADY = np.full(SAMPLE_RATE * 4, 0.5, np.float32)
 
 
 def test_a_word_that_changes_is_not_said_until_it_is_settled() -> None:
-    recogniser = Changing(spoken("I less"), spoken("Unless to be"), spoken("Unless to be rather"))
+    recogniser = Changing(spoken("I less", -0.9), spoken("Unless to be"), spoken("Unless to be rather"))
     events = run(Segmenter(recogniser, RULES), STEADY[: round(SAMPLE_RATE * 1.7)], flush=False)
     assert recogniser.calls == 3
     assert texts(events) == ["Unless", "to"] or texts(events) == ["Unless", "to", "be"]
 
 
-def test_an_unsure_word_waits_for_more_hypotheses() -> None:
-    sure, unsure = Changing(spoken("a b c", -0.01)), Changing(spoken("a b c", -0.9))
+def test_an_unsure_word_waits_for_the_pause() -> None:
+    sure, unsure = Changing(spoken("a b c", -0.01)), Changing(spoken("a b c", -0.6))
     audio = STEADY[: SAMPLE_RATE * 3 // 2]
     assert texts(run(Segmenter(sure, RULES), audio, flush=False)) == ["a", "b"]
     assert texts(run(Segmenter(unsure, RULES), audio, flush=False)) == []
-    assert texts(run(Segmenter(unsure, RULES), STEADY, flush=False)) == ["a", "b"]
+    assert texts(run(Segmenter(unsure, RULES), audio, pause(0.6), flush=False)) == ["a", "b", "c"]
 
 
-def test_an_unsure_word_with_many_behind_it_does_not_wait() -> None:
-    unsure = Changing(spoken("a b c d e f g h i j", -0.9))
+def test_a_word_that_stands_for_long_is_sent() -> None:
+    steady = Changing(spoken("a b c", -0.3))
+    assert texts(run(Segmenter(steady, RULES), STEADY[: SAMPLE_RATE * 3 // 4], flush=False)) == []
+    assert texts(run(Segmenter(steady, RULES), STEADY, flush=False)) == ["a", "b"]
+
+
+def test_an_unsure_word_with_many_after_it_does_not_wait() -> None:
+    unsure = Changing(spoken("a b c d e f g h i j", -0.6))
     assert texts(run(Segmenter(unsure, RULES), STEADY[: SAMPLE_RATE * 3 // 2], flush=False)) == ["a", "b", "c", "d"]
 
 
@@ -230,3 +244,126 @@ def test_settings_hold_what_the_buffer_needs() -> None:
     numbers = [5 + index % 90 for index in range(60)]
     events = run(Segmenter(recogniser, settings), pause(1.0), say(numbers, gap=0.04))
     assert texts(events) == [f"w{number}." for number in numbers]
+
+
+# ---- sound that is not speech ------------------------------------------------------------------------------------------
+
+
+class Unsure(Changing):
+    """Its detector is as sure as it is told."""
+
+    def __init__(self, probability: float, *answers: list[Spoken] | None) -> None:
+        super().__init__(*answers)
+        self.probability = probability
+
+    def speech_probability(self, frame, state):  # type: ignore[no-untyped-def]
+        return self.probability if np.abs(frame).max() > 0.005 else 0.0, state + 1
+
+
+def test_what_the_detector_doubts_is_not_recognised() -> None:
+    recogniser = Unsure(0.39, spoken("you"))
+    assert run(Segmenter(recogniser, SegmentSettings(speech_from=0.3)), STEADY, pause(2.0)) == []
+    assert recogniser.calls == 0
+
+
+def test_words_that_noise_calls_up_need_better_evidence() -> None:
+    assert texts(run(Segmenter(Unsure(0.6, spoken("You."))), STEADY, pause(2.0))) == []
+    assert texts(run(Segmenter(Unsure(0.6, spoken("Yes."))), STEADY, pause(2.0))) == ["Yes."]
+    assert texts(run(Segmenter(Unsure(0.9, spoken("You."))), STEADY, pause(2.0))) == ["You."]
+
+
+def test_a_lone_short_word_is_sent() -> None:
+    word = np.full(round(0.2 * SAMPLE_RATE), 0.5, np.float32)
+    assert texts(run(Segmenter(Unsure(0.85, spoken("Yes.", -0.5))), pause(0.5), word, pause(2.0))) == ["Yes."]
+
+
+def test_words_of_other_scripts_are_not_sent() -> None:
+    assert texts(run(Segmenter(Changing(spoken("Ще не"))), STEADY, pause(2.0))) == []
+    assert texts(run(Segmenter(Changing(spoken("A café."))), STEADY, pause(2.0))) == ["A", "café."]
+
+
+def test_nothing_of_a_loop_is_sent_and_what_was_settled_before_stays() -> None:
+    settled = spoken("we begin here")
+    loop = [*settled, *spoken("I am very happy " * 4)]
+    events = run(Segmenter(Changing(settled, loop, None), RULES), STEADY, pause(2.0))
+    assert texts(events) == ["we", "begin", "here"]
+    assert texts(run(Segmenter(Changing(spoken("I am very happy " * 4)), RULES), STEADY, pause(2.0))) == []
+
+
+def test_what_people_repeat_is_sent() -> None:
+    for text in ("can you hear me can you hear me", "no no no", "it was the best of times it was the worst of times"):
+        assert texts(run(Segmenter(Changing(spoken(text)), RULES), STEADY, pause(2.0))) == text.split()
+
+
+def test_a_passage_of_unlikely_words_is_left_out_and_the_next_passage_comes() -> None:
+    murmur, clear = spoken("in the name of the father and of", -1.1), spoken("now it is quiet")
+    recogniser = Changing(murmur)
+    segmenter = Segmenter(recogniser, SegmentSettings(lowest_logprob=-2.0))
+    assert len(texts(run(segmenter, STEADY, pause(2.0)))) <= 2
+    recogniser.answers = [clear]
+    assert texts(run(segmenter, pause(6.0), STEADY, pause(2.0))) == ["now", "it", "is", "quiet"]
+
+
+# ---- steps, and what comes on request ----------------------------------------------------------------------------------
+
+EXTRAS = StreamOptions(interim=True, confidence=True, turns=True)
+
+
+def steps(events: list[AnyEvent]) -> list[Step]:
+    return [event for event in events if isinstance(event, Step)]
+
+
+def test_a_step_comes_for_every_80_ms_and_before_what_is_heard_after_it() -> None:
+    audio = np.concatenate([say([10, 20]), pause(2.0)])
+    events = run_whole(Segmenter(LevelRecogniser()), audio)
+    indices = [step.step_idx for step in steps(events)]
+    assert indices == list(range(len(audio) // FRAME_SAMPLES))
+
+
+def test_the_pause_probability_is_one_before_speech_low_in_it_and_rises_through_silence() -> None:
+    audio = np.concatenate([pause(1.0), say([10, 20, 30]), pause(8.0)])
+    scores = np.array([step.prs for step in steps(run_whole(Segmenter(LevelRecogniser()), audio))])  # (T, H)
+    assert scores.shape[1] == 4
+    assert (scores[:12] == 1.0).all()
+    begin, end = round(1.3 / FRAME_SECONDS), round(2.3 / FRAME_SECONDS)
+    assert (scores[begin : begin + 2].max(axis=0) < 0.3).all()
+    assert (scores[end : end + 3] < 0.6).all()
+    silent = scores[end + 2 : end + 70]
+    assert (np.diff(silent, axis=0) >= 0).all()
+    assert (np.diff(silent[:30], axis=0) > 0).all()
+    assert (silent[-1] > 0.8).all()
+    assert (np.diff(silent, axis=1) <= 0).all(), "a longer horizon is never surer"
+
+
+def test_a_reset_begins_the_pauses_and_the_steps_again() -> None:
+    segmenter = Segmenter(LevelRecogniser())
+    before = run_whole(segmenter, say([10]))
+    segmenter.reset()
+    assert run_whole(segmenter, say([10])) == before
+
+
+def test_who_asks_for_nothing_gets_words_and_steps_alone() -> None:
+    events = run_whole(Segmenter(LevelRecogniser()), say([10, 20]), pause(2.0))
+    assert {type(event) for event in events} == {Word, EndWord, Step}
+    assert all(event.confidence is None for event in events if isinstance(event, Word))
+
+
+def test_extras_come_to_who_asked() -> None:
+    audio = np.concatenate([pause(0.5), say([10, 20, 30]), pause(2.0), say([40]), pause(2.0)])
+    plain = run(Segmenter(LevelRecogniser()), audio)
+    events = run(Segmenter(LevelRecogniser(), options=EXTRAS), audio)
+    assert texts(events) == texts(plain)
+    silences = [event.silence for event in events if isinstance(event, Pause)]
+    assert silences[:7] == [math.inf] * 7
+    assert 0.0 in silences
+    assert max(silence for silence in silences if silence < math.inf) == pytest.approx(2.1, abs=0.1)
+    assert all(event.confidence is not None and 0.5 < event.confidence <= 1 for event in events if isinstance(event, Word))
+
+
+def test_interims_show_what_is_not_settled_and_end_empty() -> None:
+    segmenter = Segmenter(Changing(spoken("a b c", -0.6)), RULES, EXTRAS)
+    events = run(segmenter, STEADY[: SAMPLE_RATE * 2], pause(2.0))
+    interims = [event.text for event in events if isinstance(event, Interim)]
+    assert (interims[0], interims[-1]) == ("a b c", "")
+    words = [index for index, event in enumerate(events) if isinstance(event, Word)]
+    assert events.index(Interim("a b c", 0.0)) < words[0]

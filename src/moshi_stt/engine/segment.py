@@ -186,7 +186,8 @@ class SegmentEngine(Engine):
             raise NoFreeSlot
         stream = Stream(self._limits if live else self._limits.of_recordings, live=live, wake=self._wake, release=self._release)
         settings = self._settings if live or options.interim else replace(self._settings, while_speaking=False)
-        self._lanes[stream] = _StreamState(stream, Segmenter(self._recogniser, settings, options))
+        segmenter = Segmenter(self._recogniser, settings, options, lambda: stream.pending_samples)
+        self._lanes[stream] = _StreamState(stream, segmenter)
         stream.deliver([Ready()])
         self.observer.opened()
         return stream

@@ -30,6 +30,11 @@ TOKENS_PER_SECOND = 6.5
 ATTENTION = "cross_attention"
 """An output of the shipped decoder, see tools/embedded_model.py."""
 
+LONGEST_LOOP, LOOPS = 24, 3
+"""A decoder that says up to so many tokens so many times in a row is stopped;"""
+SHORT_LOOP, SHORT_LOOPS = 3, 8
+"""one that says up to so many, later: people do say "no, no, no"."""
+
 SPARE_TOKENS = 8
 SPARE_SECONDS = 0.3
 """By so much the end of the words said may be placed too late."""
@@ -146,6 +151,8 @@ class Moonshine:
         while token != END and len(tokens) < limit:
             tokens.append(token)
             logprobs.append(logprob)
+            if loops(tokens):
+                break
             feed["input_ids"] = np.array([[token]], np.int64)
             logits, *caches = self._decoder.run([self._outputs[0], *self._growing], feed)
             feed.update(zip(self._growing_pasts, caches, strict=True))
@@ -166,6 +173,15 @@ class Moonshine:
             "use_cache_branch": np.array([False]),
             **dict.fromkeys(self._pasts, self._no_past),
         }
+
+
+def loops(tokens: list[int]) -> bool:
+    """Whether the last tokens repeat what stands before them, over and over: such a decoder does not come to an end."""
+    for length in range(1, min(LONGEST_LOOP, len(tokens) // LOOPS) + 1):
+        times = LOOPS if length > SHORT_LOOP else SHORT_LOOPS
+        if len(tokens) >= length * times and tokens[-length:] * times == tokens[-length * times :]:
+            return True
+    return False
 
 
 def read_wav(path: Path) -> NDArray[np.float32]:
