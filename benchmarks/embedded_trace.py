@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moshi_stt.constants import FRAME_SAMPLES, SAMPLE_RATE
+from moshi_stt.engine.engine import StreamOptions
 from moshi_stt.engine.recogniser import RECOGNISER_RATE, Hypothesis, Span, Spoken
 from moshi_stt.engine.segmenter import Segmenter, SegmentSettings
 from moshi_stt.events import AnyEvent, EndWord, Word
@@ -151,9 +152,15 @@ def metered(memory: Path | None = None) -> MeteredRecogniser:
     return MeteredRecogniser(load_embedded(1), memory=memory)
 
 
-def trace(recogniser: MeteredRecogniser, pcm: NDArray[np.float32], settings: SegmentSettings | None = None) -> Trace:
-    """One recording, float32 (S,) at 24 kHz, in messages of 80 ms, and a flush at its end."""
-    segmenter = Segmenter(recogniser, settings)
+def trace(
+    recogniser: MeteredRecogniser, pcm: NDArray[np.float32], settings: SegmentSettings | None = None, *, extras: bool = False
+) -> Trace:
+    """One recording, float32 (S,) at 24 kHz, in messages of 80 ms, and a flush at its end.
+
+    extras: with all events that a client can ask for.
+    """
+    options = {"options": StreamOptions(interim=True, confidence=True, turns=True, warnings=True)} if extras else {}
+    segmenter = Segmenter(recogniser, settings, **options)
     events: list[tuple[float, AnyEvent]] = []
     jobs: list[Job] = []
     recogniser.spent, fed = 0.0, 0

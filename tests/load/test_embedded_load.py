@@ -13,7 +13,7 @@ from moshi_stt.constants import SAMPLE_RATE
 from moshi_stt.engine.commands import Audio, Mark
 from moshi_stt.engine.segment import SegmentEngine
 from moshi_stt.engine.stream import StreamLimits
-from moshi_stt.events import AnyEvent, EndWord, Marker, Ready, Word
+from moshi_stt.events import AnyEvent, EndWord, Marker, Ready, Step, Word
 from moshi_stt.models.embedded import load_embedded
 
 STREAMS = 32
@@ -21,13 +21,14 @@ DEADLINE = 240.0
 
 
 async def send(engine: SegmentEngine, audio: NDArray[np.float32]) -> list[AnyEvent]:
-    """Audio in packets of 20 ms and a marker, then nothing: what came, up to the marker."""
+    """Audio in packets of 20 ms and a marker, then nothing: what came but steps, up to the marker."""
     stream = engine.open()
     events: list[AnyEvent] = []
 
     async def read() -> None:
         async for event in stream:
-            events.append(event)
+            if not isinstance(event, Step):
+                events.append(event)
             if isinstance(event, Marker):
                 return
 

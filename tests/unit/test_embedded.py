@@ -24,7 +24,7 @@ from moshi_stt.engine.recogniser import RECOGNISER_RATE, Spoken
 from moshi_stt.engine.segment import SegmentEngine
 from moshi_stt.engine.segmenter import Segmenter
 from moshi_stt.errors import CheckpointError
-from moshi_stt.events import AnyEvent, EndWord, Marker, Ready, Word
+from moshi_stt.events import AnyEvent, EndWord, Marker, Ready, Step, Word
 from moshi_stt.models import embedded
 from moshi_stt.models.alignment import Aligner, share_out
 from moshi_stt.models.cross_attention import AttentionAligner, monotone_path
@@ -74,10 +74,15 @@ def cities() -> NDArray[np.float32]:
     return recording("two_cities.flac")[: 9 * SAMPLE_RATE]
 
 
+CONFIDENCE = StreamOptions(confidence=True)
+
+
 def run(recogniser: EmbeddedRecogniser, *pieces: NDArray[np.float32]) -> list[AnyEvent]:
-    segmenter = Segmenter(recogniser, options=StreamOptions(confidence=True))
+    """Everything but the steps."""
+    segmenter = Segmenter(recogniser, options=CONFIDENCE)
     events = [event for piece in pieces for batch in segmenter.feed(piece) for event in batch]
-    return events + [event for batch in segmenter.flush() for event in batch]
+    events += [event for batch in segmenter.flush() for event in batch]
+    return [event for event in events if not isinstance(event, Step)]
 
 
 def plain(events: list[AnyEvent]) -> list[str]:
@@ -379,7 +384,7 @@ async def engine(recogniser: EmbeddedRecogniser) -> AsyncIterator[SegmentEngine]
 
 async def collect(engine: SegmentEngine, audio: NDArray[np.float32], size: int) -> list[AnyEvent]:
     """Audio and a marker, then nothing: what came, up to the marker."""
-    stream = engine.open()
+    stream = engine.open(options=CONFIDENCE)
     try:
         events: list[AnyEvent] = []
         for start in range(0, len(audio), size):
@@ -387,7 +392,8 @@ async def collect(engine: SegmentEngine, audio: NDArray[np.float32], size: int) 
         await stream.send(Mark(1))
         async with asyncio.timeout(DEADLINE):
             async for event in stream:
-                events.append(event)
+                if not isinstance(event, Step):
+                    events.append(event)
                 if isinstance(event, Marker):
                     return events
         raise AssertionError("the stream ended before its marker")
