@@ -10,7 +10,7 @@ import math
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Final, NamedTuple
 
 from moshi_stt.engine.recogniser import Spoken
 from moshi_stt.engine.settling import bare
@@ -43,6 +43,10 @@ class EvidenceSettings:
     left_out: float = 0.3
     """one below this is left out, where at least so many words stand around it:"""
     fewest_neighbours: int = 3
+    passage: float = 0.5
+    """In a passage whose words have a mean confidence below this, a word"""
+    passage_left_out: float = 0.9
+    """below this is left out as well."""
 
 
 @dataclass
@@ -73,7 +77,10 @@ KEPT_WORDS, FOLLOWING_WORDS = 6, 2
 ABSENT_WORDS = 2
 """So many more count as certain, so that a lone word is judged by itself."""
 
-FORGET_SECONDS = 5.0
+PASSAGE_WORDS, PASSAGE_PRIOR = 10, (4, 0.8)
+"""A passage is so many words; at its start so many more count, of this confidence."""
+
+FORGET_SECONDS = 10.0
 """Words that ended earlier say nothing about the next."""
 
 LONGEST_REPEAT = 16
@@ -81,31 +88,46 @@ CERTAINTY, OWN, NEIGHBOURS = 6.2, 2.97, 5.41
 """Of the logistic regression: constant, and weights of the doubts."""
 
 
+class Judgement(NamedTuple):
+    """What is thought of a word. confidence: probability in (0, 1) that it was said."""
+
+    confidence: float
+    left_out: bool
+
+
 class Plausibility:
     """How right the words of one stream are likely to be."""
 
-    def __init__(self) -> None:
+    def __init__(self, settings: EvidenceSettings) -> None:
+        self._settings = settings
         self._texts: deque[str] = deque(maxlen=2 * LONGEST_REPEAT)
         self._doubts: deque[float] = deque(maxlen=KEPT_WORDS)
+        self._passage: deque[float] = deque(maxlen=PASSAGE_WORDS)
         self._last_stop = 0.0
 
-    def judge(self, words: Sequence[Spoken], start_seconds: float, stop_seconds: float) -> tuple[float, int]:
-        """Confidence in the first of these words, in (0, 1), and how many neighbours it rests on. Then it is one of them.
+    def judge(self, words: Sequence[Spoken], start_seconds: float, stop_seconds: float) -> Judgement:
+        """What to think of the first of these words. It is a neighbour of the next, whether it is left out or not.
 
         words: that word and what follows it. start_seconds, stop_seconds: when it was said, in the stream's time.
         """
         if start_seconds - self._last_stop > FORGET_SECONDS:
-            self._texts.clear()
-            self._doubts.clear()
-        word = words[0]
+            for kept in (self._texts, self._doubts, self._passage):
+                kept.clear()
+        word, settings = words[0], self._settings
         around = [*self._doubts, *(_doubt(after) for after in words[1 : 1 + FOLLOWING_WORDS])]
         neighbours = math.sqrt(min(-LOWEST_LOGPROB, sum(around) / (len(around) + ABSENT_WORDS)))
         own = math.sqrt(min(-LOWEST_LOGPROB, -word.logprob))
+        confidence = 1.0 / (1.0 + math.exp(OWN * own + NEIGHBOURS * neighbours - CERTAINTY))
+        count, prior = PASSAGE_PRIOR
+        passage = (sum(self._passage) + count * prior) / (len(self._passage) + count)
+        left_out = confidence < settings.left_out and len(around) >= settings.fewest_neighbours
+        left_out |= confidence < settings.passage_left_out and passage < settings.passage
+        self._last_stop = stop_seconds
         self._texts.append(bare(word.text))
+        self._passage.append(confidence)
         if not repeats(list(self._texts)):
             self._doubts.append(_doubt(word))
-        self._last_stop = stop_seconds
-        return 1.0 / (1.0 + math.exp(OWN * own + NEIGHBOURS * neighbours - CERTAINTY)), len(around)
+        return Judgement(confidence, left_out)
 
 
 def repeats(texts: Sequence[str]) -> bool:

@@ -146,7 +146,7 @@ class Segmenter:
         self._steps = 0
         self._interim = ""
         self._meter.reset()
-        self._plausibility = Plausibility()
+        self._plausibility = Plausibility(self.settings.evidence)
         self._last_voice: float | None = None
         """Seconds of the stream at which speech was last heard."""
         self._pauses = 0
@@ -440,14 +440,14 @@ class Segmenter:
             segment.committed.append(word)
             if not spelled:
                 continue
-            confidence, neighbours = self._plausibility.judge(words[index:], start, stop_time)
+            judgement = self._plausibility.judge(words[index:], start, stop_time)
             self._last_stop = stop_time
             segment.anchor = (word.text, min(max(self._position(start), segment.start), stop))
-            rules = self.settings.evidence
-            if confidence < rules.left_out and neighbours >= rules.fewest_neighbours:
+            if judgement.left_out:
                 continue
             self._announce(segment)
-            events.append(Word(word.text, start, round(confidence, 3) if self.options.confidence else None))
+            confidence = round(judgement.confidence, 3) if self.options.confidence else None
+            events.append(Word(word.text, start, confidence))
             events.append(EndWord(stop_time))
         return events
 
