@@ -54,7 +54,7 @@ _ARRAY_HEADER: Final = {0xDC: 2, 0xDD: 4}
 
 
 def _sized(message: bytes, start: int, length_bytes: int) -> tuple[int, int]:
-    """Count, and first byte behind the header, of a value whose length has these many bytes."""
+    """Count, and first byte after the header, of a value whose length has these many bytes."""
     body = start + 1 + length_bytes
     return int.from_bytes(message[start + 1 : body], "big"), body
 

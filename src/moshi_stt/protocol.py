@@ -32,7 +32,7 @@ MAX_KEYS: Final = 1_024
 
 
 class Init(msgspec.Struct, frozen=True, gc=False):
-    """Start the model state anew."""
+    """Start the model's state again."""
 
 
 class Audio(msgspec.Struct, frozen=True, eq=False, gc=False):
@@ -48,7 +48,7 @@ class OggOpus(msgspec.Struct, frozen=True, gc=False):
 
 
 class MarkerRequest(msgspec.Struct, frozen=True, gc=False):
-    """Ask for `Marker(id)` behind everything sent before. id: any int64."""
+    """Ask for `Marker(id)` after everything sent before. id: any int64."""
 
     id: int
 
@@ -275,7 +275,7 @@ _EVENT_DECODER: Final[msgspec.msgpack.Decoder[AnyEvent]] = msgspec.msgpack.Decod
 
 
 def encode_init() -> bytes:
-    """`Init`: start the model state anew. No client needs to send it at the start."""
+    """`Init`: start the model's state again. No client needs to send it at the start."""
     return _INIT_MESSAGE
 
 

@@ -1,4 +1,4 @@
-"""What the server says of itself: build, modules, health, readiness, metrics. Knows no streams.
+"""What the server says of itself: build, modules, health, readiness, metrics.
 
 The first two have moshi-server's keys, all values strings (contract section 1.5); the values are ours.
 """
@@ -69,7 +69,7 @@ def start_lines(service: Service, host: str, port: int) -> list[str]:
             lines.append(f"{name}: languages: {', '.join(about.languages)}")
         lines.append(f"{name}: ready at ws://{shown}:{port}{served.module.path}")
     if service.workers is not None:
-        lines.append(f"WebSockets are carried by {len(service.workers)} processes beside this one")
+        lines.append(f"WebSockets are carried by {len(service.workers)} processes next to this one")
     why_off = service.connections.spool.why_off
     if why_off is not None:
         lines.append(f"audio that comes ahead of recognition is held in memory only: {why_off}")

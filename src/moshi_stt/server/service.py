@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Served:
-    """A module and the engine behind it."""
+    """A module and its engine."""
 
     module: Module
     engine: Engine

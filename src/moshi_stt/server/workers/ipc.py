@@ -1,4 +1,4 @@
-"""Messages and descriptors between the server's processes, over a Unix socket pair, on the event loop. Knows no messages.
+"""Messages and descriptors between the server's processes, over a Unix socket pair, on the event loop.
 
 A message is any picklable value: both ends are this program, and nobody else has the socket.
 """
@@ -42,7 +42,7 @@ class MessageSocket:
         self._loop.add_reader(sock, self._read)
 
     def send(self, message: Any, descriptors: Sequence[int] = ()) -> None:
-        """Send behind what was sent before. The descriptors are copied and stay the caller's. Nothing happens once closed."""
+        """Send after what was sent before. The descriptors are copied and stay the caller's. Nothing happens once closed."""
         if self.closed:
             return
         payload = pickle.dumps((message, len(descriptors)), pickle.HIGHEST_PROTOCOL)

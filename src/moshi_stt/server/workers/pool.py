@@ -373,7 +373,7 @@ class WorkerPool:
             self._send(worker, messages.Count())
 
     async def count(self) -> tuple[list[Metric], dict[str, int]]:
-        """What they have counted, families of the same name beside each other, and the samples that wait, by module."""
+        """What they have counted, families of the same name next to each other, and the samples that wait, by module."""
         asked = [worker for worker in self._workers if worker.ready.is_set()]
         for worker in asked:
             self._ask(worker)

@@ -1,4 +1,4 @@
-"""A process that carries WebSockets for the server: `python -m moshi_stt.server.workers.worker DESCRIPTOR`. Knows no HTTP.
+"""A process that carries WebSockets for the server: `python -m moshi_stt.server.workers.worker DESCRIPTOR`.
 
 The server's first process has the model, answers HTTP and hands sockets over with a slot each (`processes.py`). Here they are
 what they would be there, `Connection`s over an `Engine`; only the rows of its streams go over to the model. Log lines go to
