@@ -16,6 +16,8 @@ from tests.support.media import Pipe, noise, shift_of
 from moshi_stt.audio.decode import Selection, decode_file, probe, read_file
 from moshi_stt.audio.level import LevelMeter
 from moshi_stt.audio.ogg import OggReader, encode_page
+from moshi_stt.cli import main
+from moshi_stt.engines import EMBEDDED_PACKAGES, missing_packages
 from moshi_stt.errors import AudioError
 from moshi_stt.signatures import name_of, name_of_message
 
@@ -129,6 +131,25 @@ def test_files_that_once_failed(name: str, shared: Path) -> None:
     assert bool(fault) == bool(said)
     if name == "antiphase-stereo.wav":
         assert np.sqrt(np.mean(pcm**2)) > 0.01
+
+
+def test_files_that_once_failed_give_their_words(shared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """With the embedded model, through `transcribe`: the words, the complaint, and the status."""
+    if missing_packages(EMBEDDED_PACKAGES):
+        pytest.skip("the packages of the embedded model are not here")
+    paths = [str(shared / "cases" / name) for name in CASES]
+    assert main(["transcribe", *paths, "-o", f"{tmp_path}/"]) == 1
+    said = capsys.readouterr().err
+    for name, (seconds, fault) in CASES.items():
+        result = tmp_path / f"{Path(name).stem}.txt"
+        assert result.exists() == bool(seconds)
+        complaints = [line for line in said.splitlines() if f"/{name}: " in line]
+        assert [line.startswith("Error: ") and fault in line for line in complaints] == [True] * bool(fault)
+        if name == "latin1-title.m4a":
+            assert result.read_text().lower().startswith("ever tried")
+            assert "fail better" in result.read_text().lower()
+        elif seconds >= 1.5:
+            assert "fail" in result.read_text().lower()
 
 
 # ---- tags ----------------------------------------------------------------------------------------------------------------

@@ -111,16 +111,20 @@ def test_timestamps_carry_over(seconds: float, expected: str) -> None:
 
 def test_a_word_ends_with_its_end_word() -> None:
     events = [Ready(), Word("one", 0.5, 0.5), Step(3, (0.1,), 0), EndWord(0.9), Word("two", 1.0), EndWord(1.2), Marker(0)]
-    assert pair_words(events) == [("one", 0.5, 0.9, math.log(0.5)), ("two", 1.0, 1.2, None)]
+    assert pair_words(events) == [TimedWord("one", 0.5, 0.9, math.log(0.5)), TimedWord("two", 1.0, 1.2)]
 
 
 def test_a_word_without_an_end_ends_at_the_next_one_or_soon() -> None:
     events = [EndWord(0.1), Word("one", 0.5), Word("two", 0.75), Word("three", 5.0)]
-    assert pair_words(events) == [("one", 0.5, 0.75, None), ("two", 0.75, 1.05, None), ("three", 5.0, 5.3, None)]
+    assert pair_words(events) == [
+        TimedWord("one", 0.5, 0.75),
+        TimedWord("two", 0.75, 1.05),
+        TimedWord("three", 5.0, 5.3),
+    ]
 
 
 def test_an_end_word_twice_counts_once() -> None:
-    assert pair_words([Word("one", 0.5), EndWord(0.9), EndWord(1.9)]) == [("one", 0.5, 0.9, None)]
+    assert pair_words([Word("one", 0.5), EndWord(0.9), EndWord(1.9)]) == [TimedWord("one", 0.5, 0.9)]
 
 
 def test_a_pause_ends_a_cue() -> None:

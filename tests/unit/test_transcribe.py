@@ -1,6 +1,5 @@
 """The transcribe command: what goes where, the exit status, and that it stops when told to."""
 
-import asyncio
 import io
 import json
 import os
@@ -20,7 +19,9 @@ from tests.support.written import Reader, written
 
 from moshi_stt import engines
 from moshi_stt.cli import main
-from moshi_stt.cli.transcribe import Source, _report
+from moshi_stt.cli.archive import Item
+from moshi_stt.cli.transcribe import _Files, _Result
+from moshi_stt.cli.transcribers import Source
 from moshi_stt.config import EmbeddedModule, KyutaiModule, LimitsConfig, Module
 from moshi_stt.engine.engine import Engine
 from moshi_stt.errors import CheckpointError
@@ -152,12 +153,10 @@ def test_a_reader_that_has_gone_ends_the_command(monkeypatch: pytest.MonkeyPatch
         def write(self, text: str) -> int:
             raise BrokenPipeError
 
-    done: asyncio.Future[list[TimedWord]] = asyncio.Future(loop=asyncio.new_event_loop())
-    done.set_result([TimedWord("one", 0.5, 0.75)])
-    done.get_loop().close()
+    run = _Files(Namespace(format=("text",)), [Item("a.wav")])
     monkeypatch.setattr(sys, "stdout", Gone())
     with pytest.raises(BrokenPipeError):
-        _report(Namespace(format="text"), Source("a.wav"), None, done, several=False)  # type: ignore[arg-type]
+        run.try_to_write(_Result(run.items[0], Source("a.wav"), [TimedWord("one", 0.5, 0.75)], None))
     assert capsys.readouterr().err == ""
 
 
@@ -174,13 +173,18 @@ def test_an_unwritable_output_is_an_error(
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        ([], "required: FILE"),
+        ([], "required: FILE (or --manifest FILE)"),
         (["a.wav", "--format", "doc"], "invalid choice: 'doc'"),
         (["a.wav", "--url", "ws://x", "--config", "y"], "leave out --config"),
         (["a.wav", "--key", "k"], "add --url"),
         (["-", "-"], "read once"),
         (["a.wav", "b.wav", "-f", "srt"], "add --output FOLDER"),
         (["a/t.wav", "b/t.wav", "-o", "out"], "same name"),
+        (["a.wav", "-f", "text,json"], "several formats do not fit"),
+        (["a", "-r"], "-r writes into a folder"),
+        (["-", "-r", "-o", "out"], "not standard input"),
+        (["a.wav", "--channels", "0"], "the number of a channel from 1"),
+        (["a.wav", "--skip-existing", "--overwrite"], "not allowed with"),
         (["a.wav", "--jobs", "0"], "at least 1"),
         (["a.wav", "--prefix-seconds", "-1"], "expected 0 to 30 seconds"),
     ],

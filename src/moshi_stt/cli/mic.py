@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from moshi_stt.audio.resample import StreamingResampler, to_mono_float
 from moshi_stt.audio.watch import AudioWatch
-from moshi_stt.cli.transcribe import KEY_VARIABLE, load_module
+from moshi_stt.cli.transcribers import KEY_VARIABLE, load_module
 from moshi_stt.constants import PUBLIC_KEY, SAMPLE_RATE
 from moshi_stt.engine.commands import Audio, Finish
 from moshi_stt.errors import ConfigError, EngineError, MoshiSttError

@@ -33,7 +33,7 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
 
 def run(args: argparse.Namespace) -> int:
     """Returns 0 or 1. Raises ConfigError where the model cannot be had at all."""
-    from moshi_stt.cli.transcribe import load_module
+    from moshi_stt.cli.transcribers import load_module
     from moshi_stt.engines import build_engine
 
     module, limits = load_module(args.config, 1, args.quantize)

@@ -32,12 +32,16 @@ _CLOSING = "\"'”’»)]"
 
 
 class TimedWord(NamedTuple):
-    """A word, its start and end in seconds, and the natural-log probability of its tokens where the engine has one."""
+    """A word, its start and end in seconds, and the natural-log probability of its tokens where the engine has one.
+
+    channel: which channel of the recording it was said on, from 1, where they were kept apart.
+    """
 
     text: str
     start: float
     end: float
     logprob: float | None = None
+    channel: int | None = None
 
 
 class Cue(NamedTuple):
@@ -50,6 +54,11 @@ class Cue(NamedTuple):
     @property
     def text(self) -> str:
         return join_words(self.words)
+
+    @property
+    def speaker(self) -> str:
+        """Who says it, where the channels were kept apart; else empty."""
+        return speaker_name(self.words[0].channel)
 
 
 def pair_words(events: Iterable[Event]) -> list[TimedWord]:
@@ -83,6 +92,11 @@ def word_events(words: Iterable[TimedWord]) -> Iterator[Word | EndWord]:
         yield EndWord(word.end)
 
 
+def speaker_name(channel: int | None) -> str:
+    """How a channel is called in transcripts."""
+    return "" if channel is None else f"Channel {channel}"
+
+
 def join_words(words: Iterable[TimedWord]) -> str:
     """The words with single blanks between them."""
     return " ".join(text for word in words if (text := " ".join(word.text.split())))
@@ -92,7 +106,11 @@ def join_words(words: Iterable[TimedWord]) -> str:
 
 
 def cut_cues(words: Sequence[TimedWord]) -> list[Cue]:
-    """Words in order of time to cues that neither overlap nor are empty."""
+    """Words in order of time to cues in order of time. None is empty, and those of one channel do not overlap."""
+    channels = dict.fromkeys(word.channel for word in words)
+    if len(channels) > 1:
+        cues = [cue for channel in channels for cue in cut_cues([word for word in words if word.channel == channel])]
+        return sorted(cues, key=lambda cue: cue.start)
     groups: list[list[TimedWord]] = []
     current: list[TimedWord] = []
     for word in words:
@@ -172,47 +190,69 @@ def _lines(text: str) -> list[str]:
 
 
 def format_text(words: Sequence[TimedWord]) -> str:
-    """Plain text; a pause of two seconds begins a new line."""
+    """Plain text; a pause of two seconds begins a new line, as does another channel, whose name stands before it."""
+    spoken = words
+    if words and words[0].channel is not None:
+        spoken = [word for cue in cut_cues(words) for word in cue.words]
     lines: list[list[TimedWord]] = []
-    for word in words:
-        if not lines or word.start - lines[-1][-1].end >= PARAGRAPH_SECONDS:
+    for word in spoken:
+        last = lines[-1][-1] if lines else None
+        if last is None or word.start - last.end >= PARAGRAPH_SECONDS or word.channel != last.channel:
             lines.append([])
         lines[-1].append(word)
-    return "".join(f"{join_words(line)}\n" for line in lines)
+    return "".join(f"{_label(speaker_name(line[0].channel))}{join_words(line)}\n" for line in lines)
+
+
+def _label(speaker: str) -> str:
+    return f"{speaker}: " if speaker else ""
 
 
 def format_words(words: Sequence[TimedWord]) -> str:
-    """One word a line: start, end, text, with tabs between."""
-    return "".join(f"{word.start:.3f}\t{word.end:.3f}\t{' '.join(word.text.split())}\n" for word in words)
+    """One word a line: start, end, text, and its channel where they were kept apart, with tabs between."""
+    rows = ((word, "" if word.channel is None else f"\t{word.channel}") for word in words)
+    return "".join(f"{word.start:.3f}\t{word.end:.3f}\t{' '.join(word.text.split())}{channel}\n" for word, channel in rows)
 
 
 def format_srt(words: Sequence[TimedWord]) -> str:
     """SubRip."""
     return "\n".join(
-        f"{number}\n{timestamp(cue.start, ',')} --> {timestamp(cue.end, ',')}\n{_srt_text(cue.text)}\n"
+        f"{number}\n{timestamp(cue.start, ',')} --> {timestamp(cue.end, ',')}\n{_label(cue.speaker)}{_srt_text(cue.text)}\n"
         for number, cue in enumerate(cut_cues(words), 1)
     )
 
 
 def format_vtt(words: Sequence[TimedWord]) -> str:
     """WebVTT."""
-    cues = (f"\n{timestamp(cue.start, '.')} --> {timestamp(cue.end, '.')}\n{_vtt_text(cue.text)}\n" for cue in cut_cues(words))
+    cues = (
+        f"\n{timestamp(cue.start, '.')} --> {timestamp(cue.end, '.')}\n{_voice(cue.speaker)}{_vtt_text(cue.text)}\n"
+        for cue in cut_cues(words)
+    )
     return "WEBVTT\n" + "".join(cues)
+
+
+def _voice(speaker: str) -> str:
+    return f"<v {speaker}>" if speaker else ""
 
 
 def format_json(words: Sequence[TimedWord], **more: object) -> str:
     """One object: what `more` says, the text, the words, the cues as segments. Times in seconds."""
     document = dict(more)
-    document["text"] = join_words(words)
+    cues = cut_cues(words)
+    document["text"] = join_words(word for cue in cues for word in cue.words)
     document["words"] = [
         {"text": word.text, "start": round(word.start, 3), "end": round(word.end, 3)}
         | ({} if word.logprob is None else {"logprob": round(word.logprob, 4)})
+        | _who(word.channel)
         for word in words
     ]
     document["segments"] = [
-        {"start": round(cue.start, 3), "end": round(cue.end, 3), "text": cue.text} for cue in cut_cues(words)
+        {"start": round(cue.start, 3), "end": round(cue.end, 3), "text": cue.text} | _who(cue.words[0].channel) for cue in cues
     ]
     return json.dumps(document, ensure_ascii=False, indent=2) + "\n"
+
+
+def _who(channel: int | None) -> dict[str, object]:
+    return {} if channel is None else {"channel": channel, "speaker": speaker_name(channel)}
 
 
 FORMATS: dict[str, Callable[[Sequence[TimedWord]], str]] = {
