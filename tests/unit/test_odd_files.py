@@ -141,13 +141,15 @@ def test_files_that_once_failed_give_their_words(shared: Path, tmp_path: Path, c
     assert main(["transcribe", *paths, "-o", f"{tmp_path}/"]) == 1
     said = capsys.readouterr().err
     for name, (seconds, fault) in CASES.items():
-        result = tmp_path / f"{Path(name).stem}.txt"
+        result = tmp_path / f"{name if name.startswith('cut.') else Path(name).stem}.txt"
         assert result.exists() == bool(seconds)
         complaints = [line for line in said.splitlines() if f"/{name}: " in line]
         assert [line.startswith("Error: ") and fault in line for line in complaints] == [True] * bool(fault)
         if name == "latin1-title.m4a":
             assert result.read_text().lower().startswith("ever tried")
             assert "fail better" in result.read_text().lower()
+        elif name.endswith(".spx"):
+            assert len(result.read_text().split()) > 5  # another voice
         elif seconds >= 1.5:
             assert "fail" in result.read_text().lower()
 
