@@ -3,11 +3,17 @@
 
     bench_server.py [--shape 1b|tiny] [--streams 1024] [--seconds 60] [--kv auto|bf16|fp8] [--device auto] [--clients 8]
                     [--processes auto] [--bin] [--checkpoint FOLDER] [--out FILE]
+    bench_server.py --find-most --state FILE [--arm sockets|engine] [--packet-ms 80|20] [--start 64] [--trial N,SECONDS]
+                    [--speech WAV] [--shape 1b|tiny] [--kv …] [--device …] [--clients …] [--checkpoint FOLDER]
 
 Every stream sends 80 ms of noise as an `Audio` message every 80 ms, each at its own moment, and a `Marker` every 5 s; `clients`
 processes hold the sockets. Lag is from the sending of a frame to the arrival of its `Step` at the client (of its `Marker`, less
 the model's delay, where a model has no `Step`s). Nothing is lost when every frame has its step and every marker came back.
 Lags count from 3 s after the last stream has joined.
+
+The second form makes one trial of the search for the most streams (`find_most.py` has the rule, `trials.py` the two arms),
+keeps it in FILE, and prints the table so far and what is next; called again and again it comes to an end. `--trial` makes a
+trial of so many streams instead of the search's next.
 
 FOLDER keeps the random checkpoint that the server reads; without one it is made and removed. Prints a table and, as its
 last line, one JSON document. Random weights say nothing about accuracy.
@@ -170,12 +176,14 @@ async def listen(speaker: Speaker, lags: list[float], counted_from: float) -> No
 class Server:
     """A worker of our own."""
 
-    def __init__(self, config: Path, log: Path, processes: str) -> None:
+    def __init__(self, config: Path, log: Path, processes: str, program: str = "") -> None:
+        """program: run in the place of `moshi-stt`, with its arguments; modules of this folder can be imported."""
         self.log = log
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.port = probe.getsockname()[1]
-        command = [sys.executable, "-c", "import sys; from moshi_stt.cli import main; sys.exit(main())"]
+        program = program or "from moshi_stt.cli import main; sys.exit(main())"
+        command = [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); {program}"]
         command += ["worker", "--config", str(config), "--addr", "127.0.0.1", "--port", str(self.port)]
         command += ["--socket-processes", processes]
         with log.open("wb") as file:
@@ -233,18 +241,40 @@ def run_clients(args: argparse.Namespace, port: int) -> list[dict[str, Any]]:
     return [json.loads(process.communicate()[0]) for process in processes]
 
 
-def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    import torch
-    from bench_step import machine
-    from random_weights import write_checkpoint, write_toml
+def prepare(args: argparse.Namespace, folder: Path) -> None:
+    """Write the checkpoint, unless it is there."""
+    if (folder / "tokenizer.model").exists():
+        return
+    from random_weights import write_checkpoint
 
     from moshi_stt.models.torch_impl.device import choose_device
 
     device, _ = choose_device(args.device)
-    if not (folder / "tokenizer.model").exists():
-        write_checkpoint(args.shape, folder, device)
+    write_checkpoint(args.shape, folder, device)
     if device.type == "cuda":
+        import torch
+
         torch.cuda.empty_cache()
+
+
+def search(args: argparse.Namespace, folder: Path) -> None:
+    """One trial of `--find-most`."""
+    import trials
+
+    prepare(args, folder)
+    if args.state is None:
+        raise SystemExit("--find-most keeps its trials in a file: --state FILE")
+    print(trials.find_most(args, folder).table())
+
+
+def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    from bench_step import machine
+    from random_weights import write_toml
+
+    from moshi_stt.models.torch_impl.device import choose_device
+
+    device, _ = choose_device(args.device)
+    prepare(args, folder)
     engine = {"device": args.device, "kv_dtype": args.kv, "mimi_dtype": args.mimi}
     config = write_toml(args.shape, folder, slots=args.slots or args.streams, engine=engine)
     begun = time.monotonic()
@@ -301,11 +331,25 @@ def main() -> None:
     parser.add_argument("--bin", action="store_true", help="send samples as raw float32, which moshi-server does not take")
     parser.add_argument("--checkpoint", type=Path)
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--find-most", action="store_true", help="one trial of the search for the most streams")
+    parser.add_argument("--state", type=Path, help="where the search is kept")
+    parser.add_argument("--arm", choices=("sockets", "engine"), default="sockets")
+    parser.add_argument("--packet-ms", type=int, default=80, choices=(20, 40, 80))
+    parser.add_argument("--start", type=int, default=64, help="streams of the first trial")
+    parser.add_argument("--trial", help="streams and seconds, as in 1100,120: instead of the search's next")
+    parser.add_argument("--speech", help="a long recording, WAV of 24 kHz, mono, 16 bits; noise unless given")
     parser.add_argument("--client", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.client:
         port, streams, seconds, seed, as_bin = args.client.split(",")
         print(json.dumps(asyncio.run(client(int(port), int(streams), float(seconds), int(seed), as_bin == "1"))))
+        return
+    if args.find_most:
+        if args.checkpoint:
+            search(args, args.checkpoint)
+        else:
+            with tempfile.TemporaryDirectory() as folder:
+                search(args, Path(folder))
         return
     if args.checkpoint:
         result = measure(args, args.checkpoint)
