@@ -4,7 +4,7 @@
     live_load.py JOB          a JSON object with the fields of `Job`
 
 Prints one JSON object: see `Told`. A chunk is late when its `Step` comes back more than 80 ms after its last packet was due to
-be sent: that counts both sockets and the step itself, and so at least what a server's own clock would. Run by `bench_server.py`.
+be sent: that counts both sockets and the step itself, so at least what a server's own clock would. Run by `bench_server.py`.
 """
 
 import asyncio
