@@ -50,6 +50,8 @@ def load(
     *,
     device: str = "cpu",
     fixed_shapes: bool = False,
+    quantize: str = "none",
+    threads: int = 0,
 ) -> TorchBackend:
     toml = checkpoint / "worker.toml"
     if toml.exists():
@@ -70,7 +72,7 @@ def load(
             asr_delay_in_tokens=6,
             model=None,
         )
-    engine = EngineConfig(device=device, fixed_shapes=fixed_shapes)  # type: ignore[arg-type]
+    engine = EngineConfig(device=device, fixed_shapes=fixed_shapes, quantize=quantize, threads=threads)  # type: ignore[arg-type]
     module = msgspec.structs.replace(module, dtype_override=dtype, engine=engine)
     backend = load_backend(module, checkpoint / "model.safetensors", checkpoint / "mimi.safetensors", spec, slots)
     backend.warm_up()

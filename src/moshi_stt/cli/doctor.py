@@ -149,10 +149,25 @@ def gpu() -> Iterator[Finding]:
     cuda = torch.version.cuda
     if torch.cuda.is_available():
         yield Finding("ok", "GPU", f"{names}; PyTorch uses it (CUDA {cuda})")
+        yield from kernels()
     elif cuda:
         yield Finding("note", "GPU", f"{names}; PyTorch is built for CUDA {cuda} and cannot use it", "update the driver")
     else:
         yield Finding("note", "GPU", f"{names}; this PyTorch is built without CUDA", "pip install --force-reinstall torch")
+
+
+def kernels() -> Iterator[Finding]:
+    """What Triton needs to build the kernels of Kyutai's models."""
+    from moshi_stt.models.torch_impl.cuda.toolchain import NO_COMPILER, c_compiler
+
+    compiler = c_compiler()
+    if version_of("triton") is None:
+        yield Finding("note", "GPU kernels", "Triton is not installed: several times slower without", "pip install triton")
+    elif compiler is None:
+        how = "sudo apt-get install gcc   # or your system's way; or name a compiler in CC"
+        yield Finding("note", "GPU kernels", f"{NO_COMPILER}: PyTorch's own kernels serve, several times slower", how)
+    else:
+        yield Finding("ok", "GPU kernels", f"Triton builds them with {compiler}")
 
 
 def weights() -> Iterator[Finding]:
