@@ -264,7 +264,15 @@ def search(args: argparse.Namespace, folder: Path) -> None:
     prepare(args, folder)
     if args.state is None:
         raise SystemExit("--find-most keeps its trials in a file: --state FILE")
-    print(trials.find_most(args, folder).table())
+    found = trials.find_most(args, folder)
+    print(found.table())
+    if found.trials:
+        more = found.trials[-1].more
+        print(
+            f"lag ms {more.get('lag_ms')}; the load was {more.get('worst_send_ms')} ms late at most; {more.get('server_cores')} cores"
+        )
+        for line in more.get("log", []):
+            print("  " + line)
 
 
 def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """From a configured module and its files to a backend: device, dtype, weights. Knows no server and no hub."""
 
+import logging
 import time
 from collections.abc import Mapping
 from dataclasses import replace
@@ -39,6 +40,8 @@ if TYPE_CHECKING:
     from moshi_stt.models.torch_impl.cuda.backend import CudaBackend
 
 
+log = logging.getLogger(__name__)
+
 FUSED_NOTE = "runs on its own kernels, each step one CUDA graph"
 
 
@@ -65,13 +68,16 @@ def load_backend(
     dtype = choose_dtype(module.dtype_override, target)
     lm_plan, hidden = plan_lm(lm_file, spec.lm)
     mimi_plan = plan_mimi(mimi_file, spec.mimi)
+    checked = time.perf_counter()
     why_plain = without_kernels(spec.lm, dtype, target)
+    tried = time.perf_counter()
     kv_dtype = choose_kv_dtype(module.engine.kv_dtype, dtype, why_plain, target)
     scheme = choose_scheme(lm_plan, module, target)
     beside = choose_threads(module.engine.threads) if target.type == "cpu" else None
     with torch.inference_mode():
         params, quantized = load_lm(lm_plan, spec, hidden, dtype, target, scheme, beside)
         mimi_params = load_mimi_params(mimi_plan, target)
+        read = time.perf_counter()
         weight_bytes = _bytes(params) + _bytes(mimi_params) + _quantized_bytes(quantized)
     if target.type == "cuda":
         slots, said = fit_slots(spec, slots, kv_dtype, target, fused=not why_plain)
@@ -95,7 +101,15 @@ def load_backend(
         backend = plain_backend(spec, params, mimi_params, state, options, beside=beside, quantized=quantized, dtype=dtype)
     else:
         backend = fused_backend(spec, params, mimi_params, state, options)
-    backend.report = replace(report, load_seconds=time.perf_counter() - start)  # repacking and compiling included
+    done = time.perf_counter()
+    log.info(
+        "start: device and files %.1f s, a first kernel %.1f s, weights %.1f s, state and model %.1f s",
+        checked - start,
+        tried - checked,
+        read - tried,
+        done - read,
+    )
+    backend.report = replace(report, load_seconds=done - start)  # repacking and compiling included
     return backend
 
 
