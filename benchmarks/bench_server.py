@@ -268,9 +268,8 @@ def search(args: argparse.Namespace, folder: Path) -> None:
     print(found.table())
     if found.trials:
         more = found.trials[-1].more
-        print(
-            f"lag ms {more.get('lag_ms')}; the load was {more.get('worst_send_ms')} ms late at most; {more.get('server_cores')} cores"
-        )
+        print(f"lag ms {more.get('lag_ms')}; the load was up to {more.get('worst_send_ms')} ms late")
+        print(f"cores of the server's processes: {more.get('server_cores')}")
         for line in more.get("log", []):
             print("  " + line)
 

@@ -4,8 +4,8 @@
     bench_start.py [--shape 1b] [--slots 1024] [--kv auto] [--device auto] [--checkpoint FOLDER] [--out FILE]
 
 The weights lie on disk (and, the second time, in the system's cache). Each line of the server's log about its start is shown
-with the time since the process began; the last one, about the graphs of all sizes, comes while the server serves. Prints a table
-and, as its last line, one JSON document.
+with the time since the process began; the last one, about the graphs of all sizes, comes while the server serves. Prints a
+table and, as its last line, one JSON document.
 """
 
 import argparse
