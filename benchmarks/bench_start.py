@@ -22,7 +22,7 @@ from bench_server import Server, prepare
 from bench_step import machine
 
 
-def start(config: Path, folder: Path, cache: str) -> dict[str, Any]:
+def start(config: Path, folder: Path, cache: str, on_gpu: bool) -> dict[str, Any]:
     """One start: seconds to `/ready`, the log's lines about it, and when each came."""
     os.environ["TRITON_CACHE_DIR"] = cache
     began, at = time.monotonic(), datetime.now(UTC)
@@ -31,7 +31,8 @@ def start(config: Path, folder: Path, cache: str) -> dict[str, Any]:
         server.wait_ready()
         ready = time.monotonic() - began
         deadline = time.monotonic() + 90
-        while time.monotonic() < deadline and "the graphs of all sizes" not in server.log.read_text():
+        whole = "the graphs of all sizes"
+        while on_gpu and time.monotonic() < deadline and whole not in server.log.read_text():
             time.sleep(0.2)
     finally:
         server.stop()
@@ -64,7 +65,7 @@ def main() -> None:
     found = {}
     with tempfile.TemporaryDirectory() as cache:
         for name in ("cold", "warm"):
-            found[name] = start(config, args.checkpoint, cache)
+            found[name] = start(config, args.checkpoint, cache, device.type == "cuda")
             print(f"{name}: ready after {found[name]['ready_seconds']} s")
             for seconds, line in found[name]["lines"]:
                 print(f"   {seconds:6.2f} s  {line}")
