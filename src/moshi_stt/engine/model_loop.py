@@ -85,7 +85,8 @@ class ModelLoop:
         self._warm_up()
         warm = time.monotonic()
         self.timings: StepTimings = loaded.timings or measure(backend, streams, loaded.frame_samples)
-        log.info("start: warming up took %.1f s, measuring steps %.1f s", warm - begun, time.monotonic() - warm)
+        if loaded.timings is None:
+            log.info("start: warming up took %.1f s, measuring steps %.1f s", warm - begun, time.monotonic() - warm)
         self.server = BackendServer(streams, backend.pause_heads, loaded.frame_samples) if loaded.processes else None
         """Where other processes have their rows stepped."""
         self.wakeup: Wakeup = self.server.wakeup if self.server is not None else threading.Event()
@@ -111,6 +112,7 @@ class ModelLoop:
             self.loaded.recorder.start()
         watch = StallWatch(self._device_seconds)
         turns = 0
+        has_served = False  # before the first row there is nobody whom a long turn could keep waiting
         try:
             while not is_over():
                 self.wakeup.clear()
@@ -120,7 +122,9 @@ class ModelLoop:
                 turns += 1
                 if self._warming is not None and (not rows or turns % WARMING_TURNS == 0):
                     self._go_on_warming_up(watch)
-                watch.end(rows, self._step_seconds)
+                has_served = has_served or rows > 0
+                if has_served:
+                    watch.end(rows, self._step_seconds)
                 if not rows:
                     self.wakeup.wait(self._idle_seconds(now))
         finally:

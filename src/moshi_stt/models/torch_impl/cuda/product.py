@@ -102,8 +102,8 @@ def choose_tile(count: int, n: int, k: int, itemsize: int, limits: Limits, *, ga
         tile = Tile(64, 64, 128, 4, 4) if wide else Tile(64, 32, 128, 4, 4)
     elif count <= 128:
         tile = Tile(128, 64, 64, 4, 4) if gated else Tile(64, 64, 64, 4, 5)
-    elif count <= 256 and not wide:
-        tile = Tile(128, 64, 64, 4, 4)
+    elif not wide:
+        tile = Tile(128, 64, 64, 4, 4) if count <= 512 else Tile(128, 256, 64, 8, 3)
     else:
         tile = Tile(128, 128, 64, 8, 4)
     return fitted(tile, k, itemsize, limits, weights=2 if gated else 1)
