@@ -75,7 +75,7 @@ def main() -> None:
     for _ in range(args.steps):
         for part in PARTS:
             for count in rows:
-                backend.age()
+                backend.fill_context()
                 taken[part][count].append(timed(backend, count, part))
     table = {part: {str(n): round(float(np.median(v)), 2) for n, v in counts.items()} for part, counts in taken.items()}
     print(f"{'ms of a step':16}" + "".join(f"{n:>9} rows" for n in rows) + "   times one row")

@@ -10,6 +10,7 @@ import json
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -176,11 +177,12 @@ async def run_engine(given: dict[str, Any]) -> dict[str, Any]:
     from moshi_stt.engine.engine import EngineInfo
     from moshi_stt.engine.slots import spare_slots
     from moshi_stt.models.torch_impl.device import choose_device
+    from moshi_stt.text.words import WordAssembler
 
     settings = {name: given.pop(name) for name in ("shape", "kv", "mimi", "device")}
     job = Job(**given)
     device, _ = choose_device(settings["device"])
-    slots = job.streams + spare_slots(job.streams)
+    slots, delay = job.streams + spare_slots(job.streams), model_spec(settings["shape"]).delay_frames
 
     def load_model() -> LoadedModel:
         backend = build(settings["shape"], device, slots, kv=settings["kv"], mimi=settings["mimi"])
@@ -188,10 +190,10 @@ async def run_engine(given: dict[str, Any]) -> dict[str, Any]:
             fill(backend)
         begin_old(backend)
         info = EngineInfo("batched_asr", settings["shape"], "", (), str(device), settings["kv"], job.streams)
-        return LoadedModel(backend, word, info, job.streams)
+        return LoadedModel(backend, partial(WordAssembler, word, delay), info, job.streams, delay)
 
     observer = Counter()
-    engine = BatchEngine(load_model, delay_frames=model_spec(settings["shape"]).delay_frames, observer=observer)
+    engine = BatchEngine(load_model, observer=observer)
     begun = time.monotonic()
     await engine.start()
     ready = time.monotonic() - begun
