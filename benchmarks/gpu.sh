@@ -18,7 +18,7 @@
 # Each has its own time limit and writes a table to stdout and its JSON to FOLDER; one that fails does not keep the others from
 # running, and the status says so at the end. Some half an hour on an H200. SPEECH may name a long recording (WAV, 24 kHz, mono).
 set -uo pipefail
-cd "$(dirname "$0")"
+cd "$(dirname "$0")" || exit
 out=${1:?a folder for the JSON files}
 shift
 all=(tests neighbours step step-old pretend trial-fp8 trial-bf16 start stall trial-20ms agreement step-2.6b tiles)
