@@ -11,8 +11,9 @@ import pytest
 from tests.support.media import encode, noise
 
 from moshi_stt.audio.cut import CutRule, Piece, cut_pieces
-from moshi_stt.audio.decode import Selection, decode_file
+from moshi_stt.audio.decode import decode_file
 from moshi_stt.audio.decode_pool import Decoded, DecodePool, is_supported
+from moshi_stt.audio.selection import Selection
 from moshi_stt.errors import AudioError
 
 pytestmark = pytest.mark.skipif(not is_supported(), reason="descriptors cannot be handed to a process here")

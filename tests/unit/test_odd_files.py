@@ -13,9 +13,10 @@ import soxr
 from numpy.typing import NDArray
 from tests.support.media import Pipe, noise, shift_of
 
-from moshi_stt.audio.decode import Selection, decode_file, probe, read_file
+from moshi_stt.audio.decode import decode_file, probe, read_file
 from moshi_stt.audio.level import LevelMeter
 from moshi_stt.audio.ogg import OggReader, encode_page
+from moshi_stt.audio.selection import Selection
 from moshi_stt.cli import main
 from moshi_stt.engines import EMBEDDED_PACKAGES, missing_packages
 from moshi_stt.errors import AudioError

@@ -7,7 +7,7 @@ silence stands where a file's own clock skips time, so that times are those of a
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Final, Literal
+from typing import Final
 
 import av
 import numpy as np
@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from moshi_stt.audio.container import Reader, Source, audio_stream, duration_of, open_container, reason_of, track_name
 from moshi_stt.audio.mix import Mixer
 from moshi_stt.audio.resample import StreamingResampler, to_float
+from moshi_stt.audio.selection import Selection
 from moshi_stt.constants import SAMPLE_RATE
 from moshi_stt.errors import AudioError
 
@@ -59,18 +60,6 @@ class AudioInfo:
     channels: int
     duration_seconds: float | None
     tracks: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class Selection:
-    """What of a file is wanted.
-
-    track: which of its audio tracks, from 1; None takes the one that players take. channels: "mix" makes one of them such that
-    no voice is lost, a number takes one of them, from 1, and "split" keeps each by itself.
-    """
-
-    track: int | None = None
-    channels: Literal["mix", "split"] | int = "mix"
 
 
 def decode_file(

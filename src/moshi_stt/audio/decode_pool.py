@@ -23,8 +23,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moshi_stt.audio.cut import CutRule, Piece
-from moshi_stt.audio.decode import Selection
 from moshi_stt.audio.decode_worker import LENGTH, Done, Job, PieceThere, dump
+from moshi_stt.audio.selection import Selection
 from moshi_stt.constants import SAMPLE_RATE
 from moshi_stt.errors import AudioError
 

@@ -18,8 +18,9 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 
 from moshi_stt.audio.cut import CutRule, cut_pieces
-from moshi_stt.audio.decode import Selection, decode_file
+from moshi_stt.audio.decode import decode_file
 from moshi_stt.audio.level import LevelMeter
+from moshi_stt.audio.selection import Selection
 from moshi_stt.errors import AudioError
 
 LENGTH: Final = struct.Struct("<I")

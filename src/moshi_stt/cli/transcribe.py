@@ -13,7 +13,7 @@ from contextlib import AsyncExitStack, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from moshi_stt.audio.decode import Selection
+from moshi_stt.audio.selection import Channels, Selection, read_channels
 from moshi_stt.cli.archive import Item, Manifest, Status, as_text, plan, read_list, recordings_of, write_whole
 from moshi_stt.cli.transcribers import KEY_VARIABLE, Source, Transcriber, build_transcriber
 from moshi_stt.constants import PUBLIC_KEY
@@ -116,12 +116,11 @@ def _seconds(text: str) -> float:
     return seconds
 
 
-def _channels(text: str) -> str | int:
-    if text in ("mix", "split"):
-        return text
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r}: expected mix, split, or the number of a channel from 1")
-    return int(text)
+def _channels(text: str) -> Channels:
+    try:
+        return read_channels(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected mix, split, or the number of a channel from 1") from None
 
 
 def _formats(text: str) -> tuple[str, ...]:

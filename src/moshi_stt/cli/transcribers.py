@@ -21,8 +21,9 @@ from typing import IO, Any, Literal, Self, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from moshi_stt.audio.decode import AudioInfo, Selection, decode_file, probe
+from moshi_stt.audio.decode import AudioInfo, decode_file, probe
 from moshi_stt.audio.level import LevelMeter
+from moshi_stt.audio.selection import Selection
 from moshi_stt.config import LimitsConfig, Module, with_quantize
 from moshi_stt.constants import PUBLIC_KEY, SAMPLE_RATE
 from moshi_stt.cores import usable_cores

@@ -11,12 +11,15 @@ import tempfile
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Generator, Iterator
 from contextlib import aclosing, asynccontextmanager, closing, contextmanager
+from dataclasses import replace
 from typing import IO
 
 import numpy as np
 from aiohttp import hdrs, web
 from numpy.typing import NDArray
 
+from moshi_stt.audio.level import LevelMeter
+from moshi_stt.audio.selection import Selection
 from moshi_stt.config import LimitsConfig
 from moshi_stt.constants import SAMPLE_RATE
 from moshi_stt.engine.recording import USUAL_CUT, RecordingEvent, RecordingOptions, in_thread, recording_events
@@ -124,14 +127,19 @@ async def _transcribe(
     if coding != "identity":  # a few bytes may unpack to a full disk, and recordings are compressed already
         raise _Fault("bad_request", f"Content-Encoding {coding} is not taken: send the file as it is", 415)
     door.check(handshake)
-    async with _received(request, service.config.limits, door.form) as (file, fields, file_name):
-        content_type = request.headers.get(hdrs.CONTENT_TYPE, "")
+    content_type = request.headers.get(hdrs.CONTENT_TYPE, "")
+    form = door.form or ("file" if content_type.lower().startswith("multipart/form-data") else None)
+    async with _received(request, service.config.limits, form) as (file, fields, file_name):
+        if form and file_name is None and door.form is None:
+            raise _Fault("bad_request", 'the form has no file called "file": send it with curl -F file=@talk.wav')
         options = door.parse(FileRequest(handshake, fields, file_name, content_type, lambda: sha256_of(file)))
         served = service.find(options.module or route.module)
-        source = _Decoded(file, service.config.limits.max_audio_seconds)
+        source = _Decoded(file, service.config.limits.max_audio_seconds, options.selection)
         with closing(source), _faults():
             await _wait_started(service)
-            async with aclosing(_events(service, served, door, options, source)) as events:
+            if options.selection.channels == "split":
+                return await _answer_split(service, served, door, options, source)
+            async with aclosing(_events(service, served, options, source)) as events:
                 first = await anext(events, None)
                 live = door.stream(options)
                 if live is not None:
@@ -139,19 +147,34 @@ async def _transcribe(
                 said = [] if first is None else [first, *[event async for event in events]]
         words = sum(isinstance(event, Word) for event in said)
         log.info("POST %s: ended: door=%s audio_seconds=%.1f words=%d", handshake.peer, door.name, source.seconds, words)
+        if not words:
+            log.info("POST %s: no words: %s", handshake.peer, source.silence or "nothing that this model takes for speech")
         transcript = Transcript([event for event in said if isinstance(event, Word | EndWord)], source.seconds)
-        made = await in_thread(lambda: door.answer(transcript, options))
-    return web.Response(
-        status=made.status, body=made.body, headers={hdrs.CONTENT_TYPE: made.content_type, **dict(made.headers)}
-    )
+        return await _whole_answer(door, options, transcript)
 
 
-def _events(
+async def _whole_answer(door: FileDoor, options: FileOptions, transcript: Transcript) -> web.Response:
+    made = await in_thread(lambda: door.answer(transcript, options))
+    headers = {hdrs.CONTENT_TYPE: made.content_type, **dict(made.headers)}
+    return web.Response(status=made.status, body=made.body, headers=headers)
+
+
+async def _answer_split(
     service: Service, served: Served, door: FileDoor, options: FileOptions, source: "_Decoded"
-) -> AsyncGenerator[RecordingEvent, None]:
+) -> web.Response:
+    """Each channel by itself, one after the other: the file is read once for each."""
+    channels = []
+    for number in range(1, await in_thread(source.count_channels) + 1):
+        source.begin(number)
+        async with aclosing(_events(service, served, options, source)) as events:
+            channels.append([event async for event in events if isinstance(event, Word | EndWord)])
+    return await _whole_answer(door, options, Transcript([], source.seconds, tuple(channels)))
+
+
+def _events(service: Service, served: Served, options: FileOptions, source: "_Decoded") -> AsyncGenerator[RecordingEvent, None]:
     """The recording's words, in order."""
     recording = RecordingOptions(
-        cut=USUAL_CUT if door.cuts_long_files else None,
+        cut=None if options.whole else USUAL_CUT,
         cut_from_seconds=CUT_FROM_SECONDS,
         stream=options.stream,
         slot_wait_seconds=service.config.limits.slot_wait_seconds,
@@ -307,12 +330,27 @@ async def _write(file: IO[bytes], data: bytearray) -> None:
 class _Decoded:
     """A file's audio, float32 (S,) at 24 kHz. Iterated in threads; `seconds` so far."""
 
-    def __init__(self, file: IO[bytes], most_seconds: float) -> None:
+    def __init__(self, file: IO[bytes], most_seconds: float, selection: Selection) -> None:
         """Raises _TooLong, while iterating, beyond most_seconds."""
         self._file = file
         self._most_seconds = most_seconds
+        self._selection = selection
         self._pieces: Iterator[NDArray[np.float32]] | None = None
-        self._samples = 0
+        self._meter = LevelMeter()
+
+    def count_channels(self) -> int:
+        """Channels of the track. Raises AudioError."""
+        from moshi_stt.audio.decode import probe
+
+        return probe(self._file, self._selection.track).channels
+
+    def begin(self, channel: int) -> None:
+        """Start again, with this channel alone."""
+        self.close()
+        self._file.seek(0)
+        self._selection = replace(self._selection, channels=channel)
+        self._pieces = None
+        self._meter = LevelMeter()
 
     def __iter__(self) -> Iterator[NDArray[np.float32]]:
         return self
@@ -321,16 +359,21 @@ class _Decoded:
         if self._pieces is None:
             from moshi_stt.audio.decode import decode_file  # loads the codecs: not before the first file
 
-            self._pieces = decode_file(self._file)
+            self._pieces = decode_file(self._file, self._selection)
         pcm = next(self._pieces)
-        self._samples += len(pcm)
+        self._meter.hear(pcm)
         if self.seconds > self._most_seconds:
             raise _TooLong(f"the recording is longer than {self._most_seconds:g} s (max_audio_seconds): send it in parts")
         return pcm
 
     @property
     def seconds(self) -> float:
-        return self._samples / SAMPLE_RATE
+        return self._meter.samples / SAMPLE_RATE
+
+    @property
+    def silence(self) -> str:
+        """Why there can be no words, where the level says so."""
+        return self._meter.reason()
 
     def close(self) -> None:
         if isinstance(self._pieces, Generator):

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import msgspec
 
+from moshi_stt.audio.selection import Selection
 from moshi_stt.config import ServerConfig
 from moshi_stt.engine.engine import StreamOptions
 from moshi_stt.server.doors import deepgram_flux
@@ -142,15 +143,19 @@ class DeepgramFiles(FileDoor):
 
     def parse(self, request: FileRequest) -> FileOptions:
         options = replace(parse(request.handshake, live=False), sha256=request.sha256())
-        return FileOptions(options, options.module, StreamOptions(confidence=True))
+        split = request.handshake.parameter("multichannel") == "true"
+        selection = Selection(channels="split" if split else "mix")
+        return FileOptions(options, options.module, StreamOptions(confidence=True), selection)
 
     def answer(self, transcript: Transcript, options: FileOptions) -> Answer:
         asked: DeepgramOptions = options.options
-        words = asked.lists.apply(pair_words(transcript.events))
-        channel = channel_object(words, asked)
+        heard = [asked.lists.apply(pair_words(events)) for events in transcript.channels or (transcript.events,)]
+        channels = [channel_object(words, asked) for words in heard]
         if asked.detect_language:
-            channel["detected_language"] = asked.language or "en"
-        results: dict[str, object] = {"channels": [channel]}
+            for channel in channels:
+                channel["detected_language"] = asked.language or "en"
+        results: dict[str, object] = {"channels": channels}
+        words = sorted((word for each in heard for word in each), key=lambda word: word.start)
         if asked.utterances:
             results["utterances"] = utterances(words, asked)
         shown = {"metadata": metadata(asked, asked.sha256, transcript.duration_seconds), "results": results}

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
+from moshi_stt.audio.selection import MIXED, Selection
 from moshi_stt.config import ServerConfig
 from moshi_stt.engine.engine import NO_EXTRAS, EngineInfo, StreamOptions
 from moshi_stt.events import EndWord, Interim, Word
@@ -215,11 +216,17 @@ class FileRequest:
 
 @dataclass(frozen=True)
 class FileOptions:
-    """What a door makes of it. options: the door's own. module: by name; None is the route's."""
+    """What a door makes of it. options: the door's own. module: by name; None is the route's.
+
+    selection: track and channels; where it splits them, each is recognised by itself (`Transcript.channels`). whole: run it as
+    one stream, however long it is.
+    """
 
     options: Any = None
     module: str | None = None
     stream: StreamOptions = NO_EXTRAS
+    selection: Selection = MIXED
+    whole: bool = False
 
 
 class Answer(NamedTuple):
@@ -232,10 +239,14 @@ class Answer(NamedTuple):
 
 
 class Transcript(NamedTuple):
-    """What a file says. events: in order. duration_seconds: of the audio."""
+    """What a file says. events: in order. duration_seconds: of the audio.
+
+    channels: the events of each channel, in order, where they were kept apart; `events` is then empty.
+    """
 
     events: "list[Word | EndWord]"
     duration_seconds: float
+    channels: "tuple[list[Word | EndWord], ...]" = ()
 
 
 class FileAnswer(ABC):
@@ -260,11 +271,9 @@ class FileAnswer(ABC):
 class FileDoor(HttpDoor):
     """POST: a whole file in, text out."""
 
-    cuts_long_files = True
-    """Whether a long file may be cut at pauses, so that its pieces run on several slots at once."""
-
     form: str | None = None
-    """Name of the file's part where the body is a form (multipart/form-data); None where the body is the file."""
+    """Name of the file's part where the body must be a form (multipart/form-data). None: the body is the file, or a form in
+    which it is called `file`."""
 
     def check(self, request: Handshake) -> None:
         """Look at the request before its body is read. Raises Refused."""

@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 
 from moshi_stt import protocol
 from moshi_stt.audio.opus import OpusStream
+from moshi_stt.audio.selection import Selection, read_channels, read_number
 from moshi_stt.audio.watch import AudioWatch
 from moshi_stt.config import ServerConfig
 from moshi_stt.constants import API_KEY_HEADER, API_KEY_QUERY, FRAME_SAMPLES
@@ -32,6 +33,7 @@ from moshi_stt.server.doors.door import (
 )
 from moshi_stt.server.resume import ResumeRequest
 from moshi_stt.session import Action, Message, Session
+from moshi_stt.text.subtitles import pair_words
 
 LOUDEST = float(1 << 31)
 """No sample format has larger values: beyond it, as for NaN and inf, a sample is taken for 0."""
@@ -85,7 +87,6 @@ class KyutaiFiles(FileDoor):
     """Files by POST on each module's path, answered by a JSON array (contract section 1.4)."""
 
     name = "kyutai-files"
-    cuts_long_files = False
 
     def routes(self, config: ServerConfig) -> Sequence[Route]:
         return [Route(module.path, module.name) for module in config.modules]
@@ -96,19 +97,40 @@ class KyutaiFiles(FileDoor):
 
     def parse(self, request: FileRequest) -> FileOptions:
         """options: whether the client wants lines."""
-        return FileOptions(LINES in request.handshake.headers.get("accept", ""))
+        lines = LINES in request.handshake.headers.get("accept", "")
+        whole = request.handshake.parameter("whole") in ("1", "true")
+        return FileOptions(lines, selection=_selection(request.handshake), whole=whole)
 
     def answer(self, transcript: Transcript, options: FileOptions) -> Answer:
-        return Answer(msgspec.json.encode(transcript.events), "application/json")
+        if not transcript.channels:
+            return Answer(msgspec.json.encode(transcript.events), "application/json")
+        words = [
+            word._replace(channel=number) for number, events in enumerate(transcript.channels, 1) for word in pair_words(events)
+        ]
+        shown = [
+            msgspec.to_builtins(event) | {"channel": word.channel}
+            for word in sorted(words, key=lambda word: word.start)
+            for event in (Word(word.text, word.start), EndWord(word.end))
+        ]
+        return Answer(msgspec.json.encode(shown), "application/json")
 
     def stream(self, options: FileOptions) -> FileAnswer | None:
-        return _Lines() if options.options else None
+        return _Lines() if options.options and options.selection.channels != "split" else None
 
     def refusal(self, kind: RefusalKind, sentence: str) -> Refused:
         refused = _refusal(kind, super().refusal(kind, sentence))
         if refused.status == 503:
             refused.headers = (("Retry-After", "10"),)
         return refused
+
+
+def _selection(request: Handshake) -> Selection:
+    """`channels=mix`, `split` or a number, and `track=N`."""
+    channels, track = request.parameter("channels"), request.parameter("track")
+    try:
+        return Selection(read_number(track) if track else None, read_channels(channels) if channels else "mix")
+    except ValueError as error:
+        raise Refused(400, f"channels is mix, split or the number of a channel, track the number of a track: {error}") from None
 
 
 LINES = "application/x-ndjson"
