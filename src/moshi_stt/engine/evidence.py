@@ -80,7 +80,7 @@ ABSENT_WORDS = 2
 PASSAGE_WORDS, PASSAGE_PRIOR = 10, (4, 0.8)
 """A passage is so many words; at its start so many more count, of this confidence."""
 
-FORGET_SECONDS = 10.0
+FORGET_SECONDS = 5.0
 """Words that ended earlier say nothing about the next."""
 
 LONGEST_REPEAT = 16
