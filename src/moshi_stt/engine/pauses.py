@@ -21,11 +21,16 @@ LONGEST_SECONDS = 20.0
 class PauseSettings:
     """Lengths of pauses, in seconds, as log-normal distributions; docs/embedded.md says what they were fitted to."""
 
+    gap_share: float = 0.7
+    """Of all silences, those within a word or between two: a stop consonant makes one."""
+    gap_median: float = 0.06
+    gap_spread: float = 0.6
+    """Standard deviation of the logarithm, here and below."""
     within_median: float = 0.54
+    """Pauses within a turn."""
     within_spread: float = 0.75
-    """Standard deviation of the logarithm of a pause within a turn."""
-    after_share: float = 0.15
-    """Of all pauses, those after a turn."""
+    after_share: float = 0.4
+    """Of the pauses, those after a turn."""
     after_median: float = 12.0
     after_spread: float = 1.2
     speech_from: float = 0.5
@@ -89,9 +94,11 @@ def _table(settings: PauseSettings) -> list[tuple[float, ...]]:
 
 def _longer(seconds: float, settings: PauseSettings) -> float:
     """Share of pauses that last longer."""
+    gap = _tail(seconds, settings.gap_median, settings.gap_spread)
     within = _tail(seconds, settings.within_median, settings.within_spread)
     after = _tail(seconds, settings.after_median, settings.after_spread)
-    return (1.0 - settings.after_share) * within + settings.after_share * after
+    pause = (1.0 - settings.after_share) * within + settings.after_share * after
+    return settings.gap_share * gap + (1.0 - settings.gap_share) * pause
 
 
 def _tail(seconds: float, median: float, spread: float) -> float:
