@@ -24,6 +24,7 @@ COMMANDS = {
     "download": "fetch the weights of a configuration",
     "quantize": "write a checkpoint of 8 or 4 bits",
     "status": "show what a running server is doing",
+    "advise": "say whether Kyutai's 1B model would keep up here",
     "selftest": "recognise shipped speech and say PASS or FAIL",
     "doctor": "name what is missing on this machine",
     "sample": "print the path of a recording of speech to try",
