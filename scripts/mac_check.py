@@ -150,7 +150,7 @@ def embedded() -> str:
 def microphone() -> str:
     lines = [line for line in command("doctor").splitlines() if "microphone:" in line]
     assert lines, "moshi-stt doctor says nothing of it"
-    assert lines[0].startswith("OK"), f"{lines[0]} (pip install 'moshi-stt[mic]'; see docs/mac.md)"
+    assert lines[0].startswith("OK"), f"{lines[0]} (scripts/install.sh --with mic; see docs/mac.md)"
     return lines[0].partition("microphone: ")[2]
 
 

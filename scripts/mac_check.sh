@@ -14,6 +14,9 @@ case ${1:-} in
   *) usage_error "unknown argument $1" ;;
 esac
 
+if [ "$(uname -sm)" != 'Darwin arm64' ] && [ "${1:-}" != --anyway ]; then
+  fail "this is no Mac with Apple silicon; these checks are for its GPU." "scripts/mac_check.sh --anyway   # MLX on this machine's CPU"
+fi
 cd "$root"
 need_writable "$root"
 mkdir -p "$run_dir"
@@ -22,6 +25,7 @@ if ! "$venv/bin/python" -c 'import mlx.core, moshi_stt' 2>/dev/null; then
   extras='mlx,mic'
   [ "$(uname -s)" = Darwin ] || extras='mlx'
   say "Installing moshi-stt with MLX."
-  pip_install "$venv" --only-binary pocketsphinx --only-binary sphn -e ".[$extras]" || install_failed "scripts/mac_check.sh"
+  pip_install "$venv" -e ".[$extras]" || install_failed "scripts/mac_check.sh"
 fi
+"$venv/bin/python" -c 'import mlx.core' 2>"$run_dir/mlx.log" || fail "MLX is installed and cannot be loaded: $(tail -n 1 "$run_dir/mlx.log")" "rm -rf '$venv', then scripts/mac_check.sh"
 exec "$venv/bin/python" scripts/mac_check.py "$@"

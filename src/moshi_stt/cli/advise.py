@@ -77,7 +77,7 @@ def from_cpu() -> Advice:
         seconds = step_seconds(quantize)
         if seconds <= BUDGET_SECONDS:
             text = f"would keep up with {quantize} weights: about {1000 * seconds:.0f} of 80 ms a step on this CPU"
-            return Advice(quantize, text)  # type: ignore[arg-type]
+            return Advice(quantize, text)
     return Advice(None, f"would not keep up with live speech: about {1000 * seconds:.0f} ms a step on this CPU, 80 at most")
 
 

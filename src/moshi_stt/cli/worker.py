@@ -4,7 +4,9 @@ import argparse
 import ipaddress
 import logging
 import socket
+import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -71,6 +73,7 @@ def run(args: argparse.Namespace) -> int:
     from moshi_stt.config_load import LoadedConfig, embedded_config, load_config
     from moshi_stt.engines import build_engines
 
+    name_process()
     level = parse_level(args.log)
     host = parse_address(args.addr)
     loaded = load_config(args.config) if args.config else LoadedConfig(embedded_config(), "the built-in configuration", [])
@@ -96,6 +99,17 @@ def run(args: argparse.Namespace) -> int:
     takeover = takeover_of(args, config, engines)
     pid_file = Path(args.pid_file) if args.pid_file else None
     return serve(packaged_page_if_missing(config), engines, host, args.port, takeover, pid_file)
+
+
+def name_process() -> None:
+    """Let `pgrep moshi-server` and `top` find this process by its name, however it was started. Linux alone."""
+    if sys.platform != "linux":
+        return
+    import ctypes
+
+    set_name = 15  # PR_SET_NAME
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(set_name, b"moshi-server", 0, 0, 0)
 
 
 def takeover_of(args: argparse.Namespace, config: ServerConfig, engines: "Mapping[str, Engine]") -> "Takeover | None":

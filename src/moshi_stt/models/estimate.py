@@ -1,7 +1,7 @@
 """How long a step of Kyutai's 1B would take on this CPU, measured without its weights and without PyTorch.
 
-Nearly all of a step is products with the weights, which onnxruntime does for 8- and 4-bit weights. Two layers' products of the 1B's
-shape, with random weights, are timed and scaled to a step.
+Nearly all of a step is products with the weights, which onnxruntime does for 8- and 4-bit weights. Two layers' products of the
+1B's shape, with random weights, are timed and scaled to a step.
 """
 
 import time
@@ -18,7 +18,7 @@ SHAPES = ((6_144, 2_048), (2_048, 2_048), (11_264, 2_048), (2_048, 5_632))
 """(out, in) of a layer's products: attention in and out, gate in and out."""
 
 OVERHEAD = {"int8": 2.2, "int4": 3.0}
-"""A whole step with a full context over its layers' products, as measured on two quiet cores: attention, Mimi, and the heads."""
+"""A whole step with a full context over its layers' products, as measured on two quiet cores: attention, Mimi, heads."""
 
 TRIES = 15
 BITS = {"int8": 8, "int4": 4}
