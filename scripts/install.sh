@@ -21,14 +21,15 @@ TEXT
 }
 
 again="$0 $*"
-model='' yes='' extras='' address=()
+server_settings
+model='' yes='' extras='' address=() port=${server_port:-8080} addr=${server_addr:-127.0.0.1}
 while [ $# -gt 0 ]; do
   case $1 in
     --model | --config) need_value "$1" $#; model=$2; shift 2 ;;
     --yes | -y) yes=yes; shift ;;
     --with) need_value "$1" $#; extras=$2; shift 2 ;;
-    --port) need_value "$1" $#; need_port_number "$2"; address+=(--port "$2"); shift 2 ;;
-    --addr) need_value "$1" $#; address+=(--addr "$2"); shift 2 ;;
+    --port) need_value "$1" $#; need_port_number "$2"; port=$2 address+=(--port "$2"); shift 2 ;;
+    --addr) need_value "$1" $#; addr=$2 address+=(--addr "$2"); shift 2 ;;
     -h | --help) usage; exit 0 ;;
     *) usage_error "unknown argument $1" ;;
   esac
@@ -62,6 +63,7 @@ if ! is_installed; then
     "$root/scripts/stop.sh" >/dev/null
   fi
   make_venv "$venv"
+  need_free_port "$venv/bin/python" "$addr" "$port" "scripts/install.sh${model:+ --model $model}${yes:+ --yes} --port $((port + 1))"
   say "Installing moshi-stt and its packages (about 150 MB to download)."
   pip_install "$venv" -e . || install_failed "$again"
   printf '%s\n' "$wanted" >"$run_dir/installed"

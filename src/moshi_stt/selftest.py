@@ -22,6 +22,9 @@ MOST_WRONG = 0.2
 TIME_TOLERANCE = 0.6
 """Seconds by which a word's time may be off: models place words to within a few frames of 80 ms, each in its own way."""
 
+SLOWEST = 1.0
+"""Seconds of work for a second of speech: beyond it, live speech is not kept up with."""
+
 DEADLINE_SECONDS = 300.0
 """A recording that takes longer has failed."""
 
@@ -106,7 +109,7 @@ async def _check_recording(engine: Engine, recording: Recording, judge_words: bo
     share = taken / seconds
     speed = Check(
         f"speed, {recording.name}",
-        share < 1,
+        share < SLOWEST,
         f"{seconds:.1f} s of speech in {taken:.2f} s: {1000 * share * FRAME_SECONDS:.0f} ms for each 80 ms of one stream",
     )
     return [_check_words(recording, words, judge_words), speed]

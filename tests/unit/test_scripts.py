@@ -33,11 +33,12 @@ def installed(checkout: Path) -> Path:
     binaries = checkout / ".venv" / "bin"
     binaries.mkdir(parents=True)
     (binaries / "python").symlink_to(sys.executable)
-    program = binaries / "moshi-stt"
-    program.write_text(
-        f"#!{sys.executable}\nimport sys\nfrom moshi_stt.cli import main\nsys.argv[0] = 'moshi-stt'\nsys.exit(main())\n"
-    )
-    program.chmod(0o755)
+    for name in ("moshi-stt", "moshi-server"):
+        program = binaries / name
+        program.write_text(
+            f"#!{sys.executable}\nimport sys\nfrom moshi_stt.cli import main\nsys.argv[0] = {name!r}\nsys.exit(main())\n"
+        )
+        program.chmod(0o755)
     return checkout
 
 
@@ -47,7 +48,7 @@ def run(folder: Path, script: str, *args: str, timeout: float = 90, **env: str) 
         capture_output=True,
         text=True,
         timeout=timeout,
-        env=os.environ | {"MOSHI_STT_UV": "0"} | env,
+        env=os.environ | {"MOSHI_STT_UV": "0", "HOME": str(folder.parent)} | env,
         stdin=subprocess.DEVNULL,
         check=False,
     )
@@ -118,22 +119,137 @@ def test_a_port_in_use(installed: Path) -> None:
     assert re.match(sentence + rf"install\.sh --port {port + 1}\n\Z", again.stderr)
 
 
-def test_an_old_python(checkout: Path, tmp_path: Path) -> None:
-    """A PATH with the tools of the scripts and a Python of 2020."""
+TOOLS = (
+    "awk", "bash", "cat", "cksum", "cp", "cut", "date", "dirname", "basename", "grep", "head", "id", "ln", "mkdir", "mv", "ps",
+         "readlink", "rm", "sed", "sleep", "sort", "tail", "uname", "wc", "getconf", "kill", "nohup", "sh",
+)  # fmt: skip
+
+
+@pytest.fixture
+def bare_path(tmp_path: Path) -> Path:
+    """A PATH with the tools of the scripts and no Python."""
     binaries = tmp_path / "bin"
     binaries.mkdir()
-    for tool in ("bash", "cat", "cut", "dirname", "grep", "head", "id", "mkdir", "ps", "rm", "sed", "tail", "uname", "wc"):
+    for tool in TOOLS:
         found = shutil.which(tool)
-        assert found, f"{tool} is not here"
-        (binaries / tool).symlink_to(found)
-    old = binaries / "python3"
-    old.write_text('#!/bin/sh\n[ "$1" = --version ] && echo "Python 3.9.18" && exit 0\nexit 1\n')
-    old.chmod(0o755)
-    done = run(checkout, "install.sh", PATH=str(binaries))
+        if found is not None:
+            (binaries / tool).symlink_to(found)
+    return binaries
+
+
+def program(folder: Path, name: str, text: str) -> Path:
+    """A shell program in a folder of PATH."""
+    path = folder / name
+    path.unlink(missing_ok=True)
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(0o755)
+    return path
+
+
+def old_python(folder: Path, name: str = "python3", version: str = "3.9") -> Path:
+    """An interpreter that tells its version and can do nothing else."""
+    return program(
+        folder,
+        name,
+        f'[ "$1" = --version ] && echo "Python {version}.18" && exit 0\n[ "$1" = -c ] && echo {version} && exit 0\nexit 1',
+    )
+
+
+def test_an_old_python(checkout: Path, bare_path: Path) -> None:
+    old = old_python(bare_path)
+    done = run(checkout, "install.sh", PATH=str(bare_path))
     assert done.returncode == 1
-    assert f"Error: Python 3.11 or newer is needed; found Python 3.9.18 at {old}.\n  Next: " in done.stderr
+    assert f"Error: Python 3.11, 3.12, 3.13 or 3.14 is needed; found Python 3.9.18 at {old}, and uv could not" in done.stderr
     old.unlink()
-    assert "Error: Python 3.11 or newer is needed; found none." in run(checkout, "test.sh", PATH=str(binaries)).stderr
+    assert "is needed; found none, and uv could not bring one." in run(checkout, "test.sh", PATH=str(bare_path)).stderr
+
+
+def chosen(checkout: Path, path: Path, **env: str) -> subprocess.CompletedProcess[str]:
+    """What `make_venv` does with what is on a PATH."""
+    (checkout / "run").mkdir(exist_ok=True)
+    code = f". '{checkout}/scripts/common.sh'; make_venv '{checkout}/.venv'"
+    env = os.environ | {"PATH": str(path), "MOSHI_STT_PYTHON": ""} | env
+    return subprocess.run(["bash", "-euc", code], capture_output=True, text=True, timeout=60, env=env, check=False)
+
+
+PYTHON_OF = """case "$1" in
+  -c) echo {version} ;;
+  --version) echo "Python {version}.1" ;;
+  -m) mkdir -p "$3/bin" && ln -s "$0" "$3/bin/python" ;;
+esac"""
+
+
+@pytest.mark.parametrize(
+    ("versions", "best"),
+    [
+        (["3.11"], "3.11"),
+        (["3.12", "3.11"], "3.11"),
+        (["3.14", "3.13"], "3.13"),
+        (["3.14"], "3.14"),
+        (["3.12"], "3.12"),
+        (["3.15", "3.12"], "3.12"),
+        (["3.10"], None),
+        (["3.15"], None),
+    ],
+)
+def test_the_python_that_has_everything_is_taken(
+    checkout: Path, bare_path: Path, versions: list[str], best: str | None
+) -> None:
+    """Without uv. The first of the versions is what `python3` is."""
+    for version in versions:
+        program(bare_path, f"python{version}", PYTHON_OF.format(version=version))
+    program(bare_path, "python3", PYTHON_OF.format(version=versions[0]))
+    done = chosen(checkout, bare_path, MOSHI_STT_UV="0")
+    if best is None:
+        assert done.returncode == 1
+        assert f"found Python {versions[0]}.1" in done.stderr
+    else:
+        assert done.returncode == 0, done.stderr
+        assert f"with Python {best}.1" in done.stdout
+
+
+UV = """[ "$1" = venv ] || exit 2
+while [ $# -gt 1 ]; do [ "$1" = --python ] && version=$2; shift; done
+[ "$version" = 3.13 ] || exit 1
+mkdir -p "$1/bin" && ln -s {python} $1/bin/python"""
+
+
+@pytest.mark.parametrize("versions", [[], ["3.14"], ["3.9"]])
+def test_uv_brings_a_python_where_the_machine_has_none_that_has_everything(
+    checkout: Path, bare_path: Path, versions: list[str]
+) -> None:
+    for version in versions:
+        program(bare_path, "python3", PYTHON_OF.format(version=version))
+    fetched = program(checkout, "fetched", PYTHON_OF.format(version="3.13"))
+    program(bare_path, "uv", UV.format(python=fetched))
+    done = chosen(checkout, bare_path, MOSHI_STT_UV="1")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "Made an environment in .venv with Python 3.13.1, by uv.\n"
+
+
+@pytest.mark.parametrize(
+    ("system", "machine", "told"),
+    [
+        ("Darwin", "x86_64", "Intel Macs are not supported: onnxruntime and PyTorch no longer publish packages for them."),
+        ("Linux", "armv7l", "Linux armv7l is not supported: onnxruntime and PyAV have no packages for it."),
+        ("Linux", "x86_64", "glibc 2.17 is too old: onnxruntime and PyAV need glibc 2.28 (2018) or newer."),
+        ("Darwin", "arm64", "macOS 12.7 is too old: onnxruntime and PyAV need macOS 13 or newer."),
+        ("Linux", "aarch64", "this Linux has no glibc (musl, as in Alpine?): onnxruntime has no packages for it."),
+    ],
+)
+def test_a_machine_that_cannot_is_refused_before_anything_is_done(
+    checkout: Path, bare_path: Path, system: str, machine: str, told: str
+) -> None:
+    answers = f'case "$1" in -s) echo {system} ;; -m) echo {machine} ;; *) echo {system} {machine} ;; esac'
+    program(bare_path, "uname", answers)
+    program(bare_path, "getconf", "echo glibc 2.17" if machine == "x86_64" else "exit 1")
+    program(bare_path, "sw_vers", "echo 12.7")
+    program(bare_path, "sysctl", "exit 1")
+    done = run(checkout, "install.sh", PATH=str(bare_path))
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"Error: {told}\n  Next: ")
+    assert done.stdout == ""
+    assert not (checkout / "run").exists()
 
 
 @pytest.mark.skipif(os.getuid() == 0, reason="root may write anywhere")
@@ -202,6 +318,86 @@ def test_the_life_of_a_server(installed: Path) -> None:
     assert re.match(r"Stopped \(pid \d+\)\.\n\Z", stopped.stdout)
     assert run(installed, "stop.sh").stdout == "No server is running.\n"
     assert not (installed / "run" / "server.pid").exists()
+
+
+def test_start_remembers_what_was_started_and_the_process_is_found_by_name(installed: Path) -> None:
+    """Port and flags of the first start hold for the next one; `pgrep moshi-server` finds it without -f."""
+    port = free_port()
+    try:
+        started = run(installed, "start.sh", "--port", str(port), "--", "--batch-size", "3")
+        assert started.returncode == 0, started.stderr
+        assert run(installed, "stop.sh").returncode == 0
+        again = run(installed, "start.sh")
+        assert again.returncode == 0, again.stderr
+        assert f"Ready at http://127.0.0.1:{port} " in again.stdout
+        assert "0 of 3 streams" in run(installed, "status.sh").stdout
+        pid = (installed / "run" / "server.pid").read_text().strip()
+        if shutil.which("pgrep"):
+            found = subprocess.run(["pgrep", "moshi-server"], capture_output=True, text=True, check=False)
+            assert pid in found.stdout.split()
+        if sys.platform == "linux":
+            named = subprocess.run(["ps", "-p", pid, "-o", "comm="], capture_output=True, text=True, check=True)
+            assert named.stdout.strip() == "moshi-server"
+    finally:
+        run(installed, "stop.sh")
+
+
+def test_a_start_that_fails_is_not_remembered(installed: Path) -> None:
+    port = free_port()
+    try:
+        assert run(installed, "start.sh", "--port", str(port)).returncode == 0
+        run(installed, "stop.sh")
+        assert run(installed, "start.sh", "--model", "stt-1b-enfr", "--port", str(free_port())).returncode == 1
+        assert f"port={port}\n" in (installed / "run" / "server.settings").read_text()
+        assert "model=embedded\n" in (installed / "run" / "server.settings").read_text()
+    finally:
+        run(installed, "stop.sh")
+
+
+def linked(checkout: Path, home: Path, path: str = "/usr/bin:/bin") -> str:
+    code = f". '{checkout}/scripts/common.sh'; link_commands; command_name; echo; say_path"
+    env = {"HOME": str(home), "PATH": path}
+    return subprocess.run(["bash", "-euc", code], capture_output=True, text=True, check=True, timeout=60, env=env).stdout
+
+
+def test_the_commands_are_linked_and_what_is_not_ours_stays(installed: Path, tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    links = home / ".local" / "bin"
+    told = linked(installed, home)
+    assert (links / "moshi-stt").readlink() == installed / ".venv" / "bin" / "moshi-stt"
+    assert (links / "moshi-server").readlink() == installed / ".venv" / "bin" / "moshi-server"
+    assert told.startswith(f"{installed}/.venv/bin/moshi-stt\n")
+    assert 'export PATH="$HOME/.local/bin:$PATH"' in told
+    assert linked(installed, home, f"{links}:/usr/bin:/bin") == "moshi-stt\n"
+    (links / "moshi-server").unlink()
+    (links / "moshi-server").write_text("the program of somebody else")
+    assert f"{links}/moshi-server is not from this checkout and stays as it is" in linked(installed, home)
+    assert (links / "moshi-server").read_text() == "the program of somebody else"
+    (links / "moshi-stt").unlink()
+    (links / "moshi-stt").symlink_to("/gone/moshi-stt/.venv/bin/moshi-stt")
+    linked(installed, home)
+    assert (links / "moshi-stt").readlink() == installed / ".venv" / "bin" / "moshi-stt"
+
+
+def test_pip_goes_on_where_uv_cannot_reach_the_index(checkout: Path, bare_path: Path) -> None:
+    """uv brings certificates of its own, and companies' proxies have others."""
+    program(bare_path, "uv", 'echo "error: invalid peer certificate: UnknownIssuer" >&2; exit 2')
+    (checkout / ".venv" / "bin").mkdir(parents=True)
+    program(checkout / ".venv" / "bin", "python", f'echo "$*" >> {checkout}/asked')
+    (checkout / "run").mkdir()
+    code = f". '{checkout}/scripts/common.sh'; pip_install '{checkout}/.venv' something"
+    env = {"PATH": str(bare_path), "HOME": str(checkout)}
+    done = subprocess.run(["bash", "-euc", code], capture_output=True, text=True, timeout=60, env=env, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "uv cannot reach the package index; trying pip.\n"
+    assert re.search(r"^-m pip install .* something$", (checkout / "asked").read_text(), re.M)
+
+
+@pytest.mark.parametrize("extras", ["microphone", "mic,nothing"])
+def test_an_extra_that_is_none(checkout: Path, extras: str) -> None:
+    done = run(checkout, "install.sh", "--with", extras)
+    assert done.returncode == 2
+    assert f"--with {extras.split(',')[-1]}: expected torch, mlx, mic, ray or dev" in done.stderr
 
 
 def test_a_server_that_cannot_start_says_why(installed: Path) -> None:
