@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import os
 
 import aiohttp
 import pytest
@@ -9,7 +10,7 @@ from tests.support.raw_ws import RawClient
 from tests.support.scripted_engine import ScriptedEngine
 from tests.support.serving import DEADLINE, KEY, Running, raw_request, serving, until
 
-from moshi_stt.server import gate
+from moshi_stt.server import descriptors, gate
 
 UPGRADE = (
     "GET /api/asr-streaming HTTP/1.1\r\nHost: localhost\r\nConnection: upgrade\r\nUpgrade: websocket\r\n"
@@ -105,3 +106,25 @@ async def test_streams_of_one_key_and_connections_of_one_address_are_limited() -
             assert await status(running, UPGRADE) == 101
             for client in clients:
                 await client.__aexit__()
+
+
+async def test_without_free_descriptors_clients_are_told(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """They get 503 and a line is logged, while the connections that are open go on; afterwards all is as before."""
+    async with serving(ScriptedEngine()) as running, await RawClient.connect(running.port) as client:
+        assert (await client.receive_event())["type"] == "Ready"
+        held = [os.open(os.devnull, os.O_RDONLY) for _ in range(50)]
+        monkeypatch.setattr(descriptors, "soft_limit", lambda: min(held) + descriptors.RESERVE)
+        try:
+            for _ in range(5):
+                assert await status(running, UPGRADE) == 503
+            client.marker(3)
+            assert (await client.events_until("Marker"))[-1]["id"] == 3
+        finally:
+            for each in held:
+                os.close(each)
+        monkeypatch.setattr(descriptors, "soft_limit", lambda: 1 << 20)
+        assert await status(running, UPGRADE) == 101
+        assert refused(running, "descriptors") == 5
+    assert len([record for record in caplog.records if "file descriptors are used up" in record.getMessage()]) == 1

@@ -85,14 +85,31 @@ async def test_a_process_that_hangs_is_replaced(monkeypatch: pytest.MonkeyPatch)
         assert channel is not None
         os.kill(process.pid, signal.SIGSTOP)
         asked = []
-        monkeypatch.setattr(channel, "send", lambda *message: asked.append(message))
+        monkeypatch.setattr(channel, "send", lambda message, descriptors: asked.append(type(message).__name__))
         for _ in range(10):
             await counts(running)
-        assert len(asked) <= 1  # it is not asked again before it has answered
+        assert asked.count("Count") <= 1  # it is not asked again before it has answered
         assert (await client.rest())[1] == -1
         await until(lambda: first.process is not process and first.ready.is_set(), "the new process")
         await until(lambda: running.server.service.served[0].engine.used_slots == 0, "the slots")
         assert (await FLOWS["mac"](running.ws, speech([3]))).text == "w3."
+
+
+async def test_a_process_that_owes_an_answer_gets_no_socket(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Clients that come while one process is stopped are served by the others at once, and by it when it goes on."""
+    monkeypatch.setattr(worker_pool, "OWED_SECONDS", 0.3)
+    async with served(monkeypatch, streams=8) as (running, processes, _):
+        stopped = processes._workers[0]
+        assert stopped.process is not None
+        os.kill(stopped.process.pid, signal.SIGSTOP)
+        try:
+            await until(lambda: not stopped.takes, "noticing that it is stopped")
+            for _ in range(4):
+                assert (await FLOWS["mac"](running.ws, speech([3]))).text == "w3."
+        finally:
+            os.kill(stopped.process.pid, signal.SIGCONT)
+        await until(lambda: stopped.takes, "its answer")
+        assert stopped.process.returncode is None
 
 
 async def test_a_process_whose_engine_fails_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Awaitable, Callable
 from moshi_stt.config import LimitsConfig
 from moshi_stt.origins import Origins, is_loopback, normal_origin
 from moshi_stt.server.auth import Keys
+from moshi_stt.server.descriptors import nearly_exhausted
 from moshi_stt.server.doors.door import Handshake, HttpDoor
 from moshi_stt.server.metrics import Metrics
 
@@ -42,12 +43,21 @@ class Gate:
         self._waiting: Counter[str] = Counter()
         self._wrong: Counter[str] = Counter()
         self._wrong_logged = float("-inf")
+        self._exhausted_logged = float("-inf")
         self._origins_logged: dict[str, float] = {}
         self._by_key: Counter[str] = Counter()
         self._by_address: Counter[str] = Counter()
 
     async def admit(self, door: HttpDoor, request: Handshake) -> None:
-        """Check origin and key. Raises Refused in the door's own shape; for a wrong key after a while."""
+        """Check origin and key, and that there are descriptors. Raises Refused in the door's own shape; for a wrong key after a
+        while.
+        """
+        if nearly_exhausted():
+            self._metrics.refusals.labels("descriptors").inc()
+            if self._now() - self._exhausted_logged >= LOG_SECONDS:
+                self._exhausted_logged = self._now()
+                log.error("file descriptors are used up: new clients get 503. Raise the limit of open files (ulimit -n)")
+            raise door.refusal("full", "the server has too many files and sockets open: try again later")
         self._check_origin(door, request)
         address = request.address
         if self._waiting[address] >= WRONG_KEYS_AT_ONCE:

@@ -63,6 +63,16 @@ class Freed:
 
 
 @dataclass(frozen=True)
+class Ping:
+    """Say that you are at work."""
+
+
+@dataclass(frozen=True)
+class Pong:
+    """The answer."""
+
+
+@dataclass(frozen=True)
 class Count:
     """Say what you have counted."""
 

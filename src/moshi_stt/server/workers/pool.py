@@ -40,6 +40,12 @@ COUNT_SECONDS = 1.0
 STOP_SECONDS = 5.0
 """How long one has to end before it is killed."""
 
+PING_SECONDS = 0.25
+"""How often each is asked whether it is at work."""
+
+OWED_SECONDS = 1.0
+"""One that has owed an answer for so long gets no further socket until it answers."""
+
 HANG_SECONDS = 30.0
 """One that does not answer for so long is killed."""
 
@@ -79,11 +85,15 @@ class _Worker:
         """Whether the last `Count` has been answered."""
         self.asked_at = 0.0
         """When that was sent."""
+        self.pinged_at: float | None = None
+        """Since when it has owed an answer to a ping."""
         self.pause = FIRST_PAUSE_SECONDS
 
     @property
     def takes(self) -> bool:
         """Whether it can be given a socket."""
+        if self.pinged_at is not None and asyncio.get_running_loop().time() - self.pinged_at > OWED_SECONDS:
+            return False
         return self.ready.is_set() and not self.failed and self.channel is not None and self.channel.backlog <= MOST_BACKLOG
 
 
@@ -146,6 +156,7 @@ class WorkerPool:
         worker.started_at = asyncio.get_running_loop().time()
         worker.failed = worker.deaf = False
         worker.counted.set()
+        worker.pinged_at = None
         worker.gone = {}
         lines: dict[str, BackendLink] = {}
         try:
@@ -215,8 +226,16 @@ class WorkerPool:
     async def _watch(self) -> None:
         """Kill a process that does not answer: its clients had better connect again."""
         now = asyncio.get_running_loop().time
+        counted_at = now()
         while True:
-            await asyncio.sleep(HANG_SECONDS / 4)
+            await asyncio.sleep(min(PING_SECONDS, HANG_SECONDS / 4))
+            for worker in self._workers:
+                if worker.ready.is_set() and worker.pinged_at is None:
+                    worker.pinged_at = now()
+                    self._send(worker, messages.Ping())
+            if now() - counted_at < HANG_SECONDS / 4:
+                continue
+            counted_at = now()
             for worker in self._workers:
                 if worker.ready.is_set() and worker.process is not None:
                     if not worker.counted.is_set() and now() - worker.asked_at > HANG_SECONDS:
@@ -351,6 +370,8 @@ class WorkerPool:
             case messages.Counted():
                 worker.counts = message
                 worker.counted.set()
+            case messages.Pong():
+                worker.pinged_at = None
             case messages.Ready():
                 worker.ready.set()
             case messages.Ended():

@@ -66,6 +66,8 @@ class Worker:
                 task.add_done_callback(self._arriving.discard)
             case messages.TakeBack():
                 self._begin(self._take_back(message, descriptors))
+            case messages.Ping():
+                self._channel.send(messages.Pong())
             case messages.Count():
                 queued = {name: engine.queued_samples for name, engine in self._engines.items()}
                 self._channel.send(messages.Counted(self._metrics.families(), queued))
