@@ -6,6 +6,7 @@ levels off, so what must come out, and when, is known to the sample.
 
 import threading
 from collections.abc import Sequence
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,7 +34,7 @@ def pause(seconds: float) -> NDArray[np.float32]:
 
 
 class LevelRecogniser:
-    """Hears levels. `trouble` is raised by the next calls, `broken` by all; `gate` holds calls until it is set."""
+    """Hears levels. `gate` holds calls until it is set."""
 
     name = "levels"
     languages: tuple[str, ...] = ("en",)
@@ -46,8 +47,19 @@ class LevelRecogniser:
         self.poison: int | None = None
         """A word at which recognition raises."""
         self.broken = False
+        self.hanging: Literal["no", "once", "always"] = "no"
         self.closed = False
         self.lock = threading.Lock()
+        self._let_go = threading.Event()
+
+    def hang(self, *, always: bool = False) -> None:
+        """Let the next call, or all of them, wait until `let_go`."""
+        self.hanging = "always" if always else "once"
+        self._let_go.clear()
+
+    def let_go(self) -> None:
+        self.hanging = "no"
+        self._let_go.set()
 
     def sample(self) -> NDArray[np.float32]:
         return np.full(RECOGNISER_RATE // 2, 0.5, np.float32)
@@ -66,6 +78,9 @@ class LevelRecogniser:
         said_seconds: float = 0.0,
     ) -> Hypothesis:
         assert self.gate.wait(30)
+        if self.hanging != "no":
+            self.hanging = "no" if self.hanging == "once" else "always"
+            assert self._let_go.wait(60)
         with self.lock:
             self.calls += 1
         heard = [number for number, _, _ in _runs(samples)]

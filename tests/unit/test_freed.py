@@ -21,7 +21,7 @@ from moshi_stt.constants import SAMPLE_RATE
 from moshi_stt.engine.commands import Audio, Finish, Mark, Reset
 from moshi_stt.engine.engine import Engine
 from moshi_stt.engine.recording import RecordingOptions, transcribe_recording
-from moshi_stt.engine.segment import _StreamState
+from moshi_stt.engine.segment_state import SegmentState
 from moshi_stt.engine.segmenter import Segmenter
 from moshi_stt.engine.stream import Stream
 from moshi_stt.engine.stream_state import Flush, StreamState
@@ -31,7 +31,7 @@ from moshi_stt.text.words import WordAssembler
 
 STREAMS = 200
 """Of each way to end."""
-PARTS = (Stream, StreamState, Flush, Framer, WordAssembler, _StreamState, Segmenter, StreamingResampler)
+PARTS = (Stream, StreamState, Flush, Framer, WordAssembler, SegmentState, Segmenter, StreamingResampler)
 SECOND = np.full(SAMPLE_RATE, 0.05, np.float32)
 
 

@@ -36,6 +36,7 @@ async def engine(slots: int = 8, threads: int = 2, **options: object) -> AsyncIt
         yield made
     finally:
         recogniser.gate.set()
+        recogniser.let_go()
         await made.stop()
 
 
@@ -375,3 +376,49 @@ async def test_info_says_what_the_machine_can_carry() -> None:
         assert "of a core" in served.info.details["cost of a live stream"]
         assert "about" in served.info.details["real-time streams"]
     assert measure(LevelRecogniser(), SegmentSettings()) > 0
+
+
+# ---- recognition that does not come back ---------------------------------------------------------------------------------
+
+HANG_SECONDS = 0.2
+
+
+@asynccontextmanager
+async def hanging(threads: int) -> AsyncIterator[tuple[Engine, Stream]]:
+    """An engine whose recogniser holds its next call for good, and the stream that makes that call."""
+    async with engine(threads=threads, hang_seconds=HANG_SECONDS) as made:
+        made.recogniser.hang()
+        stream = made.open()
+        await stream.send(Audio(say([3])))
+        await stream.send(Finish())
+        yield made, stream
+
+
+async def test_recognition_that_hangs_once_costs_its_own_stream_alone(caplog: pytest.LogCaptureFixture) -> None:
+    """Another thread takes the place of the one that hangs, after the model has taken its own sample."""
+    async with hanging(threads=1) as (made, stream):
+        events = await to_end(stream)
+        last = events[-1]
+        assert isinstance(last, Error)
+        assert last.message.startswith("recognition has not come back for ")
+        assert last.close_code == 1011
+        assert "recogniser-0 has not come back from recognition" in caplog.text
+        stream.close()
+        assert [e.text for e in await transcribe(made, say([4, 5])) if isinstance(e, Word)] == ["w4.", "w5."]
+        assert made.ready
+
+
+async def test_recognition_that_hangs_always_fails_the_engine(caplog: pytest.LogCaptureFixture) -> None:
+    """Its health is red then, and stopping does not wait for the threads that hang."""
+    async with hanging(threads=2) as (made, stream):
+        made.recogniser.hang(always=True)
+        async with asyncio.timeout(DEADLINE):
+            failure = await made.wait_failed()
+        assert "it hangs" in str(failure)
+        assert not made.ready
+        with pytest.raises(EngineFailed):
+            made.open()
+        assert isinstance((await to_end(stream))[-1], Error)
+        await made.stop()
+        assert not made.recogniser.closed, "a thread still uses it"
+        assert "recognition hangs" not in caplog.text, "it did not wait for those that were given up"

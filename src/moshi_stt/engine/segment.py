@@ -1,7 +1,7 @@
-"""The engine of recognisers that want whole utterances: many streams on a small pool of threads. Knows no model and no socket.
+"""The engine of recognisers that want whole utterances: many streams on a small pool of threads.
 
 A turn is one stream's: take what it sent, go through its audio up to the next hypothesis, deliver what came out. Streams
-that have work wait in line, live ones before files, and go to the end of the line after each turn; so all advance alike, and
+that have work wait in a queue, live ones before files, and go to its end after each turn; so all advance alike, and
 one that sent an hour of audio delays another by one hypothesis. Nothing is skipped under load: what a stream says depends on
 its audio alone, and one that sends faster than the machine can follow fills its inbox and waits.
 """
@@ -10,8 +10,7 @@ import asyncio
 import logging
 import threading
 import time
-from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 
@@ -20,77 +19,38 @@ import numpy as np
 from moshi_stt.audio.resample import StreamingResampler
 from moshi_stt.constants import SAMPLE_RATE
 from moshi_stt.cores import usable_cores
-from moshi_stt.engine.commands import Audio, Command, Mark, Reset
 from moshi_stt.engine.engine import NO_EXTRAS, Engine, EngineInfo, EngineObserver, StreamOptions
 from moshi_stt.engine.recogniser import RECOGNISER_RATE, Recogniser
+from moshi_stt.engine.segment_state import TURN_SAMPLES, SegmentState, TurnQueue
 from moshi_stt.engine.segmenter import Segmenter, SegmentSettings
 from moshi_stt.engine.stream import Delivery, Stream, StreamLimits, deliver_all
+from moshi_stt.engine.threads import join_threads, overdue
 from moshi_stt.errors import EngineError, EngineFailed, MoshiSttError, NoFreeSlot
-from moshi_stt.events import AnyEvent, Error, Marker, Ready
+from moshi_stt.events import Error, Ready
 
 log = logging.getLogger(__name__)
 
-TURN_SAMPLES = SAMPLE_RATE
-"""Audio of one stream that is gone through in one turn, if no hypothesis comes before."""
-
-FILE_TURN = 4
-"""Every so many turns a file goes first, so that live streams that fill the machine leave it some."""
-
 JOIN_SECONDS = 10.0
+"""How long all threads together have to end."""
+
+HANG_FACTOR = 10.0
+LONGEST_SECONDS = 30.0
+"""Audio that a recogniser takes at once."""
 
 
-class _StreamState:
-    """One stream inside the engine. A worker that has taken it from the line is alone with it."""
+class _Worker:
+    """A thread and what it is at."""
 
-    def __init__(self, stream: Stream, segmenter: Segmenter) -> None:
-        self.stream = stream
-        self.segmenter = segmenter
-        self.commands: deque[Command] = deque()
-        self.work: Iterator[list[AnyEvent]] | None = None
-        self.command: Command | None = None
-        """What `work` is going through; of long `Audio`, the piece."""
-        self.arrived = 0.0
-        """When the last sample, or the mark behind it, came that the next event may depend on."""
-        self.absorbed = 0.0
-        self.state = "idle"
-        """idle, waiting (in line), running (with a worker), or woken (running, and to be put in line again)."""
-        self.done = False
-
-    def absorb(self) -> None:
-        """Take what the client sent since the last turn."""
-        self.absorbed = time.monotonic()
-        self.commands.extend(self.stream.drain())
-
-    def begin(self) -> bool:
-        """Start on the next command. False when there is none."""
-        if not self.commands:
-            return False
-        command = self.commands.popleft()
-        if isinstance(command, Audio):
-            self.arrived = self.absorbed if command.arrived is None else command.arrived
-            piece = command.samples[:TURN_SAMPLES]
-            if len(piece) < len(command.samples):
-                self.commands.appendleft(Audio(command.samples[TURN_SAMPLES:], command.arrived))
-            self.command = Audio(piece, command.arrived)
-            self.work = self.segmenter.feed(piece)
-        else:
-            self.arrived = max(self.arrived, self.absorbed)
-            self.command = command
-            self.work = self.segmenter.flush()
-        return True
-
-    def end(self) -> tuple[int, list[AnyEvent]]:
-        """The command is through: samples that left our hands, and what it is answered by."""
-        command, self.command, self.work = self.command, None, None
-        if isinstance(command, Audio):
-            return len(command.samples), []
-        if isinstance(command, Mark):
-            return 0, [Marker(command.id)]
-        if isinstance(command, Reset):
-            self.segmenter.reset()
-            return 0, [Ready()]
-        self.done = True
-        return 0, []
+    def __init__(self, main: Callable[["_Worker"], None], name: str, *, doubts: bool = False) -> None:
+        """doubts: whether it first looks if the model still takes its own sample."""
+        self.thread = threading.Thread(target=main, args=(self,), name=name, daemon=True)
+        self.doubts = doubts
+        self.busy_since: float | None = None
+        """time.monotonic() when its turn began; None while it has none."""
+        self.state: SegmentState | None = None
+        """Whose turn it is."""
+        self.given_up = False
+        """Whether it hangs, and another does its work."""
 
 
 class SegmentEngine(Engine):
@@ -107,8 +67,12 @@ class SegmentEngine(Engine):
         limits: StreamLimits | None = None,
         observer: EngineObserver | None = None,
         settings: SegmentSettings | None = None,
+        hang_seconds: float = 30.0,
     ) -> None:
-        """load: called once, on another thread, by `start`. slots: streams at once. threads: 0 for every usable core."""
+        """load: called once, on another thread, by `start`. slots: streams at once. threads: 0 for every usable core.
+
+        hang_seconds: a turn that takes longer counts as failed (at least HANG_FACTOR times what it should take).
+        """
         super().__init__(observer)
         self.info = EngineInfo("embedded", "", "", (), "cpu", "int8", slots)
         self._load = load
@@ -116,12 +80,12 @@ class SegmentEngine(Engine):
         self._limits = limits or StreamLimits()
         self._settings = settings or SegmentSettings()
         self._recogniser: Recogniser | None = None
-        self._lanes: dict[Stream, _StreamState] = {}
-        self._line = threading.Condition()
-        self._live: deque[_StreamState] = deque()
-        self._files: deque[_StreamState] = deque()
-        self._turns = 0
-        self._threads: list[threading.Thread] = []
+        self._states: dict[Stream, SegmentState] = {}
+        self._queue = TurnQueue()
+        self._hang_seconds = hang_seconds
+        self._workers: list[_Worker] = []
+        self._given_up = 0
+        self._watchdog: asyncio.Task[None] | None = None
         self._ready = False
         self._stopping = False
 
@@ -143,13 +107,15 @@ class SegmentEngine(Engine):
         self.info = replace(
             self.info, model=recogniser.name, languages=recogniser.languages, details=self._describe(recogniser, loaded, cost)
         )
-        self._threads = [
-            threading.Thread(target=self._main, name=f"recogniser-{index}", daemon=True)
-            for index in range(self._threads_wanted)
-        ]
-        for thread in self._threads:
-            thread.start()
+        for index in range(self._threads_wanted):
+            self._start_worker(f"recogniser-{index}")
+        self._watchdog = self._loop.create_task(self._watch(max(self._hang_seconds, HANG_FACTOR * LONGEST_SECONDS * cost)))
         self._ready = True
+
+    def _start_worker(self, name: str, *, doubts: bool = False) -> None:
+        worker = _Worker(self._main, name, doubts=doubts)
+        self._workers.append(worker)
+        worker.thread.start()
 
     def _describe(self, recogniser: Recogniser, load_seconds: float, cost: float) -> dict[str, str]:
         held = int(min(self._threads_wanted, usable_cores()) / cost)
@@ -164,38 +130,48 @@ class SegmentEngine(Engine):
     async def stop(self) -> None:
         self._ready = False
         self._stopping = True
-        self._dismiss()
-        for stream in list(self._lanes):
+        self._queue.close()
+        if self._watchdog is not None:
+            self._watchdog.cancel()
+            with suppress(asyncio.CancelledError):
+                await self._watchdog
+            self._watchdog = None
+        for stream in list(self._states):
             stream.fail("the server is shutting down", 1001)
-        for thread in self._threads:
-            await asyncio.to_thread(thread.join, JOIN_SECONDS)
-            if thread.is_alive():
-                log.error("%s did not end within %g s", thread.name, JOIN_SECONDS)
-        self._threads = []
-        if self._recogniser is not None:
-            self._recogniser.close()
-            self._recogniser = None
+        late = await join_threads([worker.thread for worker in self._workers], JOIN_SECONDS)
+        for thread in late:
+            log.error("%s did not end within %g s; recognition hangs", thread.name, JOIN_SECONDS)
+        self._workers = []
+        recogniser, self._recogniser = self._recogniser, None
+        if recogniser is not None and not (late or self._given_up):  # else a thread still uses it
+            recogniser.close()
 
     def open(self, *, live: bool = True, options: StreamOptions = NO_EXTRAS) -> Stream:
         if self.failure is not None:
             raise EngineFailed(str(self.failure))
         if not self._ready or self._recogniser is None:
             raise EngineError("the model is not loaded yet, or the server is shutting down")
-        if len(self._lanes) >= self.info.total_slots:
+        if len(self._states) >= self.info.total_slots:
             self.observer.refused()
             raise NoFreeSlot
         stream = Stream(self._limits if live else self._limits.of_recordings, live=live, wake=self._wake, release=self._release)
         settings = self._settings if live or options.interim else replace(self._settings, while_speaking=False)
         segmenter = Segmenter(self._recogniser, settings, options, lambda: stream.pending_samples)
-        self._lanes[stream] = _StreamState(stream, segmenter)
+        self._states[stream] = SegmentState(stream, segmenter)
         stream.deliver([Ready()])
         self.observer.opened()
         return stream
 
+    def _wake(self, stream: Stream) -> None:
+        """The stream has commands, or room for events again. Any thread."""
+        state = self._states.get(stream)
+        if state is not None:
+            self._queue.wake(state)
+
     def _release(self, stream: Stream) -> None:
         """Called by `Stream.close`: the slot is free at once; a turn of it that is under way goes nowhere."""
-        lane = self._lanes.pop(stream)
-        self.observer.closed(lane.segmenter.hypotheses)
+        state = self._states.pop(stream)
+        self.observer.closed(state.segmenter.hypotheses)
         self._announce_free_slot()
 
     @property
@@ -204,19 +180,20 @@ class SegmentEngine(Engine):
 
     @property
     def used_slots(self) -> int:
-        return len(self._lanes)
+        return len(self._states)
 
     @property
     def queued_samples(self) -> int:
-        return sum(stream.pending_samples for stream in self._lanes)
+        return sum(stream.pending_samples for stream in self._states)
 
     def _fail(self, failure: EngineFailed) -> None:
         """Every stream ends with an `Error`; nothing new is admitted."""
         if self.failure is not None or self._stopping:
             return
+        log.error("%s", failure)
         self._announce_failure(failure)
-        self._dismiss()
-        for stream in list(self._lanes):
+        self._queue.close()
+        for stream in list(self._states):
             stream.fail(str(failure), 1011)
             self.observer.failed()
 
@@ -227,97 +204,95 @@ class SegmentEngine(Engine):
         if delivery.events and not failed:
             self.observer.lagged(time.monotonic() - arrived)
 
-    # ---- the line ----------------------------------------------------------------------------------------------------
-
-    def _wake(self, stream: Stream) -> None:
-        """Put the stream in line, if it is not there. Any thread."""
-        lane = self._lanes.get(stream)
-        if lane is None:
-            return
-        with self._line:
-            if lane.state == "idle":
-                self._enqueue(lane)
-            elif lane.state == "running":
-                lane.state = "woken"
-
-    def _dismiss(self) -> None:
-        """There are no more turns: let the workers end, and let go of the streams that waited for one."""
-        with self._line:
-            self._live.clear()
-            self._files.clear()
-            self._line.notify_all()
-
-    def _enqueue(self, lane: _StreamState) -> None:
-        if self._stopping or self.failure:
-            return
-        lane.state = "waiting"
-        (self._live if lane.stream.live else self._files).append(lane)
-        self._line.notify()
-
-    def _next(self) -> _StreamState | None:
-        """The lane whose turn it is, waiting for one; None when the engine stops."""
-        with self._line:
-            while not (self._live or self._files or self._stopping or self.failure):
-                self._line.wait()
-            if self._stopping or self.failure:
-                return None
-            self._turns += 1
-            file_first = self._files and (not self._live or self._turns % FILE_TURN == 0)
-            lane = (self._files if file_first else self._live).popleft()
-            lane.state = "running"
-            return lane
-
-    def _put_back(self, lane: _StreamState, *, more: bool) -> None:
-        with self._line:
-            if more or lane.state == "woken":
-                self._enqueue(lane)
-            else:
-                lane.state = "idle"
-
     # ---- the workers -------------------------------------------------------------------------------------------------
 
-    def _main(self) -> None:
-        while (lane := self._next()) is not None:
-            more = False
-            try:
-                if not (lane.done or lane.stream.closed):
-                    more = self._turn(lane)
-            except Exception as error:
-                self._blame(lane, error)
-            self._put_back(lane, more=more)
-            del lane  # while this thread waits for the next one, nothing keeps an ended stream
+    async def _watch(self, limit_seconds: float) -> None:
+        """Give a worker up that hangs, and fail the engine where its successor hangs, too, or as many do as there are."""
+        while self.failure is None:
+            await overdue(lambda: [worker.busy_since for worker in self._workers], limit_seconds)
+            now = time.monotonic()
+            for worker in list(self._workers):
+                if worker.busy_since is not None and now - worker.busy_since > limit_seconds:
+                    self._give_up(worker, limit_seconds)
 
-    def _turn(self, lane: _StreamState) -> bool:
+    def _give_up(self, worker: _Worker, seconds: float) -> None:
+        """The stream whose turn it was ends with an `Error`; another thread takes the worker's place."""
+        worker.given_up = True
+        self._given_up += 1
+        self._workers.remove(worker)
+        log.error("%s has not come back from recognition for %g s", worker.thread.name, seconds)
+        state = worker.state
+        if state is not None:
+            state.done = True
+            error = Error(f"recognition has not come back for {seconds:.0f} s", 1011)
+            self._deliver(Delivery(state.stream, [error], True), state.arrived, True)
+        if worker.doubts or self._given_up >= max(2, self._threads_wanted):
+            self._fail(EngineFailed(f"recognition has not come back for {seconds:.0f} s; it hangs. Restart the server."))
+        else:
+            self._start_worker(f"{worker.thread.name}+", doubts=True)
+
+    def _main(self, worker: _Worker) -> None:
+        if worker.doubts and not self._takes_sample(worker):
+            return
+        while not worker.given_up and (state := self._queue.next()) is not None:
+            more = False
+            worker.state, worker.busy_since = state, time.monotonic()
+            try:
+                if not (state.done or state.stream.closed):
+                    more = self._turn(state)
+            except Exception as error:
+                self._blame(state, error)
+            worker.state = worker.busy_since = None
+            self._queue.put_back(state, more=more and not worker.given_up)
+            del state  # while this thread waits for the next one, nothing keeps an ended stream
+
+    def _takes_sample(self, worker: _Worker) -> bool:
+        """Whether the model still takes its own sample; the engine fails where it does not."""
+        recogniser = self._recogniser
+        if recogniser is None:
+            return False
+        worker.busy_since = time.monotonic()
+        try:
+            recogniser.recognise(recogniser.sample())
+        except Exception as error:
+            log.exception("the recogniser fails at its own sample")
+            self._post(self._fail, EngineFailed(f"the recogniser is broken: {type(error).__name__}: {error}"))
+            return False
+        worker.busy_since = None
+        worker.doubts = False
+        return not worker.given_up
+
+    def _turn(self, state: SegmentState) -> bool:
         """Go through one stream's commands up to the next hypothesis or TURN_SAMPLES of audio; whether there is more to do."""
-        stream, segmenter = lane.stream, lane.segmenter
-        lane.absorb()
+        stream, segmenter = state.stream, state.segmenter
+        state.absorb()
         heard = 0
-        while heard < TURN_SAMPLES and not lane.done:
+        while heard < TURN_SAMPLES and not state.done:
             if not stream.writable:
-                return False  # `take` wakes the lane when there is room again
-            if lane.work is None and not lane.begin():
+                return False  # `take` wakes the stream when there is room again
+            if state.work is None and not state.begin():
                 return False
-            assert lane.work is not None
+            assert state.work is not None
             made, begun = segmenter.hypotheses, time.monotonic()
-            events = next(lane.work, None)
+            events = next(state.work, None)
             seconds = time.monotonic() - begun
             if events is None:
-                samples, events = lane.end()
+                samples, events = state.end()
                 heard += samples
                 if samples:
                     stream.stepped(samples)
             if segmenter.hypotheses > made:
                 heard = TURN_SAMPLES
                 self.observer.stepped(seconds, 1)
-            if events or lane.done:
-                self._post(self._deliver, Delivery(stream, events, lane.done), lane.arrived, False)
-        return not lane.done
+            if events or state.done:
+                self._post(self._deliver, Delivery(stream, events, state.done), state.arrived, False)
+        return not state.done
 
-    def _blame(self, lane: _StreamState, error: Exception) -> None:
+    def _blame(self, state: SegmentState, error: Exception) -> None:
         """A turn raised: where the model still takes its own sample, this stream's audio did it; else the model is broken."""
         log.error("recognition failed", exc_info=error)
-        lane.done = True
-        lane.work = None
+        state.done = True
+        state.work = None
         reason = f"recognition failed: {type(error).__name__}: {error}"
         recogniser = self._recogniser
         if recogniser is None or self._stopping:
@@ -328,7 +303,7 @@ class SegmentEngine(Engine):
             log.exception("the recogniser fails at its own sample too")
             self._post(self._fail, EngineFailed(f"the recogniser is broken: {type(second).__name__}: {second}"))
             return
-        self._post(self._deliver, Delivery(lane.stream, [Error(reason, 1011)], True), lane.arrived, True)
+        self._post(self._deliver, Delivery(state.stream, [Error(reason, 1011)], True), state.arrived, True)
 
     def _post(self, call: Callable[..., object], *args: object) -> None:
         """Run on the event loop; nothing when that is closed already."""
