@@ -156,6 +156,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     """Compute rows in shapes that do not depend on the neighbours."""
     marker_wait_seconds: float = 0.25
     """When nothing followed a marker for so long, silence of the server's own answers it (docs/engine.md)."""
+    stall_seconds: float = 20.0
+    """A stream with speech and no word for so long has its model state reset (docs/engine.md); 0 never."""
     encoder: EncoderConfig | None = None
     """None: Mimi as published."""
 

@@ -318,6 +318,8 @@ def _engine(table: Table) -> EngineConfig:
     engine = ours.struct(EngineConfig, encoder=encoder.struct(EncoderConfig) if encoder else None)
     if not 0 <= engine.marker_wait_seconds <= 60:
         ours.fail("marker_wait_seconds", "expected seconds from 0 to 60. Leave the key out for the default.")
+    if engine.stall_seconds and not 5 <= engine.stall_seconds <= 120:
+        ours.fail("stall_seconds", "expected seconds from 5 to 120, or 0 for never. Leave the key out for the default.")
     return engine
 
 

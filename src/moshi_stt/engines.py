@@ -24,6 +24,7 @@ from moshi_stt.cores import usable_cores
 from moshi_stt.engine.batch import BatchEngine
 from moshi_stt.engine.engine import Engine, EngineInfo, EngineObserver
 from moshi_stt.engine.loaded import LoadedModel
+from moshi_stt.engine.mute import MuteSettings, hears_speech
 from moshi_stt.engine.slots import spare_slots
 from moshi_stt.engine.stream import StreamLimits
 from moshi_stt.errors import CheckpointError, ConfigError
@@ -143,6 +144,7 @@ def _kyutai(
     return BatchEngine(
         partial(load_kyutai, module, framework, processes, token_logs),
         marker_wait_seconds=module.engine.marker_wait_seconds,
+        mute=MuteSettings(module.engine.stall_seconds, hears_speech) if module.engine.stall_seconds else None,
         limits=limits,
         observer=observer,
         name=module.lm_model_file,

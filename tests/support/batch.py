@@ -13,6 +13,7 @@ from moshi_stt.constants import FRAME_SAMPLES
 from moshi_stt.engine.batch import BatchEngine
 from moshi_stt.engine.commands import Audio, Finish
 from moshi_stt.engine.engine import EngineObserver
+from moshi_stt.engine.mute import MuteSettings
 from moshi_stt.engine.stream import Stream, StreamLimits
 from moshi_stt.events import AnyEvent, EndWord, Step, Word
 
@@ -37,6 +38,7 @@ async def engine(
     marker_wait: float = 0.02,
     hang: float = 30.0,
     processes: int = 0,
+    mute: MuteSettings | None = None,
 ) -> AsyncIterator[Started]:
     made: list[FakeBackend] = []
 
@@ -50,6 +52,7 @@ async def engine(
         observer=observer,
         marker_wait_seconds=marker_wait,
         hang_seconds=hang,
+        mute=mute,
     )
     await started.start()
     started.fake = made[0]

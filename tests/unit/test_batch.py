@@ -3,9 +3,11 @@
 import asyncio
 import math
 import random
+from collections.abc import Callable
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 from tests.support.batch import (
     engine,
     feed_in_pieces,
@@ -17,15 +19,19 @@ from tests.support.batch import (
     without_timing,
     words_of,
 )
+from tests.support.mute_model import Mute, counted
 from tests.support.scripted_backend import FakeBackend, PseudoModel, Scripted
 
-from moshi_stt.constants import FRAME_SAMPLES
+from moshi_stt.audio.decode import decode_file
+from moshi_stt.constants import FRAME_SAMPLES, SAMPLE_RATE
 from moshi_stt.engine.batch import BatchEngine
 from moshi_stt.engine.commands import Audio, Finish, Mark, Reset
 from moshi_stt.engine.engine import SilentObserver, StreamOptions
+from moshi_stt.engine.mute import MuteSettings, hears_speech
 from moshi_stt.engine.stream import StreamLimits
 from moshi_stt.errors import EngineError, NoFreeSlot
-from moshi_stt.events import EndWord, Interim, Marker, Ready, Step, Word
+from moshi_stt.events import EndWord, Interim, Marker, Ready, Step, Warning, Word  # noqa: A004 - the event
+from moshi_stt.sample import sample_path
 
 WORKED = [9, 9, 9, 9, 9, 0, 531, 17, 3, 3, 0, 42, 0]
 """Contract section 5.6, delay 6."""
@@ -65,6 +71,66 @@ async def test_extras_come_to_the_streams_that_asked_and_to_no_other() -> None:
             Interim("42", 0.4),
             Word("42", 0.4, math.exp(-0.25)),
         ]
+
+
+class Restarts(SilentObserver):
+    count = 0
+
+    def restarted(self) -> None:
+        self.count += 1
+
+
+@pytest.mark.parametrize("is_speech", [None, lambda pcm: len(pcm) == 75 * FRAME_SAMPLES], ids=["heads", "detector"])
+async def test_a_stream_that_the_model_stops_transcribing_is_started_again(
+    is_speech: Callable[[NDArray[np.float32]], bool] | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Counted, logged, and said to the client that asked; another stream notices nothing."""
+    observer, mute = Restarts(), MuteSettings(4.0, is_speech)
+    async with engine(lambda slots: Mute(slots, 30), observer=observer, mute=mute) as started:
+        stalled, other = started.open(options=StreamOptions(warnings=True)), started.open()
+        await stalled.send(Audio(counted(0, 120)))
+        await other.send(Audio(counted(0, 29)))
+        await other.send(Finish())
+        events = await until(stalled, lambda e: any(isinstance(event, Warning) for event in e))
+        await stalled.send(Audio(counted(120, 196)))
+        await stalled.send(Finish())
+        events += await rest(stalled)
+        assert [e.text for e in events if isinstance(e, Word)] == [str(10 + n) for n in range(25)]
+        assert [e.start_time for e in events if isinstance(e, Word)] == [(8 * n + 1) / 12.5 for n in range(25)]
+        (warning,) = [e for e in events if isinstance(e, Warning)]
+        assert warning.code == "stall"
+        assert "the 6 s of audio from" in warning.message
+        assert observer.count == 1
+        assert "the model had stopped transcribing a stream" in caplog.text
+        assert [e.text for e in await rest(other) if isinstance(e, Word)] == ["10", "11", "12", "13"]
+
+
+def raises(pcm: NDArray[np.float32]) -> bool:
+    raise RuntimeError("no detector")
+
+
+NO_STALLS = {
+    "off": None,
+    "zero": MuteSettings(0.0),
+    "no speech": MuteSettings(4.0, lambda pcm: False),
+    "no detector": MuteSettings(4.0, raises),
+}
+
+
+@pytest.mark.parametrize("mute", NO_STALLS.values(), ids=NO_STALLS)
+async def test_what_is_no_stall_is_left_alone(mute: MuteSettings | None) -> None:
+    observer = Restarts()
+    async with engine(lambda slots: Mute(slots, 30), observer=observer, mute=mute) as started:
+        events = await transcribe(started, counted(0, 200))
+    assert [e.text for e in events if isinstance(e, Word)] == ["10", "11", "12", "13"]
+    assert observer.count == 0
+
+
+def test_the_detector_tells_speech_from_noise() -> None:
+    speech = np.concatenate(list(decode_file(sample_path())))
+    assert hears_speech(speech)
+    assert not hears_speech(np.zeros(10 * SAMPLE_RATE, np.float32))
+    assert not hears_speech(0.1 * noise(100))
 
 
 async def test_no_heads_no_steps() -> None:

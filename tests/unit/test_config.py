@@ -337,6 +337,7 @@ BROKEN: list[tuple[Callable[[], str], str]] = [
     (change('"cuda:0"', '"tpu"', PY_BATCHED), '[modules.asr.py] device = "tpu": expected "cuda" or "cpu".'),
     # ours
     (add('[modules.asr.moshi_stt]\ndevice = "gpu"\n'), '[modules.asr.moshi_stt] device = "gpu": expected one of "auto", "cpu", "cuda", "mps", "mlx".'),
+    (add("[modules.asr.moshi_stt]\nstall_seconds = 2\n"), "[modules.asr.moshi_stt] stall_seconds = 2: expected seconds from 5 to 120, or 0 for never."),
     (add("[modules.asr.moshi_stt]\nmarker_wait_seconds = -1\n"), "[modules.asr.moshi_stt] marker_wait_seconds = -1: expected seconds from 0 to 60."),
     (add("[moshi_stt]\ninbox_seconds = 0\n"), "[moshi_stt] inbox_seconds = 0: expected a number above 0"),
     (add("[moshi_stt]\ninbox_seconds = 0.01\n"), "[moshi_stt] inbox_seconds = 0.01: expected at least one frame"),

@@ -8,7 +8,8 @@ from functools import partial
 import numpy as np
 import pytest
 from tests.support.batch import noise
-from tests.support.scripted_backend import FakeBackend, PseudoModel, Scripted, spell
+from tests.support.mute_model import Mute, counted
+from tests.support.scripted_backend import FakeBackend, PseudoModel, spell
 
 from moshi_stt.constants import FRAME_SAMPLES, FRAME_SECONDS
 from moshi_stt.engine.backend import StepInputs
@@ -232,39 +233,6 @@ async def test_clear_lets_go_of_everything(bench: Bench) -> None:
 
 
 # ---- stalls --------------------------------------------------------------------------------------------------------------
-
-
-class Mute(Scripted):
-    """Says a word every eight frames; from its `mute_from`-th frame on nothing, until its state is fresh again."""
-
-    def __init__(self, slots: int, mute_from: int) -> None:
-        super().__init__(slots, [])
-        self.mute_from = mute_from
-        self.clock = np.zeros(slots, np.int64)
-        """The number of the frame that each slot heard last: written into its first sample."""
-
-    def step(self, pcm: np.ndarray, slots: np.ndarray, fresh: np.ndarray):  # type: ignore[no-untyped-def]
-        is_flush = (pcm[:, 0] == 0) & (pcm[:, 1] == 0)  # silence of the engine's own
-        self.clock[slots] = np.where(is_flush, self.clock[slots] + 1, np.rint(pcm[:, 0]))
-        if fresh.any() and self.steps:
-            self.mute_from = 10**9
-        output = super().step(pcm, slots, fresh)
-        return output._replace(pause=np.where(pcm[:, 1:2] > 0, 0.1, 0.9) * np.ones((1, self.pause_heads), np.float32))
-
-    def tokens(self, slots: np.ndarray) -> list[int]:
-        heard = self.clock[slots] - DELAY
-        return [
-            3 if frame < 0 or frame >= self.mute_from else 0 if frame % 8 == 0 else 10 + frame // 8 if frame % 8 == 1 else 3
-            for frame in heard.tolist()
-        ]
-
-
-def counted(first: int, last: int, *, speech: bool = True) -> np.ndarray:
-    """Frames that carry their number."""
-    frames = np.zeros((last - first, FRAME_SAMPLES), np.float32)
-    frames[:, 0] = np.arange(first, last)
-    frames[:, 1] = speech
-    return frames.reshape(-1)
 
 
 def words_of(events: Sequence[AnyEvent]) -> list[Word | EndWord]:

@@ -31,6 +31,9 @@ from moshi_stt.events import Ready
 
 log = logging.getLogger(__name__)
 
+EXAMINATION_SECONDS = 5.0
+"""How long the speech detector has; the stream is held meanwhile."""
+
 JOIN_SECONDS = 10.0
 """How long the model thread has to end."""
 
@@ -249,10 +252,12 @@ class BatchEngine(Engine):
         assert self._mute is not None
         assert self._mute.is_speech is not None
         try:
-            self._decide(state, await asyncio.to_thread(self._mute.is_speech, audio))
+            async with asyncio.timeout(EXAMINATION_SECONDS):
+                verdict = await asyncio.to_thread(self._mute.is_speech, audio)
         except Exception:
             log.exception("the speech detector failed")
-            self._decide(state, False)
+            verdict = False
+        self._decide(state, verdict)
 
     def _decide(self, state: StreamState, is_stalled: bool) -> None:
         """Any thread."""
@@ -262,7 +267,7 @@ class BatchEngine(Engine):
         self._wake_model()
 
     def _restarted(self, step: int) -> None:
-        log.warning("the model had stopped transcribing a stream; its state was reset at its frame %d", step)
+        log.warning("the model had stopped transcribing a stream, which is heard again from its frame %d on", step)
         self.observer.restarted()
 
     # ---- sharing: see `ShareableEngine` ------------------------------------------------------------------------------

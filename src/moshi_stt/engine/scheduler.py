@@ -13,6 +13,7 @@ from moshi_stt.engine.marker_copies import MarkerCopies
 from moshi_stt.engine.stream import Delivery
 from moshi_stt.engine.stream_state import StreamState
 from moshi_stt.engine.timings import StepTimings
+from moshi_stt.events import AnyEvent
 
 FIRST_STEP_IDX = 3
 """moshi-server counts its two warm-up steps, so the first step of a process is 3."""
@@ -103,10 +104,11 @@ class Scheduler:
         deliveries: list[Delivery] = []
         while (state := _pop(self._woken)) is not None:
             state.woken = False  # before the drain: what comes during it wakes the stream again
-            events = state.absorb(now)
+            events: list[AnyEvent] = []
             if state.is_stalled():
                 events += state.restart()
                 self._on_restart(state)
+            events += state.absorb(now)
             if events or state.done:
                 deliveries.append(Delivery(state.stream, events, state.done))
         return deliveries

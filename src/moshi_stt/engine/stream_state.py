@@ -167,7 +167,7 @@ class StreamState:
                 self.samples += len(command.samples)
             elif isinstance(command, Mark):
                 self._mark(command.id, now, events)
-            elif self.framer.frames or self.replay:
+            elif self.framer.frames or self.replay or self.is_held:
                 break  # a reset or the end: the audio before it first
             elif isinstance(command, Finish):
                 self._finish(events)
@@ -217,7 +217,7 @@ class StreamState:
     def waiting(self) -> bool:
         """Whether a mark waits for audio that is not there."""
         return bool(self.marks) and not (
-            self.flush is not None or self.framer.samples >= self.frame_samples or self.commands or self.replay
+            self.flush is not None or self.framer.samples >= self.frame_samples or self.commands or self.replay or self.is_held
         )
 
     @property
@@ -249,7 +249,9 @@ class StreamState:
     @property
     def has_row(self) -> bool:
         """Whether a frame, or a frame of silence, can be stepped now."""
-        return (self.framer.samples >= self.frame_samples or self.flush is not None or bool(self.replay)) and not self.done
+        if self.done or (self.guard is not None and self.guard.suspected):
+            return False
+        return self.framer.samples >= self.frame_samples or self.flush is not None or bool(self.replay)
 
     def gather(self, row: NDArray[np.float32]) -> None:
         """Write the next frame into row, float32 (frame_samples,); `row_slot` and `row_fresh` then say how to step it."""
@@ -335,9 +337,14 @@ class StreamState:
 
     # ---- stalls ------------------------------------------------------------------------------------------------------
 
+    @property
+    def is_held(self) -> bool:
+        """Whether nothing is stepped, because the model may have stopped transcribing and the verdict is still to come."""
+        return self.guard is not None and self.guard.suspected
+
     def is_stalled(self) -> bool:
         """Whether the model has stopped transcribing, and can be started again now."""
-        return self.guard is not None and self.flush is None and self.guard.is_stalled()
+        return self.guard is not None and self.guard.is_stalled()
 
     def restart(self) -> list[AnyEvent]:
         """The model has stopped transcribing: start its state again, and let it hear the kept audio again.
