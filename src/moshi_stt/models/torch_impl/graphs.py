@@ -61,14 +61,9 @@ class CudaGraphs:
         with torch.cuda.stream(self.stream):
             run()  # compiles kernels and makes handles, which cannot be captured
         self.stream.synchronize()
-        torch.cuda.empty_cache()  # what that run took; a graph's memory is of its own pool
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.stream(self.stream):  # `torch.cuda.graph` would collect Python's garbage, which takes long
-            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
-            try:
-                run()
-            finally:
-                graph.capture_end()
+        with torch.cuda.graph(graph, pool=self._pool, stream=self.stream, capture_error_mode="thread_local"):
+            run()
         started = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
         done = torch.cuda.Event(enable_timing=True, blocking=not brief)  # type: ignore[no-untyped-call]
 
