@@ -64,7 +64,7 @@ class LimitsConfig(msgspec.Struct, frozen=True, kw_only=True):
     max_audio_seconds: float = 6 * 3600.0
     """Longest audio of a POST, decoded."""
     socket_processes: int | Literal["auto"] = "auto"
-    """Further processes that carry the WebSockets of Kyutai's models; auto: none below 128 streams (docs/gpu.md)."""
+    """Further processes that carry the WebSockets of Kyutai's models; auto: none below 128 streams (docs/internals/gpu.md)."""
     ignore_unsupported: bool = False
     """Take options of other protocols that a caller relies on and that this server cannot do, and ignore them."""
 
@@ -130,7 +130,7 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class EncoderConfig(msgspec.Struct, frozen=True, kw_only=True):
-    """`[modules.NAME.moshi_stt.encoder]`: sizes of an audio encoder that is not the published Mimi (docs/phrases.md)."""
+    """`[modules.NAME.moshi_stt.encoder]`: sizes of an audio encoder that is not the published Mimi (docs/internals/phrases.md)."""
 
     channels: list[int]
     """Of the convolutions, from the first to the last."""
@@ -155,9 +155,9 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     fixed_shapes: bool = False
     """Compute rows in shapes that do not depend on the neighbours."""
     marker_wait_seconds: float = 0.25
-    """When nothing followed a marker for so long, silence of the server's own answers it (docs/engine.md)."""
+    """When nothing followed a marker for so long, silence of the server's own answers it (docs/internals/engine.md)."""
     stall_seconds: float = 20.0
-    """A stream with speech and no word for so long has its model state reset (docs/engine.md); 0 never."""
+    """A stream with speech and no word for so long has its model state reset (docs/internals/engine.md); 0 never."""
     encoder: EncoderConfig | None = None
     """None: Mimi as published."""
 

@@ -3,7 +3,7 @@
 Two questions, two measures. Does a segment hold speech at all: the best stretch of the detector's probabilities and the
 recogniser's own probability, for music, noise and clicks that set in. Was a word heard right: its own probability and that of
 the words around it, for speech that drowns in noise or in other voices, where a recogniser does not fall silent but goes on
-fluently. `benchmarks/bench_embedded_sounds.py` measures both; docs/embedded.md has the figures.
+fluently. `benchmarks/bench_embedded_sounds.py` measures both; docs/internals/embedded.md has the figures.
 """
 
 import math

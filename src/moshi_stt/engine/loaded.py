@@ -10,7 +10,7 @@ from moshi_stt.engine.timings import StepTimings
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """Made on the model thread. docs/backends.md says what each part must keep."""
+    """Made on the model thread. docs/internals/backends.md says what each part must keep."""
 
     backend: Backend
     """With `streams + spare_slots(streams, processes)` slots at least."""

@@ -1,7 +1,7 @@
 """Answers to markers that nothing follows, on copies of their streams' slots.
 
 The answer needs silence after the last audio. The stream itself must not hear that silence, because the client may go on. So
-the slot's state is copied to a scratch slot, which hears it instead (docs/engine.md, "Markers").
+the slot's state is copied to a scratch slot, which hears it instead (docs/internals/engine.md, "Markers").
 """
 
 from collections.abc import Callable, Iterable

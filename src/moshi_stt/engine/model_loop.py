@@ -1,7 +1,7 @@
 """The turns of the model thread: drain what streams sent, gather the rows that have a frame, step them, scatter what came out.
 
 A step starts as soon as there is one row, so a lone stream never waits; while it runs, the frames of others gather for the next
-one, so a busy engine steps many rows at once without any timer. Reasons: docs/engine.md.
+one, so a busy engine steps many rows at once without any timer. Reasons: docs/internals/engine.md.
 """
 
 import logging

@@ -19,7 +19,7 @@ LONGEST_SECONDS = 20.0
 
 @dataclass(frozen=True)
 class PauseSettings:
-    """Lengths of pauses, in seconds, as log-normal distributions; docs/embedded.md says what they were fitted to."""
+    """Lengths of pauses, in seconds, as log-normal distributions; docs/internals/embedded.md says what they were fitted to."""
 
     gap_share: float = 0.7
     """Of all silences, those within a word or between two: a stop consonant makes one."""

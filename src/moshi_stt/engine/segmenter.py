@@ -39,7 +39,7 @@ KEPT_TEXTS = 24
 
 @dataclass(frozen=True)
 class SegmentSettings:
-    """Where speech is cut and when hypotheses are made. Times in seconds; docs/embedded.md has the measurements."""
+    """Where speech is cut and when hypotheses are made. Times in seconds; docs/internals/embedded.md has the measurements."""
 
     while_speaking: bool = True
     """Whether hypotheses are made while somebody speaks. For files nobody waits: one is made where speech ends."""

@@ -2,7 +2,7 @@
 
 Weights are packed as MLX packs them (`models.affine`), so that either framework's files serve the other. ONNX Runtime's
 `MatMulNBits` rounds activations to 8 bits, row by row: a row's result does not depend on its neighbours. It was chosen by
-measuring; see docs/quantization.md.
+measuring; see docs/internals/quantization.md.
 """
 
 import ctypes
