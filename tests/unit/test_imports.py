@@ -1,4 +1,4 @@
-"""The arrows of docs/internals/architecture.md: who may import whom, read from the source, imports inside functions included."""
+"""The arrows of docs/internals/architecture.md: who may import whom, read from the source, also inside functions."""
 
 import ast
 import subprocess

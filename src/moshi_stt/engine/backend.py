@@ -1,7 +1,7 @@
 """What the batch engine asks of a model: `Backend`, which steps frames, and `Words`, which makes words of tokens.
 
-docs/internals/backends.md is the page for whoever writes one. Legend of axes for the whole project: B row (a stream in this step), T
-frame, K codebook, H head, D dim, S sample.
+docs/internals/backends.md explains how to write one. Legend of axes for the whole project: B row (a stream in this step), T frame,
+K codebook, H head, D dim, S sample.
 """
 
 from collections.abc import Sequence

@@ -69,7 +69,7 @@ class SlotPool:
 
 
 def spare_slots(streams: int, processes: int = 0) -> int:
-    """Slots that a backend needs beyond those of its streams: copies on which markers are answered early (docs/internals/engine.md).
+    """Slots that a backend needs beyond those of its streams, to answer markers early on copies (docs/internals/engine.md).
 
     processes: how many others share the backend; each has its own share of them, and so has the backend's.
     """
