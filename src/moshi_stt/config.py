@@ -130,7 +130,7 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class EncoderConfig(msgspec.Struct, frozen=True, kw_only=True):
-    """`[modules.NAME.moshi_stt.encoder]`: sizes of an audio encoder other than the published Mimi (docs/internals/phrases.md)."""
+    """`[modules.NAME.moshi_stt.encoder]`: sizes of an audio encoder other than Mimi (docs/internals/phrases.md)."""
 
     channels: list[int]
     """Of the convolutions, from the first to the last."""

@@ -1,6 +1,6 @@
 """What the batch engine asks of a model: `Backend`, which steps frames, and `Words`, which makes words of tokens.
 
-docs/internals/backends.md explains how to write one. Legend of axes for the whole project: B row (a stream in this step), T frame,
+docs/internals/backends.md explains how to write one. Axes, for the whole project: B row (a stream in this step), T frame,
 K codebook, H head, D dim, S sample.
 """
 

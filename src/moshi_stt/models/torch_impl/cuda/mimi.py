@@ -35,8 +35,8 @@ PRECISIONS: dict[MimiDtype, Precision] = {
     "tf32": Precision("tf32", "tf32", "tf32x3"),
     "bf16": Precision("tf32", "tf32", "tf32x3", torch.bfloat16),
 }
-"""The transformer's TF32 changes no more codes than the convolutions' alone (docs/internals/gpu.md). The quantiser decides between
-near vectors and stays float32.
+"""The transformer's TF32 changes no more codes than the convolutions' alone (docs/internals/gpu.md). The quantiser decides
+between near vectors and stays float32.
 """
 
 
