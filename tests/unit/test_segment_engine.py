@@ -16,7 +16,7 @@ from moshi_stt.engine.segment import SegmentEngine, measure
 from moshi_stt.engine.segmenter import SegmentSettings
 from moshi_stt.engine.stream import Stream, StreamLimits
 from moshi_stt.errors import CheckpointError, EngineError, EngineFailed, NoFreeSlot
-from moshi_stt.events import AnyEvent, EndWord, Error, Marker, Ready, Step, Word
+from moshi_stt.events import AnyEvent, EndWord, Error, Marker, Ready, Step, Warning, Word  # noqa: A004 - the event
 
 DEADLINE = 60.0
 
@@ -318,6 +318,30 @@ async def test_a_model_that_cannot_be_loaded_is_an_error_of_start() -> None:
     with pytest.raises(EngineError, match="not loaded"):
         served.open()
     await served.stop()
+
+
+class Foreign(SilentObserver):
+    count = 0
+
+    def foreign(self) -> None:
+        self.count += 1
+
+
+async def test_another_language_is_counted_logged_and_said_to_who_asked(caplog: pytest.LogCaptureFixture) -> None:
+    observer = Foreign()
+    foreign = np.full(12 * SAMPLE_RATE, 0.001, np.float32)  # below the quietest word: loud enough for this detector alone
+    async with engine(observer=observer) as served:
+        served.recogniser.speech_probability = lambda frame, state: (1.0, state)  # type: ignore[method-assign]
+        stream = served.open(options=StreamOptions(warnings=True))
+        await stream.send(Audio(foreign))
+        await stream.send(Finish())
+        events = await to_end(stream)
+        stream.close()
+        assert [event.code for event in events if isinstance(event, Warning)] == ["language"]
+        silent = await transcribe(served, foreign)
+        assert silent == [Ready()]
+    assert observer.count == 2
+    assert sum("does not sound like" in record.message for record in caplog.records) == 2
 
 
 class Counting(SilentObserver):

@@ -13,7 +13,7 @@ from moshi_stt.constants import FRAME_SAMPLES, FRAME_SECONDS, SAMPLE_RATE
 from moshi_stt.engine.engine import StreamOptions
 from moshi_stt.engine.recogniser import Hypothesis, Spoken
 from moshi_stt.engine.segmenter import Segmenter, SegmentSettings
-from moshi_stt.events import AnyEvent, EndWord, Interim, Pause, Step, Word
+from moshi_stt.events import AnyEvent, EndWord, Interim, Pause, Step, Warning, Word  # noqa: A004 - the event
 
 
 def run(segmenter: Segmenter, *pieces: NDArray[np.float32], flush: bool = True) -> list[AnyEvent]:
@@ -306,7 +306,7 @@ def test_a_passage_of_unlikely_words_is_left_out_and_the_next_passage_comes() ->
 
 # ---- steps, and what comes on request ----------------------------------------------------------------------------------
 
-EXTRAS = StreamOptions(interim=True, confidence=True, turns=True)
+EXTRAS = StreamOptions(interim=True, confidence=True, turns=True, warnings=True)
 
 
 def steps(events: list[AnyEvent]) -> list[Step]:
@@ -367,3 +367,37 @@ def test_interims_show_what_is_not_settled_and_end_empty() -> None:
     assert (interims[0], interims[-1]) == ("a b c", "")
     words = [index for index, event in enumerate(events) if isinstance(event, Word)]
     assert events.index(Interim("a b c", 0.0)) < words[0]
+
+
+# ---- another language --------------------------------------------------------------------------------------------------
+
+
+def warnings_of(events: list[AnyEvent]) -> list[str]:
+    return [event.code for event in events if isinstance(event, Warning)]
+
+
+@pytest.mark.parametrize("guess", ["", "je ne sais pas"])
+def test_clear_speech_of_which_nothing_is_understood_gives_one_warning(guess: str) -> None:
+    segmenter = Segmenter(Changing(spoken(guess, -3.0)), options=EXTRAS)
+    events = run(segmenter, np.tile(STEADY, 8), pause(2.0))
+    assert warnings_of(events) == ["language"]
+    assert segmenter.language.alarmed
+    segmenter.reset()
+    assert warnings_of(run(segmenter, np.tile(STEADY, 8))) == [], "once a stream, not once a reset"
+
+
+def test_who_did_not_ask_gets_no_warning_but_it_is_known() -> None:
+    segmenter = Segmenter(Changing([]))
+    assert run(segmenter, np.tile(STEADY, 8)) == []
+    assert segmenter.language.alarmed
+
+
+def test_speech_that_is_understood_gives_no_warning() -> None:
+    assert warnings_of(run(Segmenter(LevelRecogniser(), options=EXTRAS), say([5 + index % 90 for index in range(80)]))) == []
+
+
+def test_a_short_stretch_doubtful_sound_and_loops_give_no_warning() -> None:
+    """It takes some seconds to tell; noise and many voices at once are no language."""
+    assert warnings_of(run(Segmenter(Changing([]), options=EXTRAS), STEADY, pause(2.0))) == []
+    assert warnings_of(run(Segmenter(Unsure(0.7, []), options=EXTRAS), np.tile(STEADY, 8))) == []
+    assert warnings_of(run(Segmenter(Changing(None), options=EXTRAS), np.tile(STEADY, 8))) == []

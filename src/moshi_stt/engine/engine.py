@@ -54,6 +54,9 @@ class EngineObserver(Protocol):
     def failed(self) -> None:
         """A stream ended with an `Error`."""
 
+    def foreign(self) -> None:
+        """A stream's speech does not sound like a language of the model. At most once a stream."""
+
     def restarted(self) -> None:
         """The model's state of a stream was reset, because it had stopped transcribing."""
 
@@ -73,6 +76,7 @@ class SilentObserver:
 
     def failed(self) -> None: ...
 
+    def foreign(self) -> None: ...
     def restarted(self) -> None: ...
 
 

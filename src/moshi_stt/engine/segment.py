@@ -273,7 +273,7 @@ class SegmentEngine(Engine):
             if state.work is None and not state.begin():
                 return False
             assert state.work is not None
-            made, begun = segmenter.hypotheses, time.monotonic()
+            made, alarmed, begun = segmenter.hypotheses, segmenter.language.alarmed, time.monotonic()
             events = next(state.work, None)
             seconds = time.monotonic() - begun
             if events is None:
@@ -281,6 +281,11 @@ class SegmentEngine(Engine):
                 heard += samples
                 if samples:
                     stream.stepped(samples)
+            if segmenter.language.alarmed and not alarmed:
+                log.warning(
+                    "a stream's speech does not sound like %s, the language of the model", ", ".join(self.info.languages)
+                )
+                self.observer.foreign()
             if segmenter.hypotheses > made:
                 heard = TURN_SAMPLES
                 self.observer.stepped(seconds, 1)

@@ -18,10 +18,11 @@ from moshi_stt.constants import FRAME_SAMPLES, SAMPLE_RATE
 from moshi_stt.constants import FRAME_SECONDS as STEP_SECONDS
 from moshi_stt.engine.engine import NO_EXTRAS, StreamOptions
 from moshi_stt.engine.evidence import Evidence, EvidenceSettings, Plausibility
+from moshi_stt.engine.language import LanguageSettings, LanguageWatch
 from moshi_stt.engine.pauses import PauseMeter, PauseSettings
 from moshi_stt.engine.recogniser import RECOGNISER_RATE, VAD_FRAME, Recogniser, Spoken
 from moshi_stt.engine.settling import LoopSettings, Standing, bare, chance, follow, loop_start
-from moshi_stt.events import AnyEvent, EndWord, Interim, Pause, Step, Word
+from moshi_stt.events import AnyEvent, EndWord, Interim, Pause, Step, Warning, Word  # noqa: A004 - the event
 
 BLOCK_SAMPLES = 768
 """Samples at 24 kHz that are resampled at once: one detector frame."""
@@ -81,6 +82,7 @@ class SegmentSettings:
     loops: LoopSettings = field(default_factory=LoopSettings)
     pauses: PauseSettings = field(default_factory=PauseSettings)
     evidence: EvidenceSettings = field(default_factory=EvidenceSettings)
+    language: LanguageSettings = field(default_factory=LanguageSettings)
 
 
 @dataclass
@@ -107,6 +109,8 @@ class _Segment:
     """Whether nothing was said since the latest hypothesis, so that another would say the same."""
     announced: bool = False
     """Whether it is speech beyond doubt."""
+    looped: bool = False
+    """Whether the recogniser lost its way in it."""
 
     @property
     def guess(self) -> list[Spoken]:
@@ -137,6 +141,7 @@ class Segmenter:
         seconds = self.settings.longest_seconds + self.settings.lead_seconds + 1.0
         self._audio = np.empty(int(seconds * RECOGNISER_RATE), np.float32)
         self._meter = PauseMeter(self.settings.pauses)
+        self.language = LanguageWatch(self.settings.language)
         self.reset()
 
     def reset(self) -> None:
@@ -263,6 +268,7 @@ class Segmenter:
         voiced = probability >= settings.speech_until
         segment.voiced.append(voiced)
         segment.evidence.hear(probability)
+        self.language.hear(probability)
         if voiced:
             segment.voiced_frames += 1
             segment.silent_frames = 0
@@ -310,6 +316,7 @@ class Segmenter:
         words, whole = self.recogniser.recognise(samples, segment.committed, segment.guess, sent_seconds)
         before = [word.text for word in segment.committed[-KEPT_TEXTS:]]
         loop = loop_start([bare(text) for text in [*before, *(word.text for word in words)]], self.settings.loops)
+        segment.looped |= loop is not None or not whole
         if loop is not None:
             words = words[: max(0, loop - len(before))]
         if not (words if loop is not None else whole):
@@ -377,9 +384,8 @@ class Segmenter:
         assert segment is not None
         self._segment = None
         self._earliest_start = max(segment.last_speech, stop - self._lead)
-        if segment.quiet or not self._enough(segment):
-            return self._show([])
-        return self._send_rest(segment, stop) + self._show([])
+        events = [] if segment.quiet or not self._enough(segment) else self._send_rest(segment, stop)
+        return events + self._show([]) + self._check_language(segment)
 
     def _send_rest(self, segment: _Segment, stop: int) -> list[AnyEvent]:
         words = segment.guess if segment.asked_in_pause else self._recognise_to_pause(segment, stop)
@@ -400,7 +406,14 @@ class Segmenter:
         rest.voiced_frames, rest.silent_frames = sum(rest.voiced), segment.silent_frames
         rest.evidence, rest.announced = segment.evidence, segment.announced
         self._segment, self._earliest_start = rest, stop
-        return events
+        return events + self._check_language(segment)
+
+    def _check_language(self, segment: _Segment) -> list[AnyEvent]:
+        """A warning, once, when clear speech of the segments up to this one makes no sense to the recogniser."""
+        if not self.language.end_segment(looped=segment.looped) or not self.options.warnings:
+            return []
+        known = " and ".join(self.recogniser.languages)
+        return [Warning("language", f"The speech does not sound like the language of this model ({known}).")]
 
     def _quietest(self, start: int, stop: int) -> int:
         """Middle of the quietest QUIETEST_FRAMES frames between two positions; `stop` where there are not so many."""
@@ -441,6 +454,7 @@ class Segmenter:
             if not spelled:
                 continue
             judgement = self._plausibility.judge(words[index:], start, stop_time)
+            self.language.understand(judgement.confidence, stop_time - start)
             self._last_stop = stop_time
             segment.anchor = (word.text, min(max(self._position(start), segment.start), stop))
             if judgement.left_out:

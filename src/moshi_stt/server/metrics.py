@@ -59,6 +59,9 @@ class Metrics:
         self.refusals = counter("moshi_stt_refused", "Requests turned away, by reason.", "reason")
         self.errors = counter("moshi_stt_errors", "Sessions that ended with an Error, by kind.", "kind")
         self.restarts = counter("moshi_stt_restarts", "Streams whose model had stopped transcribing and was started again.")
+        self.foreign_speech = counter(
+            "moshi_stt_foreign_speech", "Streams whose speech did not sound like a language of the model."
+        )
         self.uploads = counter("moshi_stt_uploads", "Files received by POST, by status of the answer.", "status")
         self.parked = counter("moshi_stt_parked", "Streams that were kept after their socket was lost.")
         self.resumed = counter("moshi_stt_resumed", "Clients that came back to a stream, and whether there was one.", "found")
@@ -98,6 +101,9 @@ class Metrics:
 
     def failed(self) -> None:
         self.errors.labels("stream").inc()
+
+    def foreign(self) -> None:
+        self.foreign_speech.inc()
 
     def restarted(self) -> None:
         self.restarts.inc()
