@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """What several streams of a quantized model cost on a CPU, and which part of the step it is: 1, 2, 4, … rows of one step.
 
-    bench_cpu_rows.py CHECKPOINT [--quantize int4] [--rows 1,2,4,8] [--steps 12] [--threads 2] [--out FILE]
+    bench_cpu_rows.py CHECKPOINT [--quantize int4] [--kv auto|bf16] [--rows 1,2,4,8] [--steps 12] [--threads 2] [--out FILE]
 
 CHECKPOINT as `bench_server.py --checkpoint` writes it. Contexts are full. `products` is the language model's matrices alone,
 `attention` its rings alone; Mimi runs at the same time on a thread of its own where there are two. Row counts take turns.
@@ -62,13 +62,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("--quantize", default="int4")
+    parser.add_argument("--kv", default="auto")
     parser.add_argument("--rows", default="1,2,4,8")
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     rows = [int(part) for part in args.rows.split(",")]
-    backend = load(args.checkpoint, max(rows), quantize=args.quantize, threads=args.threads)
+    backend = load(args.checkpoint, max(rows), quantize=args.quantize, threads=args.threads, kv=args.kv)
     with torch.inference_mode():
         fill(backend)
     taken: dict[str, dict[int, list[float]]] = {part: {count: [] for count in rows} for part in PARTS}
@@ -87,6 +88,7 @@ def main() -> None:
         "benchmark": "cpu rows",
         **machine(torch.device("cpu")),
         "quantize": args.quantize,
+        "kv": args.kv,
         "threads": backend.report.device,
         "ms": table,
     }

@@ -52,6 +52,7 @@ def load(
     fixed_shapes: bool = False,
     quantize: str = "none",
     threads: int = 0,
+    kv: str = "auto",
 ) -> TorchBackend:
     toml = checkpoint / "worker.toml"
     if toml.exists():
@@ -72,7 +73,9 @@ def load(
             asr_delay_in_tokens=6,
             model=None,
         )
-    engine = EngineConfig(device=device, fixed_shapes=fixed_shapes, quantize=quantize, threads=threads)  # type: ignore[arg-type]
+    engine = EngineConfig(  # type: ignore[arg-type]
+        device=device, fixed_shapes=fixed_shapes, quantize=quantize, threads=threads, kv_dtype=kv
+    )
     module = msgspec.structs.replace(module, dtype_override=dtype, engine=engine)
     backend = load_backend(module, checkpoint / "model.safetensors", checkpoint / "mimi.safetensors", spec, slots)
     backend.warm_up()

@@ -41,6 +41,9 @@ class Ring(NamedTuple):
         return {f"{name}.{part}": tensor for part, tensor in zip(self._fields, self, strict=True) if tensor is not None}
 
 
+ATTENDS_NARROW = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+"""Whether this CPU attends to rings of bfloat16 as they are: half the bytes of float32. Elsewhere they are widened first."""
+
 RingAttention = Callable[[Tensor, Tensor, Tensor, Ring, Tensor, Tensor], Tensor]
 """(q, k, v, ring, positions, slots) -> attended, as `ring_attention`."""
 
@@ -118,9 +121,12 @@ def ring_attention_rows(q: Tensor, k: Tensor, v: Tensor, ring: Ring, positions: 
             ring.k[slot, :, index] = k[row, step]
             ring.v[slot, :, index] = v[row, step]
         held = min(position + steps, context)
-        keys, values = ring.k[slot, None, :, :held].to(q.dtype), ring.v[slot, None, :, :held].to(q.dtype)  # (1, H, held, D)
+        keys, values = ring.k[slot, None, :, :held], ring.v[slot, None, :, :held]  # (1, H, held, D)
+        if not (ring.k.dtype is torch.bfloat16 and ATTENDS_NARROW):
+            keys, values = keys.to(q.dtype), values.to(q.dtype)
         mask = _later_hidden(position, steps, context, held) if steps > 1 else None
-        rows.append(F.scaled_dot_product_attention(q[row, None].transpose(1, 2), keys, values, attn_mask=mask))
+        query = q[row, None].transpose(1, 2).to(keys.dtype)
+        rows.append(F.scaled_dot_product_attention(query, keys, values, attn_mask=mask).to(q.dtype))
     return torch.cat(rows).transpose(1, 2)
 
 
