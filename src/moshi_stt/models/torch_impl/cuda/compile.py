@@ -53,8 +53,8 @@ class Compiler:
         return len(self._known)
 
     def close(self) -> None:
-        """Let the pool end once what was read is compiled."""
-        self._pool.shutdown(wait=False)
+        """Compile nothing that is not begun; what is under way ends by itself."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
 
 
 def finish(futures: Iterable["Future[None]"]) -> None:
