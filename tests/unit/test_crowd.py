@@ -1,4 +1,4 @@
-"""The crowd that `bench_neighbours.py` steps: it must notice a backend whose rows hear each other, and one that mixes slots up."""
+"""The crowd of `bench_neighbours.py`: it must notice a backend whose rows hear each other, and one that mixes slots up."""
 
 import importlib.util
 import sys
