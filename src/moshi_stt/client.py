@@ -1,6 +1,7 @@
 """A client of the default wire, for programs: `Client` for asyncio, `transcribe` for the rest. Knows nothing of servers inside.
 
-It talks to this server and to moshi-server alike. Reconnecting is the caller's business: a stream's state ends with its socket.
+It talks to this server and to moshi-server alike. With `resume=True` a stream outlives its socket on this server: the client
+connects again by itself, and no word is lost or comes twice. Otherwise reconnecting is the caller's business.
 """
 
 import asyncio
@@ -14,12 +15,13 @@ from urllib.parse import urlsplit, urlunsplit
 import aiohttp
 import numpy as np
 from numpy.typing import NDArray
+from yarl import URL
 
 from moshi_stt import protocol
 from moshi_stt.audio.resample import StreamingResampler, to_mono_float
 from moshi_stt.constants import API_KEY_HEADER, DEFAULT_PATH, FRAME_SAMPLES, PUBLIC_KEY, SAMPLE_RATE
 from moshi_stt.errors import ProtocolError, ServerError
-from moshi_stt.events import AnyEvent, EndWord, Error, Marker, Word
+from moshi_stt.events import Ack, AnyEvent, EndWord, Error, Marker, Ready, Word
 from moshi_stt.text.subtitles import TimedWord, pair_words
 
 EVENTS_HELD = 65_536
@@ -27,6 +29,14 @@ EVENTS_HELD = 65_536
 
 MESSAGE_SAMPLES = SAMPLE_RATE
 """Longer audio is sent in several messages."""
+
+RETRY_SECONDS = (0.0, 0.25, 0.5, 1.0, 2.0, 4.0, 4.0)
+"""Pauses before the attempts to connect again: together less than a server keeps a stream."""
+
+MOST_UNACKNOWLEDGED_SAMPLES = 600 * SAMPLE_RATE
+"""Audio that is kept to be sent again; beyond it sending waits."""
+
+CLOSED = (aiohttp.WSMsgType.CLOSE, aiohttp.WSMsgType.CLOSING, aiohttp.WSMsgType.CLOSED, aiohttp.WSMsgType.ERROR)
 
 _KEEP_ALIVE_SECONDS = 5.0
 _CLOSE_SECONDS = 3.0
@@ -43,6 +53,57 @@ def websocket_url(url: str) -> str:
         raise ServerError(f"{url!r} is no address of a server: expected one like ws://127.0.0.1:8080")
     path = parts.path if parts.path not in ("", "/") else DEFAULT_PATH
     return urlunsplit((scheme, parts.netloc, path, parts.query, ""))
+
+
+class Unacknowledged:
+    """What a client keeps of a stream to come back to it: messages that the server may not have, and what it has received."""
+
+    def __init__(self) -> None:
+        self.token: str | None = None
+        self.greeted = False
+        """Whether the first `Ready` of the present connection has come."""
+        self._events = 0
+        self._samples = 0
+        self._acknowledged = 0
+        self._held: deque[tuple[int, int, bytes]] = deque()
+        """Start and size in samples, and the message. Markers have size 0."""
+        self._room = asyncio.Event()
+
+    def query(self) -> dict[str, str]:
+        """Parameters for the next connection."""
+        if self.token is None:
+            return {"resume": "1"}
+        start = self._held[0][0] if self._held else self._samples
+        return {"resume": self.token, "samples": str(start), "events": str(self._events)}
+
+    def add(self, message: bytes, samples: int) -> None:
+        self._held.append((self._samples, samples, message))
+        self._samples += samples
+
+    def messages(self) -> list[bytes]:
+        """Those that are to be sent again."""
+        return [message for _, _, message in self._held]
+
+    async def room(self) -> None:
+        """Wait while as much is kept as may be."""
+        while self._samples - self._acknowledged > MOST_UNACKNOWLEDGED_SAMPLES:
+            self._room.clear()
+            await self._room.wait()
+
+    def is_new(self, event: AnyEvent) -> bool:
+        """Note an event; whether the caller is to see it."""
+        if isinstance(event, Ack):
+            self._acknowledged = event.samples
+            while self._held and self._held[0][0] + max(1, self._held[0][1]) <= event.samples:
+                self._held.popleft()
+            self._room.set()
+            return False
+        if isinstance(event, Ready) and not self.greeted:
+            self.greeted = True
+            first, self.token = self.token is None, event.token
+            return first
+        self._events += 1
+        return True
 
 
 class Client:
@@ -66,12 +127,15 @@ class Client:
         as_bin: bool = False,
         open_timeout_seconds: float = 10.0,
         ping_seconds: float = 10.0,
+        resume: bool = False,
     ) -> None:
         """url: see `websocket_url`. key: sent in a header, None sends none.
 
         as_bin: send audio as bytes, 4 a sample and not 5; this server takes that, moshi-server does not.
+        resume: connect again when the connection breaks, and go on where it broke. For audio sent by `send_audio`.
         """
         self.url = websocket_url(url)
+        self._unacknowledged = Unacknowledged() if resume else None
         self._key = key
         self._as_bin = as_bin
         self._open_timeout_seconds = open_timeout_seconds
@@ -86,6 +150,7 @@ class Client:
         self._closing = False
         self._failure: ServerError | None = None
         self._resampler: StreamingResampler | None = None
+        self._socket_broken = False
 
     @classmethod
     async def connect(cls, url: str, key: str | None = PUBLIC_KEY) -> Self:
@@ -96,25 +161,47 @@ class Client:
 
     async def open(self) -> Self:
         """Connect. Raises ServerError naming why it cannot be done."""
-        headers = {API_KEY_HEADER: self._key} if self._key is not None else {}
         self._session = aiohttp.ClientSession()
         try:
-            async with asyncio.timeout(self._open_timeout_seconds):
-                self._socket = await self._session.ws_connect(
-                    self.url,
-                    headers=headers,
-                    timeout=aiohttp.ClientWSTimeout(ws_receive=None, ws_close=_CLOSE_SECONDS),
-                    max_msg_size=0,
-                    autoclose=True,
-                    autoping=True,
-                )
+            self._socket = await self._connect(self._session)
         except BaseException as error:
             await self._session.close()
             if isinstance(error, aiohttp.ClientError | OSError):  # TimeoutError is an OSError
                 raise ServerError(self._refusal(error)) from None
             raise
-        self._tasks = [asyncio.create_task(self._read(self._socket)), asyncio.create_task(self._ping(self._socket))]
+        self._tasks = [asyncio.create_task(self._read(self._socket)), asyncio.create_task(self._ping())]
         return self
+
+    async def _connect(self, session: aiohttp.ClientSession) -> aiohttp.ClientWebSocketResponse:
+        query = {} if self._unacknowledged is None else self._unacknowledged.query()
+        async with asyncio.timeout(self._open_timeout_seconds):
+            return await session.ws_connect(
+                URL(self.url).update_query(query) if query else self.url,
+                headers={API_KEY_HEADER: self._key} if self._key is not None else {},
+                timeout=aiohttp.ClientWSTimeout(ws_receive=None, ws_close=_CLOSE_SECONDS),
+                max_msg_size=0,
+                autoclose=True,
+                autoping=True,
+            )
+
+    async def _come_back(self) -> aiohttp.ClientWebSocketResponse | None:
+        """Another socket of the same stream, on which everything not acknowledged was sent again; None without one."""
+        held = self._unacknowledged
+        if held is None or held.token is None or self._closing or self._session is None:
+            return None
+        self._socket_broken = True
+        for pause in RETRY_SECONDS:
+            await asyncio.sleep(pause)
+            try:
+                socket = await self._connect(self._session)
+                held.greeted = False
+                for message in held.messages():
+                    await socket.send_bytes(message)
+            except (aiohttp.ClientError, OSError):
+                continue
+            self._socket, self._socket_broken = socket, False
+            return socket
+        return None
 
     async def close(self) -> None:
         """Close the socket in good order. Events that have come can still be iterated. Idempotent."""
@@ -169,6 +256,8 @@ class Client:
 
     async def send_opus(self, data: bytes) -> None:
         """Send the next bytes of an Ogg-Opus stream, cut anywhere (see `moshi_stt.audio.opus.OpusEncoder`)."""
+        if self._unacknowledged is not None:
+            raise ServerError("a client with resume=True sends audio by send_audio: Opus cannot be sent again from a sample")
         await self._send(protocol.encode_opus(data, as_bin=self._as_bin))
 
     async def mark(self, id: int = 0) -> None:
@@ -188,28 +277,37 @@ class Client:
 
     async def _send_pcm(self, pcm: NDArray[np.float32]) -> None:
         for start in range(0, len(pcm), MESSAGE_SAMPLES):
-            await self._send(protocol.encode_audio(pcm[start : start + MESSAGE_SAMPLES], as_bin=self._as_bin))
+            piece = pcm[start : start + MESSAGE_SAMPLES]
+            await self._send(protocol.encode_audio(piece, as_bin=self._as_bin), len(piece))
 
-    async def _send(self, message: bytes) -> None:
+    async def _send(self, message: bytes, samples: int = 0) -> None:
+        """samples: that the message carries."""
         if self._socket is None:
             raise ServerError("the client is not open: use `async with Client(url)` or `await client.open()`")
         if not self._ended and not self._closing:
+            if self._unacknowledged is not None:
+                await self._unacknowledged.room()
+                self._unacknowledged.add(message, samples)
             try:
-                await self._socket.send_bytes(message)
+                if not self._socket_broken:
+                    await self._socket.send_bytes(message)
                 return
             except (aiohttp.ClientError, OSError):
+                if self._unacknowledged is not None:
+                    return  # it is sent again when the reader has another socket
                 with contextlib.suppress(TimeoutError):  # the reader learns why
                     async with asyncio.timeout(_CLOSE_SECONDS):
                         await asyncio.wait(self._tasks[:1])
         raise self._failure or ServerError("the stream has ended: nothing more can be sent", self._socket.close_code)
 
-    async def _ping(self, socket: aiohttp.ClientWebSocketResponse) -> None:
+    async def _ping(self) -> None:
         """moshi-server closes clients from which no frame came for 20 s. A late answer means nothing: a server whose inbox is
         full reads later."""
-        with contextlib.suppress(aiohttp.ClientError, OSError):
-            while True:
-                await asyncio.sleep(self._ping_seconds)
-                await socket.ping()
+        while not self._ended:
+            await asyncio.sleep(self._ping_seconds)
+            with contextlib.suppress(aiohttp.ClientError, OSError):
+                if self._socket is not None:
+                    await self._socket.ping()
 
     # ---- receiving ---------------------------------------------------------------------------------------------------
 
@@ -224,13 +322,15 @@ class Client:
                     if isinstance(event, Error):
                         error = event
                         continue
-                    await self._keep(event)
-                elif message.type in (aiohttp.WSMsgType.CLOSE, aiohttp.WSMsgType.CLOSING, aiohttp.WSMsgType.CLOSED):
-                    self._failure = self._verdict(error, socket.close_code)
-                    return
-                elif message.type is aiohttp.WSMsgType.ERROR:
-                    self._failure = self._verdict(error, 1006)
-                    return
+                    if self._unacknowledged is None or self._unacknowledged.is_new(event):
+                        await self._keep(event)
+                elif message.type in CLOSED:
+                    code = 1006 if message.type is aiohttp.WSMsgType.ERROR else socket.close_code
+                    again = await self._come_back() if code == 1006 and error is None else None
+                    if again is None:
+                        self._failure = self._verdict(error, code)
+                        return
+                    socket = again
         except ProtocolError as problem:
             self._failure = ServerError(str(problem))
         finally:
