@@ -76,6 +76,11 @@ class Unacknowledged:
         start = self._held[0][0] if self._held else self._samples
         return {"resume": self.token, "samples": str(start), "events": str(self._events)}
 
+    @property
+    def can_resume(self) -> bool:
+        """Whether there is a stream to come back to, or none has begun. A server that gives no token does not keep streams."""
+        return self.token is not None or not self.greeted
+
     def add(self, message: bytes, samples: int) -> None:
         self._held.append((self._samples, samples, message))
         self._samples += samples
@@ -187,7 +192,7 @@ class Client:
     async def _come_back(self) -> aiohttp.ClientWebSocketResponse | None:
         """Another socket of the same stream, on which everything not acknowledged was sent again; None without one."""
         held = self._unacknowledged
-        if held is None or held.token is None or self._closing or self._session is None:
+        if held is None or not held.can_resume or self._closing or self._session is None:
             return None
         self._socket_broken = True
         for pause in RETRY_SECONDS:

@@ -56,7 +56,14 @@ class MarkerRequest(msgspec.Struct, frozen=True, gc=False):
 Inbound = Init | Audio | OggOpus | MarkerRequest
 
 
-_pack: Final = msgspec.msgpack.Encoder().encode
+def _plain(value: object) -> object:
+    """A number of numpy's, which engines may give, as Python's."""
+    if isinstance(value, np.generic):
+        return value.item()
+    raise TypeError(f"{type(value).__name__} is not of the wire")
+
+
+_pack: Final = msgspec.msgpack.Encoder(enc_hook=_plain).encode
 
 
 def _head(keys: int, tag: str, first_key: str = "") -> bytes:

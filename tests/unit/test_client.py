@@ -17,6 +17,7 @@ from moshi_stt.audio.opus import OpusEncoder, OpusStream
 from moshi_stt.client import Client, transcribe, websocket_url
 from moshi_stt.errors import AudioError, ServerError
 from moshi_stt.events import AnyEvent, EndWord, Error, Marker, Ready, Word
+from moshi_stt.text.subtitles import TimedWord
 
 Handler = Callable[[web.WebSocketResponse], Awaitable[None]]
 
@@ -303,7 +304,7 @@ async def test_transcribe_sends_silence_and_takes_it_out_of_the_times() -> None:
         words = await client.transcribe(
             iter(pieces), silence_before_seconds=1.0, silence_after_seconds=0.5, on_progress=seen.append
         )
-    assert words == [("one", 0.5, 0.75, None), ("two", 1.0, 1.25, None)]
+    assert words == [TimedWord("one", 0.5, 0.75), TimedWord("two", 1.0, 1.25)]
     assert seen == [0.75, 1.25]
     before_marker = recorder.inbound[: [isinstance(m, protocol.MarkerRequest) for m in recorder.inbound].index(True)]
     sent = np.concatenate([message.pcm for message in before_marker if isinstance(message, protocol.Audio)])
@@ -380,7 +381,7 @@ def test_transcribe_without_asyncio() -> None:
         await task
         return list(words)
 
-    assert asyncio.run(whole()) == [("one", 0.5, 0.75, None)]
+    assert asyncio.run(whole()) == [TimedWord("one", 0.5, 0.75)]
 
 
 async def test_pings_are_sent_on_a_timer() -> None:
