@@ -101,7 +101,7 @@ def encode(job: tuple[str, str, float, int]) -> float:
 
 def make_archive(folder: Path, hours: float) -> tuple[int, float]:
     """Files and hours of an archive below a folder."""
-    usual = [seconds for seconds in LENGTHS if seconds <= 450 * hours]
+    usual = [seconds for seconds in LENGTHS if seconds <= 450 * hours] or [LENGTHS[0]]
     lengths = [usual[index % len(usual)] for index in range(DISTINCT)]
     while sum(lengths) > 3_600 * hours and len(lengths) > 1:
         lengths.pop()
