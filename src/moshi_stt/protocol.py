@@ -19,6 +19,7 @@ from numpy.typing import ArrayLike, NDArray
 from moshi_stt import packed
 from moshi_stt.errors import ProtocolError
 from moshi_stt.events import AnyEvent, Error, Step
+from moshi_stt.signatures import name_of_message
 
 UNACCEPTABLE: Final = 1003
 """Close code: a document of a kind that this server does not take."""
@@ -133,6 +134,8 @@ def decode(message: bytes) -> Inbound:
             return Audio(pcm)
     if not message:
         raise ProtocolError("empty message: expected a MessagePack map with a `type`", MALFORMED)
+    if message[0] not in _MAPS and (kind := name_of_message(message)) is not None:
+        raise ProtocolError(f"the message is {kind}: expected a MessagePack map with a `type` (docs/protocol.md)", MALFORMED)
     document = _Document(message)
     try:
         return document.read()
@@ -147,6 +150,10 @@ def decode(message: bytes) -> Inbound:
         raise ProtocolError(
             f"the message is not MessagePack: what begins at byte {where:,} cannot be read", MALFORMED
         ) from None
+
+
+_MAPS = frozenset({*range(0x80, 0x90), 0xDE, 0xDF})
+"""First bytes of a MessagePack map."""
 
 
 class _Document:

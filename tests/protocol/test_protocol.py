@@ -409,3 +409,18 @@ def test_arbitrary_bytes_raise_nothing_else(message: bytes) -> None:
     for read in (decode, decode_event):
         with contextlib.suppress(ProtocolError):
             read(message)
+
+
+@pytest.mark.parametrize(
+    ("message", "kind"),
+    [
+        (b'{"type": "Audio", "pcm": [0.0, 0.1]}', "JSON"),
+        (b"RIFF\x24\x00\x00\x00WAVEfmt " + bytes(40), "a WAV file"),
+        (b"OggS" + bytes(100), "an Ogg file"),
+        (np.round(9_000 * np.cos(np.arange(1_920) / 7)).astype("<i2").tobytes(), "bare 16-bit samples"),
+    ],
+)
+def test_what_is_sent_in_place_of_a_document_is_named(message: bytes, kind: str) -> None:
+    with pytest.raises(ProtocolError, match=f"^the message is {kind}: expected a MessagePack map") as raised:
+        decode(message)
+    assert raised.value.close_code == 1007

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from moshi_stt.errors import AudioError
+from moshi_stt.signatures import name_of
 
 _HEADER = struct.Struct("<4sBBqIIIB")  # capture, version, flags, granule, serial, sequence, checksum, segments
 _CONTINUED, _FIRST, _LAST = 1, 2, 4
@@ -16,16 +17,6 @@ MAX_PACKET_BYTES = 255 * 255
 """Longest packet that is taken: one page's worth. An Opus packet has at most 61,298 bytes."""
 
 _BIT_REVERSED = bytes(int(f"{byte:08b}"[::-1], 2) for byte in range(256))
-
-_OTHER_FORMATS = (
-    (b"RIFF", "a WAV file"),
-    (b"\x1aE\xdf\xa3", "WebM or Matroska (what Chrome's MediaRecorder makes by default)"),
-    (b"ID3", "an MP3 file"),
-    (b"\xff\xfb", "an MP3 file"),
-    (b"fLaC", "a FLAC file"),
-    (b"FORM", "an AIFF file"),
-    (b"caff", "a CAF file"),
-)
 
 
 class Packet(NamedTuple):
@@ -110,9 +101,7 @@ class OggReader:
                 f"{found} at byte {self._offset} where an Ogg page (OggS) was expected: "
                 "send every byte of the encoder's output once and in order"
             )
-        kind = next((name for magic, name in _OTHER_FORMATS if start.startswith(magic)), None)
-        if start[4:8] == b"ftyp":
-            kind = "an MP4 or M4A file"
+        kind = name_of(start)
         return (
             f"not an Ogg stream: it starts with {found}{f', which is {kind}' if kind else ''}. "
             "OggOpus takes Opus in Ogg pages, from the first page (OpusHead) on"
