@@ -71,4 +71,4 @@ SAID = "ever tried ever failed no matter try again fail again fail better"
 
 def bare(text: str) -> str:
     """Lower case, no punctuation."""
-    return " ".join("".join(letter for letter in text.casefold() if letter.isalnum() or letter == " ").split())
+    return " ".join("".join(letter for letter in text.casefold() if letter.isalnum() or letter.isspace()).split())
