@@ -9,8 +9,8 @@ import sys
 import numpy as np
 from numpy.typing import NDArray
 
-from moshi_stt.audio.decode import read_file
-from moshi_stt.client import Client
+from moshi_stt import Client, read_file
+from moshi_stt.errors import MoshiSttError
 from moshi_stt.events import Marker, Word
 
 CHUNK = 1_920  # 80 ms at 24 kHz
@@ -24,7 +24,7 @@ async def send(client: Client, pcm: NDArray[np.float32]) -> None:
     await client.mark(0)
 
 
-async def main(path: str, url: str = "ws://127.0.0.1:8080") -> None:
+async def main(path: str, url: str | None = None) -> None:
     async with Client(url) as client:
         sending = asyncio.create_task(send(client, read_file(path)))
         async for event in client:
@@ -36,4 +36,9 @@ async def main(path: str, url: str = "ws://127.0.0.1:8080") -> None:
         await sending
 
 
-asyncio.run(main(*sys.argv[1:]))
+if len(sys.argv) not in (2, 3):
+    sys.exit(__doc__)
+try:
+    asyncio.run(main(*sys.argv[1:]))
+except (MoshiSttError, OSError) as error:
+    sys.exit(f"Error: {error}")

@@ -1,6 +1,6 @@
 """moshi-stt: a streaming speech-to-text server. Importing it loads nothing else; what it exports is loaded when it is used.
 
-from moshi_stt import Client, Server, read_file, transcribe
+from moshi_stt import Client, Server, read_file, stream_utterances, stream_words, transcribe, transcribe_bytes
 """
 
 import importlib
@@ -8,18 +8,31 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from moshi_stt.audio.decode import read_file
-    from moshi_stt.client import Client, transcribe
+    from moshi_stt.client import Client
     from moshi_stt.serving import Server
+    from moshi_stt.sync import stream_utterances, stream_words, transcribe, transcribe_bytes
 
 __version__ = "0.1.0"
 
-__all__ = ["Client", "Server", "__version__", "read_file", "transcribe"]
+__all__ = [
+    "Client",
+    "Server",
+    "__version__",
+    "read_file",
+    "stream_utterances",
+    "stream_words",
+    "transcribe",
+    "transcribe_bytes",
+]
 
 _HOMES = {
     "Client": "moshi_stt.client",
     "Server": "moshi_stt.serving",
     "read_file": "moshi_stt.audio.decode",
-    "transcribe": "moshi_stt.client",
+    "stream_utterances": "moshi_stt.sync",
+    "stream_words": "moshi_stt.sync",
+    "transcribe": "moshi_stt.sync",
+    "transcribe_bytes": "moshi_stt.sync",
 }
 
 

@@ -1,4 +1,4 @@
-"""A client of the default wire, for programs: `Client` for asyncio, `transcribe` for the rest. Knows nothing of servers inside.
+"""A client of the default wire, for programs: `Client` for asyncio; `sync.py` has functions for the rest.
 
 It talks to this server and to moshi-server alike. With `resume=True` a stream outlives its socket on this server: the client
 connects again by itself, and no word is lost or comes twice. Otherwise reconnecting is the caller's business.
@@ -6,6 +6,7 @@ connects again by itself, and no word is lost or comes twice. Otherwise reconnec
 
 import asyncio
 import contextlib
+import os
 from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Iterator
 from types import TracebackType
@@ -19,10 +20,24 @@ from yarl import URL
 
 from moshi_stt import protocol
 from moshi_stt.audio.resample import StreamingResampler, to_mono_float
-from moshi_stt.constants import API_KEY_HEADER, DEFAULT_PATH, FRAME_SAMPLES, PUBLIC_KEY, SAMPLE_RATE
-from moshi_stt.errors import ProtocolError, ServerError
-from moshi_stt.events import Ack, AnyEvent, EndWord, Error, Marker, Ready, Word
-from moshi_stt.text.subtitles import TimedWord, pair_words
+from moshi_stt.constants import (
+    API_KEY_HEADER,
+    DEFAULT_PATH,
+    DEFAULT_URL,
+    FRAME_SAMPLES,
+    KEY_VARIABLE,
+    PUBLIC_KEY,
+    SAMPLE_RATE,
+    URL_VARIABLE,
+)
+from moshi_stt.errors import AudioError, ProtocolError, ServerError
+from moshi_stt.events import AnyEvent, EndOfTurn, EndWord, Error, Marker, Word
+from moshi_stt.text.subtitles import TimedWord
+from moshi_stt.text.utterances import PAUSE_SECONDS, Utterance, timed, utterance_of
+from moshi_stt.unacknowledged import Unacknowledged
+
+Audio = NDArray[np.generic] | Iterable[NDArray[np.generic]]
+"""A recording, whole or in pieces; pieces may come as they are recorded. Each as `Client.send_audio` takes it."""
 
 EVENTS_HELD = 65_536
 """Events that wait to be iterated before the socket is no longer read."""
@@ -33,20 +48,19 @@ MESSAGE_SAMPLES = SAMPLE_RATE
 RETRY_SECONDS = (0.0, 0.25, 0.5, 1.0, 2.0, 4.0, 4.0)
 """Pauses before the attempts to connect again: together less than a server keeps a stream."""
 
-MOST_UNACKNOWLEDGED_SAMPLES = 600 * SAMPLE_RATE
-"""Audio that is kept to be sent again; beyond it sending waits."""
-
 CLOSED = (aiohttp.WSMsgType.CLOSE, aiohttp.WSMsgType.CLOSING, aiohttp.WSMsgType.CLOSED, aiohttp.WSMsgType.ERROR)
 
 _KEEP_ALIVE_SECONDS = 5.0
 _CLOSE_SECONDS = 3.0
 
 
-def websocket_url(url: str) -> str:
-    """`url` with what may be left out filled in: `ws://`, and the path of speech-to-text. `http(s)` becomes `ws(s)`.
+def websocket_url(url: str | None) -> str:
+    """`url`, else that of MOSHI_STT_URL, else ws://127.0.0.1:8080, with what may be left out: `ws://`, and the path.
 
-    Raises ServerError for a URL of another kind.
+    `http(s)` becomes `ws(s)`. Raises ServerError for a URL of another kind.
     """
+    if url is None:
+        url = os.environ.get(URL_VARIABLE) or DEFAULT_URL
     parts = urlsplit(url if "://" in url else f"ws://{url}")
     scheme = {"http": "ws", "https": "wss"}.get(parts.scheme, parts.scheme)
     if scheme not in ("ws", "wss") or not parts.netloc:
@@ -55,60 +69,10 @@ def websocket_url(url: str) -> str:
     return urlunsplit((scheme, parts.netloc, path, parts.query, ""))
 
 
-class Unacknowledged:
-    """What a client keeps of a stream to come back to it: messages that the server may not have, and what it has received."""
-
-    def __init__(self) -> None:
-        self.token: str | None = None
-        self.greeted = False
-        """Whether the first `Ready` of the present connection has come."""
-        self._events = 0
-        self._samples = 0
-        self._acknowledged = 0
-        self._held: deque[tuple[int, int, bytes]] = deque()
-        """Start and size in samples, and the message. Markers have size 0."""
-        self._room = asyncio.Event()
-
-    def query(self) -> dict[str, str]:
-        """Parameters for the next connection."""
-        if self.token is None:
-            return {"resume": "1"}
-        start = self._held[0][0] if self._held else self._samples
-        return {"resume": self.token, "samples": str(start), "events": str(self._events)}
-
-    @property
-    def can_resume(self) -> bool:
-        """Whether there is a stream to come back to, or none has begun. A server that gives no token does not keep streams."""
-        return self.token is not None or not self.greeted
-
-    def add(self, message: bytes, samples: int) -> None:
-        self._held.append((self._samples, samples, message))
-        self._samples += samples
-
-    def messages(self) -> list[bytes]:
-        """Those that are to be sent again."""
-        return [message for _, _, message in self._held]
-
-    async def room(self) -> None:
-        """Wait while as much is kept as may be."""
-        while self._samples - self._acknowledged > MOST_UNACKNOWLEDGED_SAMPLES:
-            self._room.clear()
-            await self._room.wait()
-
-    def is_new(self, event: AnyEvent) -> bool:
-        """Note an event; whether the caller is to see it."""
-        if isinstance(event, Ack):
-            self._acknowledged = event.samples
-            while self._held and self._held[0][0] + max(1, self._held[0][1]) <= event.samples:
-                self._held.popleft()
-            self._room.set()
-            return False
-        if isinstance(event, Ready) and not self.greeted:
-            self.greeted = True
-            first, self.token = self.token is None, event.token
-            return first
-        self._events += 1
-        return True
+def key_headers(key: str | None) -> dict[str, str]:
+    """The header with `key`, or with that of MOSHI_STT_KEY, or with `public_token`; none for an empty `key`."""
+    key = key if key is not None else os.environ.get(KEY_VARIABLE) or PUBLIC_KEY
+    return {API_KEY_HEADER: key} if key else {}
 
 
 class Client:
@@ -126,22 +90,22 @@ class Client:
 
     def __init__(
         self,
-        url: str,
-        key: str | None = PUBLIC_KEY,
+        url: str | None = None,
+        key: str | None = None,
         *,
         as_bin: bool = False,
         open_timeout_seconds: float = 10.0,
         ping_seconds: float = 10.0,
         resume: bool = False,
     ) -> None:
-        """url: see `websocket_url`. key: sent in a header, None sends none.
+        """url: see `websocket_url`. key: sent in a header; None takes MOSHI_STT_KEY, else `public_token`, and "" sends none.
 
         as_bin: send audio as bytes, 4 a sample and not 5; this server takes that, moshi-server does not.
         resume: connect again when the connection breaks, and go on where it broke. For audio sent by `send_audio`.
         """
         self.url = websocket_url(url)
         self._unacknowledged = Unacknowledged() if resume else None
-        self._key = key
+        self._headers = key_headers(key)
         self._as_bin = as_bin
         self._open_timeout_seconds = open_timeout_seconds
         self._ping_seconds = ping_seconds
@@ -158,7 +122,7 @@ class Client:
         self._socket_broken = False
 
     @classmethod
-    async def connect(cls, url: str, key: str | None = PUBLIC_KEY) -> Self:
+    async def connect(cls, url: str | None = None, key: str | None = None) -> Self:
         """An open client. The caller must `close` it."""
         return await cls(url, key).open()
 
@@ -182,7 +146,7 @@ class Client:
         async with asyncio.timeout(self._open_timeout_seconds):
             return await session.ws_connect(
                 URL(self.url).update_query(query) if query else self.url,
-                headers={API_KEY_HEADER: self._key} if self._key is not None else {},
+                headers=self._headers,
                 timeout=aiohttp.ClientWSTimeout(ws_receive=None, ws_close=_CLOSE_SECONDS),
                 max_msg_size=0,
                 autoclose=True,
@@ -376,7 +340,7 @@ class Client:
 
     async def transcribe(
         self,
-        audio: NDArray[np.generic] | Iterable[NDArray[np.generic]],
+        audio: Audio,
         sample_rate: int = SAMPLE_RATE,
         *,
         silence_before_seconds: float = 0.0,
@@ -390,29 +354,87 @@ class Client:
         on_progress: called with the seconds transcribed so far, as words come.
         Raises ServerError, and whatever iterating `audio` raises (it is iterated in a thread).
         """
+        words = []
+        found = self.words(
+            audio, sample_rate, silence_before_seconds=silence_before_seconds, silence_after_seconds=silence_after_seconds
+        )
+        async with contextlib.aclosing(found):
+            async for word in found:
+                words.append(word)
+                if on_progress is not None:
+                    on_progress(word.end)
+        return words
+
+    async def words(
+        self,
+        audio: Audio,
+        sample_rate: int = SAMPLE_RATE,
+        *,
+        silence_before_seconds: float = 0.0,
+        silence_after_seconds: float = 1.0,
+    ) -> AsyncGenerator[TimedWord, None]:
+        """Send audio, whole or in pieces as they come, and yield each word as soon as its end is known.
+
+        Arguments and errors as of `transcribe`. Iterate it inside `contextlib.aclosing` if you may leave early.
+        """
+        open_word: Word | None = None
+        events = self._heard(audio, sample_rate, silence_before_seconds, silence_after_seconds)
+        async with contextlib.aclosing(events):
+            async for event in events:
+                if open_word is not None and isinstance(event, Word | EndWord | Marker):
+                    yield timed(open_word, event, silence_before_seconds)
+                    open_word = None
+                if isinstance(event, Word):
+                    open_word = event
+
+    async def utterances(
+        self,
+        audio: Audio,
+        sample_rate: int = SAMPLE_RATE,
+        *,
+        pause_seconds: float = PAUSE_SECONDS,
+        silence_before_seconds: float = 0.0,
+    ) -> AsyncGenerator[Utterance, None]:
+        """Send audio as `words` does, and yield what is said between two pauses.
+
+        pause_seconds: a silence so long between two words is a pause. If the client's URL has `turns=1`, an utterance comes as
+        soon as the server says that the turn is over, else with the first word after the pause.
+        """
+        words: list[TimedWord] = []
+        open_word: Word | None = None
+        events = self._heard(audio, sample_rate, silence_before_seconds, 1.0)
+        async with contextlib.aclosing(events):
+            async for event in events:
+                if open_word is not None and isinstance(event, Word | EndWord | Marker | EndOfTurn):
+                    word, open_word = timed(open_word, event, silence_before_seconds), None
+                    if words and word.start - words[-1].end >= pause_seconds:
+                        yield utterance_of(words)
+                        words = []
+                    words.append(word)
+                if words and isinstance(event, EndOfTurn | Marker):
+                    yield utterance_of(words)
+                    words = []
+                if isinstance(event, Word):
+                    open_word = event
+
+    async def _heard(
+        self, audio: Audio, sample_rate: int, before_seconds: float, after_seconds: float
+    ) -> AsyncGenerator[AnyEvent, None]:
+        """Send audio and yield the events up to the marker after it, the marker included."""
+        if isinstance(audio, str | bytes):
+            raise AudioError("expected audio: an array of samples or an iterable of arrays, as read_file(PATH) makes them")
         pieces = iter([audio] if isinstance(audio, np.ndarray) else audio)
-        sender = asyncio.create_task(self._send_all(pieces, sample_rate, silence_before_seconds, silence_after_seconds))
-        events: list[AnyEvent] = []
-        done = False
+        sender = asyncio.create_task(self._send_all(pieces, sample_rate, before_seconds, after_seconds))
         try:
             async with contextlib.aclosing(self._until_failed(sender)) as stream:
                 async for event in stream:
+                    yield event
                     if isinstance(event, Marker):
-                        done = True
-                        break
-                    if isinstance(event, Word | EndWord):
-                        events.append(event)
-                        if on_progress is not None and isinstance(event, EndWord):
-                            on_progress(max(0.0, event.stop_time - silence_before_seconds))
+                        return
         finally:
             sender.cancel()
             await asyncio.gather(sender, return_exceptions=True)
-        if not done:
-            raise ServerError("the server closed the stream before the recording was transcribed")
-        return [
-            word._replace(start=max(0.0, word.start - silence_before_seconds), end=max(0.0, word.end - silence_before_seconds))
-            for word in pair_words(events)
-        ]
+        raise ServerError("the server closed the stream before the recording was transcribed")
 
     async def _until_failed(self, sender: "asyncio.Task[None]") -> AsyncGenerator[AnyEvent, None]:
         """The events, until the sender fails: then its exception, unless the server's own says more."""
@@ -446,23 +468,3 @@ class Client:
         while True:
             await asyncio.sleep(_KEEP_ALIVE_SECONDS)
             await self._send_pcm(np.zeros(FRAME_SAMPLES, np.float32))
-
-
-def transcribe(
-    url: str,
-    audio: NDArray[np.generic] | Iterable[NDArray[np.generic]],
-    key: str | None = PUBLIC_KEY,
-    *,
-    sample_rate: int = SAMPLE_RATE,
-    silence_before_seconds: float = 0.0,
-    on_progress: Callable[[float], None] | None = None,
-) -> list[TimedWord]:
-    """`Client.transcribe` on a new connection, for programs without asyncio. Raises RuntimeError inside a running loop."""
-
-    async def whole() -> list[TimedWord]:
-        async with Client(url, key) as client:
-            return await client.transcribe(
-                audio, sample_rate, silence_before_seconds=silence_before_seconds, on_progress=on_progress
-            )
-
-    return asyncio.run(whole())

@@ -23,3 +23,8 @@ API_KEY_HEADER: Final = "kyutai-api-key"
 API_KEY_QUERY: Final = "auth_id"
 PUBLIC_KEY: Final = "public_token"
 """The key in Kyutai's published configurations, known to everybody."""
+
+DEFAULT_URL: Final = f"ws://127.0.0.1:{DEFAULT_PORT}"
+URL_VARIABLE: Final = "MOSHI_STT_URL"
+KEY_VARIABLE: Final = "MOSHI_STT_KEY"
+"""Where clients find the server and its key when they are given none."""

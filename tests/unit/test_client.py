@@ -14,9 +14,10 @@ from tests.support.media import noise
 from moshi_stt import client as client_module
 from moshi_stt import protocol
 from moshi_stt.audio.opus import OpusEncoder, OpusStream
-from moshi_stt.client import Client, transcribe, websocket_url
+from moshi_stt.client import Client, websocket_url
 from moshi_stt.errors import AudioError, ServerError
 from moshi_stt.events import AnyEvent, EndWord, Error, Marker, Ready, Word
+from moshi_stt.sync import transcribe
 from moshi_stt.text.subtitles import TimedWord
 
 Handler = Callable[[web.WebSocketResponse], Awaitable[None]]
@@ -376,7 +377,7 @@ def test_transcribe_without_asyncio() -> None:
         stop = asyncio.Event()
         task = asyncio.create_task(serve(started, stop))
         url = await started
-        words = await asyncio.to_thread(transcribe, url, noise(0.1))
+        words = await asyncio.to_thread(transcribe, noise(0.1), url)
         stop.set()
         await task
         return list(words)

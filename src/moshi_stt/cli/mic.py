@@ -6,7 +6,6 @@ stdout carries the captions and nothing else. Ctrl-C ends the recording; what wa
 import argparse
 import asyncio
 import contextlib
-import os
 import shutil
 import signal
 import sys
@@ -22,8 +21,8 @@ from numpy.typing import NDArray
 
 from moshi_stt.audio.resample import StreamingResampler, to_mono_float
 from moshi_stt.audio.watch import AudioWatch
-from moshi_stt.cli.transcribers import KEY_VARIABLE, load_module
-from moshi_stt.constants import PUBLIC_KEY, SAMPLE_RATE
+from moshi_stt.cli.transcribers import load_module
+from moshi_stt.constants import KEY_VARIABLE, PUBLIC_KEY, SAMPLE_RATE
 from moshi_stt.engine.commands import Audio, Finish
 from moshi_stt.errors import ConfigError, EngineError, MoshiSttError
 from moshi_stt.events import AnyEvent, EndWord, Error, Marker, Word
@@ -188,7 +187,7 @@ async def open_live(args: argparse.Namespace) -> AsyncIterator[Live]:
     if args.url:
         from moshi_stt.client import Client
 
-        async with Client(args.url, args.key or os.environ.get(KEY_VARIABLE) or PUBLIC_KEY) as client:
+        async with Client(args.url, args.key or None) as client:
             yield _OnServer(client)
         return
     from moshi_stt.engines import build_engine

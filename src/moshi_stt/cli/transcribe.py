@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from moshi_stt.audio.selection import Channels, Selection, read_channels
 from moshi_stt.cli.archive import Item, Manifest, Status, as_text, plan, read_list, recordings_of, write_whole
-from moshi_stt.cli.transcribers import KEY_VARIABLE, Source, Transcriber, build_transcriber
-from moshi_stt.constants import PUBLIC_KEY
+from moshi_stt.cli.transcribers import Source, Transcriber, build_transcriber
+from moshi_stt.constants import KEY_VARIABLE, PUBLIC_KEY
 from moshi_stt.errors import AudioError, MoshiSttError
 from moshi_stt.text.subtitles import FORMATS, SUFFIXES, TimedWord, format_json
 

@@ -25,12 +25,10 @@ from moshi_stt.audio.decode import AudioInfo, decode_file, probe
 from moshi_stt.audio.level import LevelMeter
 from moshi_stt.audio.selection import Selection
 from moshi_stt.config import LimitsConfig, Module, with_quantize
-from moshi_stt.constants import PUBLIC_KEY, SAMPLE_RATE
+from moshi_stt.constants import SAMPLE_RATE
 from moshi_stt.cores import usable_cores
 from moshi_stt.errors import AudioError, ConfigError
 from moshi_stt.text.subtitles import TimedWord
-
-KEY_VARIABLE = "MOSHI_STT_KEY"
 
 POOL_SLOTS = 16
 """From so many slots on, one interpreter cannot decode as fast as the model listens."""
@@ -193,7 +191,7 @@ def _spooled(source: Source) -> Iterator[None]:
 class OnServer(Transcriber):
     """A server's model."""
 
-    def __init__(self, url: str, key: str, prefix_seconds: float) -> None:
+    def __init__(self, url: str, key: str | None, prefix_seconds: float) -> None:
         self._url, self._key, self._prefix_seconds = url, key, prefix_seconds
 
     async def one(self, source: Source, on_progress: Progress) -> list[TimedWord]:
@@ -270,8 +268,7 @@ class InProcess(Transcriber):
 def build_transcriber(args: Any) -> Transcriber:
     """From --url, --config and their like. Raises ConfigError."""
     if args.url:
-        key = args.key or os.environ.get(KEY_VARIABLE) or PUBLIC_KEY
-        return OnServer(args.url, key, args.prefix_seconds or 0.0)
+        return OnServer(args.url, args.key or None, args.prefix_seconds or 0.0)
     module, limits = load_module(args.config, args.batch_size, args.quantize)
     return InProcess(module, args.prefix_seconds, limits=limits, force_cpu=args.cpu)
 

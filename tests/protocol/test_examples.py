@@ -1,0 +1,71 @@
+"""examples/: each runs as its first lines say, on recordings of minutes too, and none ends in a traceback."""
+
+import asyncio
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from tests.support.media import encode, noise
+from tests.support.scripted_engine import ScriptedEngine, counting
+from tests.support.serving import serving
+
+from moshi_stt.constants import FRAME_SECONDS
+
+ROOT = Path(__file__).parents[2]
+EXAMPLES = ROOT / "examples"
+SECONDS = 120.0
+MINUTES = 5
+WORDS = [f"w{i}" for i in range(int(60 * MINUTES / FRAME_SECONDS / 2) - 10)]
+
+
+async def run(*command: str) -> tuple[int | None, str, str]:
+    program = await asyncio.create_subprocess_exec(
+        *command, cwd=ROOT, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE
+    )
+    async with asyncio.timeout(SECONDS):
+        out, err = await program.communicate()
+    return program.returncode, out.decode(), err.decode()
+
+
+@pytest.fixture(scope="module")
+def minutes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Five minutes of sound."""
+    path = tmp_path_factory.mktemp("recording") / "minutes.wav"
+    path.write_bytes(encode(noise(60.0 * MINUTES), 24_000))
+    return path
+
+
+@pytest.mark.parametrize("example", ["raw_websocket.py", "transcribe_file.py", "utterances.py"])
+async def test_five_minutes(example: str, minutes: Path) -> None:
+    if example == "raw_websocket.py":
+        pytest.importorskip("websockets")
+    async with serving(ScriptedEngine(counting(len(WORDS)))) as running:
+        code, out, err = await run(sys.executable, str(EXAMPLES / example), str(minutes), f"ws://127.0.0.1:{running.port}")
+    assert (code, err) == (0, "")
+    assert [word for word in out.split() if word.startswith("w")] == WORDS
+
+
+async def test_five_minutes_by_curl(minutes: Path) -> None:
+    engine = ScriptedEngine(counting(len(WORDS)))
+    engine.cuts_speech = True  # the recording is one stream, and not cut into pieces
+    async with serving(engine) as running:
+        code, out, err = await run("sh", str(EXAMPLES / "post.sh"), str(minutes), running.http)
+    assert (code, err) == (0, "")
+    assert [event["text"] for event in json.loads(out) if event["type"] == "Word"] == WORDS
+
+
+@pytest.mark.parametrize("example", sorted(path.name for path in EXAMPLES.iterdir() if path.suffix in (".py", ".sh")))
+async def test_without_arguments_and_without_a_server(example: str, tmp_path: Path, unused_tcp_port: int) -> None:
+    program = ["sh"] if example.endswith(".sh") else [sys.executable]
+    code, _, err = await run(*program, str(EXAMPLES / example))
+    assert code not in (0, None)
+    assert example in err, "the usage is shown"
+    sound = tmp_path / "sound.wav"
+    sound.write_bytes(encode(noise(0.1), 24_000))
+    scheme = "http" if example.endswith(".sh") else "ws"
+    for path in (sound, tmp_path / "absent.wav"):
+        code, _, err = await run(*program, str(EXAMPLES / example), str(path), f"{scheme}://127.0.0.1:{unused_tcp_port}")
+        assert code not in (0, None)
+        assert err
+        assert "Traceback" not in err
