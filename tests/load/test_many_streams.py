@@ -3,6 +3,7 @@
 import asyncio
 import gc
 import tracemalloc
+from typing import Any
 
 import numpy as np
 from tests.support.raw_ws import RawClient, frame
@@ -45,7 +46,9 @@ async def test_fast_writers_do_not_starve_a_live_stream() -> None:
     """Ten clients that send as fast as they can, without end, and a live one whose markers keep coming."""
     engine = ScriptedEngine(slots=11, limits=StreamLimits(inbox_samples=20 * 1920))
     message = frame(2, protocol.encode_audio(np.zeros(24_000, np.float32)))
-    async with serving(engine) as running, await RawClient.connect(running.port) as live:
+    bounds: Any = {"spool_bytes": 0, "ahead_bytes": 1}  # else their audio would go on to the disk
+    async with serving(engine, **bounds) as running, await RawClient.connect(running.port) as live:
+        engine.hold()
 
         async def upload() -> None:
             async with await RawClient.connect(running.port) as client:
@@ -60,6 +63,7 @@ async def test_fast_writers_do_not_starve_a_live_stream() -> None:
         uploads = [asyncio.create_task(upload()) for _ in range(10)]
         try:
             await until(lambda: engine.queued_samples > 150 * 1920, "the uploads at their bound")
+            engine.release()
             for number in range(10):
                 live.silence(1920)
                 live.marker(number)

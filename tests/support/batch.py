@@ -17,7 +17,7 @@ from moshi_stt.engine.mute import MuteSettings
 from moshi_stt.engine.stream import Stream, StreamLimits
 from moshi_stt.events import AnyEvent, EndWord, Step, Word
 
-DEADLINE = 30.0
+DEADLINE = 120.0
 """Seconds after which waiting for an event counts as a hang."""
 
 
@@ -82,18 +82,23 @@ async def feed_in_pieces(stream: Stream, pcm: NDArray[np.float32], sizes: Iterab
 async def until(stream: Stream, last: Callable[[list[AnyEvent]], bool]) -> list[AnyEvent]:
     """Events up to the first `take` after which `last` says that it is enough."""
     events: list[AnyEvent] = []
-    async with asyncio.timeout(DEADLINE):
-        while not last(events):
+    while not last(events):
+        async with asyncio.timeout(DEADLINE):  # for an event, not for all of them
             taken = await some(stream)
-            assert taken, f"the stream ended at {events[-3:]}"
-            events += taken
+        assert taken, f"the stream ended at {events[-3:]}"
+        events += taken
     return events
 
 
 async def rest(stream: Stream) -> list[AnyEvent]:
     """Every event up to the end."""
-    async with asyncio.timeout(DEADLINE):
-        return [event async for event in stream]
+    events: list[AnyEvent] = []
+    loop = asyncio.get_running_loop()
+    async with asyncio.timeout(DEADLINE) as limit:
+        async for event in stream:
+            events.append(event)
+            limit.reschedule(loop.time() + DEADLINE)
+    return events
 
 
 async def transcribe(started: BatchEngine, pcm: NDArray[np.float32], *, live: bool = True) -> list[AnyEvent]:
