@@ -14,6 +14,25 @@ SHARED = Path(os.environ.get("MOSHI_STT_SHARED") or Path(__file__).parents[2] / 
 """Recordings, audio and the contract, which are not part of the repository."""
 
 
+SLOW = {
+    "test_advise.py", "test_cores.py", "test_embedded.py", "test_opus.py", "test_scripts.py", "test_segment_engine.py",
+    "test_selftest.py", "test_stream_threads.py", "test_transcribe.py", "test_decode_pool.py", "test_archive.py", "test_cli.py",
+    "test_mic.py", "test_chunking.py", "test_doors_agree.py", "test_drain.py", "test_engines.py", "test_engines_served.py",
+    "test_http_upload.py", "test_install_model.py", "test_live_clients.py", "test_page.py", "test_processes.py",
+    "test_protocol_fuzz.py", "test_resume.py", "test_serve_process.py", "test_takeover.py", "test_worker.py",
+    "test_ws_flows.py",
+    "test_ws_limits.py", "test_ws_processes.py", "test_platforms.py", "test_commands_in_docs.py",
+}  # fmt: skip
+"""Files that start processes, load a model, or take more than some seconds: the second half of CI's default tests."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the slow files, so that `-m "not slow"` is the quick half."""
+    for item in items:
+        if item.path.name in SLOW:
+            item.add_marker(pytest.mark.slow)
+
+
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """The folder of goldens and audio; a test that asks for it is skipped where there is none."""
