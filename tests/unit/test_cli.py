@@ -102,7 +102,7 @@ def test_version() -> None:
             1,
             "Error: nowhere.toml: no such file, and no shipped configuration of that name",
         ),
-        (("configs", "tts.py"), 1, "Error: Unknown config: tts.py (there are embedded, stt-1b-en_fr, stt-2.6b-en)\n"),
+        (("configs", "tts.py"), 1, "Error: Unknown config: tts.py (there are embedded, phrases, stt-1b-en_fr, stt-2.6b-en)\n"),
         (("validate",), 2, "moshi-stt validate: error: the following arguments are required: FILE"),
         (("validate", "nowhere.toml"), 1, "Error: nowhere.toml: no such file"),
         (("status", "--url", "http://127.0.0.1:1"), 1, "Error: no server answers at http://127.0.0.1:1/ready: "),
@@ -164,8 +164,9 @@ def test_configs(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["configs"]) == 0
     header, *rows = capsys.readouterr().out.splitlines()
     assert header.split() == ["NAME", "LANGUAGES", "DELAY", "TO", "DOWNLOAD", "NEEDS"]
-    assert [row.split()[0] for row in rows] == ["embedded", "stt-1b-en_fr", "stt-2.6b-en"]
-    assert [cell.strip() for cell in rows[1].split("  ") if cell][1:4] == ["English, French", "0.5 s", "2.4 GB"]
+    assert [row.split()[0] for row in rows] == ["embedded", "phrases", "stt-1b-en_fr", "stt-2.6b-en"]
+    assert [cell.strip() for cell in rows[2].split("  ") if cell][1:4] == ["English, French", "0.5 s", "2.4 GB"]
+    assert [cell.strip() for cell in rows[1].split("  ") if cell][1:4] == ["some phrases, for tests", "0.5 s", "nothing"]
     assert main(["configs", "stt-2.6b-en"]) == 0
     assert capsys.readouterr().out == shipped_text("stt-2.6b-en")
 

@@ -100,8 +100,8 @@ def test_the_embedded_file_is_what_is_served_without_a_file() -> None:
 
 
 def test_every_shipped_configuration_loads_without_a_warning() -> None:
-    assert shipped_names() == ["embedded", "stt-1b-en_fr", "stt-2.6b-en"]
-    assert [load_config(name).warnings for name in shipped_names()] == [[], [], []]
+    assert shipped_names() == ["embedded", "phrases", "stt-1b-en_fr", "stt-2.6b-en"]
+    assert [load_config(name).warnings for name in shipped_names()] == [[], [], [], []]
 
 
 def test_the_file_at_the_root_is_the_1b_configuration() -> None:
