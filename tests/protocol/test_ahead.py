@@ -2,7 +2,9 @@
 
 import asyncio
 import os
+import threading
 from pathlib import Path
+from typing import Any
 
 import aiohttp
 import numpy as np
@@ -10,6 +12,8 @@ import pytest
 from tests.support.raw_ws import BINARY, PING, PONG, RawClient, frame
 from tests.support.scripted_engine import ScriptedEngine, counting
 from tests.support.serving import DEADLINE, KEY, serving, until
+from websockets.asyncio.client import connect
+from websockets.sync.client import connect as sync_connect
 
 from moshi_stt import protocol
 from moshi_stt.engine.stream import StreamLimits
@@ -115,6 +119,56 @@ async def test_a_client_with_a_heartbeat_survives_a_slow_model(tmp_path: Path) -
             assert not reading.done(), "the connection was lost while the model did nothing"
             engine.release()
             assert await asyncio.wait_for(reading, DEADLINE) == 5
+
+
+async def test_the_websockets_library_survives_a_slow_model(tmp_path: Path) -> None:
+    """It cuts a connection whose ping is not answered in time (20 s by default, here 1 s): the answer never has to wait."""
+    engine = ScriptedEngine(counting(5), limits=StreamLimits(inbox_samples=48_000))
+    async with serving(engine, spool_dir=str(tmp_path)) as running:
+        engine.hold()
+        keepalive: Any = {"ping_interval": 0.3, "ping_timeout": 10.0, "max_size": None}
+        async with connect(running.ws, additional_headers={"kyutai-api-key": KEY}, **keepalive) as client:
+            for _ in range(300):  # five minutes
+                await client.send(protocol.encode_audio(np.zeros(24_000, np.float32)))
+            await client.send(protocol.encode_marker(1))
+            latencies = [await asyncio.wait_for(await client.ping(), DEADLINE) for _ in range(3)]
+            assert len(latencies) == 3
+            engine.release()
+            words = 0
+            async for message in client:
+                event = protocol.decode_event(bytes(message))
+                words += type(event).__name__ == "Word"
+                if type(event).__name__ == "Marker":
+                    break
+            assert words == 5
+
+
+def in_thread(url: str, sent: threading.Event) -> int:
+    """The same by the synchronous client."""
+    with sync_connect(url, additional_headers={"kyutai-api-key": KEY}, ping_interval=0.3, ping_timeout=10.0) as client:
+        for _ in range(300):
+            client.send(protocol.encode_audio(np.zeros(24_000, np.float32)))
+        client.send(protocol.encode_marker(1))
+        assert client.ping().wait(DEADLINE)
+        sent.set()
+        words = 0
+        for message in client:
+            event = protocol.decode_event(bytes(message))
+            words += type(event).__name__ == "Word"
+            if type(event).__name__ == "Marker":
+                return words
+    return -1
+
+
+async def test_the_synchronous_websockets_client_survives_a_slow_model(tmp_path: Path) -> None:
+    engine = ScriptedEngine(counting(5), limits=StreamLimits(inbox_samples=48_000))
+    async with serving(engine, spool_dir=str(tmp_path)) as running:
+        engine.hold()
+        sent = threading.Event()
+        transcribing = asyncio.create_task(asyncio.to_thread(in_thread, running.ws, sent))
+        await until(sent.is_set, "five minutes sent and a ping answered")
+        engine.release()
+        assert await asyncio.wait_for(transcribing, DEADLINE) == 5
 
 
 async def words_until_marker(socket: aiohttp.ClientWebSocketResponse) -> int:
