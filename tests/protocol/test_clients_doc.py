@@ -21,11 +21,6 @@ OUTPUTS = [
     "0.00 w0\nuntil 0.08\n0.16 w1\n",
     "2.0\n1\n00:00:00,000 --> ",
 ]
-    "  0.00   0.08 w0\n  0.16   0.24 w1\n",
-    "w0 w1 w2 w3 w4\n5 words\n",
-    "0.00 w0\nuntil 0.08\n0.16 w1\n",
-    "2.0\n1\n00:00:00,000 --> ",
-]
 
 
 async def printed_by(url: str, folder: Path, *command: str) -> str:
