@@ -73,7 +73,7 @@ async def page_server(talk: Talk, **about: Any) -> AsyncIterator[str]:
     app.router.add_get("/api/modules_info", modules)
     app.router.add_get("/api/asr-streaming", socket)
     app.router.add_get("/{path:.*}", StaticFiles(None).handle)
-    runner = web.AppRunner(app, access_log=None)
+    runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.2)
     await runner.setup()
     site = web.TCPSite(runner, "127.0.0.1", 0)
     await site.start()
