@@ -109,6 +109,7 @@ export class TranscriptView {
       this.element.append(title);
     }
     const node = document.createElement("p");
+    if (recording.words.length === 1 && !paragraph.title && this.element.childElementCount) node.className = "begins";
     const time = document.createElement("time");
     time.textContent = clock(paragraph.start);
     time.dateTime = `PT${paragraph.start.toFixed(1)}S`;
