@@ -189,8 +189,8 @@ class EmbeddedModule(msgspec.Struct, frozen=True, kw_only=True):
 
     name: str
     path: str
-    batch_size: int = 64
-    """Streams at once."""
+    batch_size: int | Literal["auto"] = "auto"
+    """Streams at once; auto: as many as this machine recognises in real time, measured at start."""
     threads: int = 0
     """Recogniser threads; 0 takes one for each usable core."""
 

@@ -306,7 +306,7 @@ def _batch_size_or_auto(table: Table, default: Any = ...) -> int | Literal["auto
 
 
 def _embedded(table: Table, name: str, path: str) -> EmbeddedModule:
-    batch_size = _batch_size(table, EmbeddedModule(name=name, path=path).batch_size)
+    batch_size = _batch_size_or_auto(table) if table.has("batch_size") else "auto"
     return table.struct(EmbeddedModule, name=name, path=path, batch_size=batch_size)
 
 

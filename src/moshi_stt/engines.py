@@ -115,7 +115,7 @@ def _embedded(module: EmbeddedModule, limits: StreamLimits, observer: EngineObse
 
     return SegmentEngine(
         partial(load_embedded, module.threads),
-        slots=module.batch_size,
+        slots=None if module.batch_size == "auto" else module.batch_size,
         threads=module.threads,
         limits=limits,
         observer=observer,

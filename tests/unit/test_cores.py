@@ -99,6 +99,6 @@ async def test_the_embedded_model_has_a_decoder_for_each_thread(
     await engine.start()
     try:
         assert len(decoders) == expected
-        assert len(engine._threads) == expected  # type: ignore[attr-defined]
+        assert len(engine._workers) == expected  # type: ignore[attr-defined]
     finally:
         await engine.stop()

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from tests.support.level_speech import LevelRecogniser, pause, say
 
 from moshi_stt.constants import SAMPLE_RATE
+from moshi_stt.engine import segment
 from moshi_stt.engine.commands import Audio, Finish, Mark, Reset
 from moshi_stt.engine.engine import SilentObserver, StreamOptions
 from moshi_stt.engine.segment import SegmentEngine, measure
@@ -26,7 +27,7 @@ class Engine(SegmentEngine):
 
 
 @asynccontextmanager
-async def engine(slots: int = 8, threads: int = 2, **options: object) -> AsyncIterator[Engine]:
+async def engine(slots: int | None = 8, threads: int = 2, **options: object) -> AsyncIterator[Engine]:
     recogniser = LevelRecogniser()
     made = Engine(lambda: recogniser, slots=slots, threads=threads, **options)  # type: ignore[arg-type]
     await made.start()
@@ -305,6 +306,29 @@ async def test_stop_ends_every_stream_and_may_be_called_twice() -> None:
         with pytest.raises(EngineError):
             served.open()
         stream.close()
+
+
+@pytest.mark.parametrize(("cost", "streams"), [(0.25, 4), (3.0, 2), (1e-6, 1_024)])
+async def test_as_many_streams_as_can_be_recognised_in_real_time(
+    cost: float, streams: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two at least, so that a file can wait for a slot next to a live stream."""
+    monkeypatch.setattr(segment, "measure", lambda *_: cost)
+    async with engine(slots=None, threads=1) as served:
+        assert served.total_slots == streams
+        assert f"{streams} are admitted" in served.info.details["real-time streams"]
+        opened = [served.open() for _ in range(streams)]
+        with pytest.raises(NoFreeSlot):
+            served.open()
+        for stream in opened:
+            stream.close()
+
+
+async def test_more_streams_than_keep_up_are_admitted_and_said_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(segment, "measure", lambda *_: 0.5)
+    async with engine(slots=3, threads=1) as served:
+        assert served.total_slots == 3
+        assert "batch_size admits 3" in served.info.details["real-time streams"]
 
 
 async def test_a_model_that_cannot_be_loaded_is_an_error_of_start() -> None:

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from moshi_stt.audio.decode import AudioInfo, decode_file, probe
 from moshi_stt.audio.level import LevelMeter
 from moshi_stt.audio.selection import Selection
-from moshi_stt.config import LimitsConfig, Module, with_quantize
+from moshi_stt.config import EmbeddedModule, LimitsConfig, Module, with_quantize
 from moshi_stt.constants import SAMPLE_RATE
 from moshi_stt.cores import usable_cores
 from moshi_stt.errors import AudioError, ConfigError
@@ -285,6 +285,8 @@ def load_module(
     if not config.modules:
         raise ConfigError(f"{config_name}: there is no [modules.NAME] table, so there is no model. Add a module.")
     module = config.modules[0]
+    if batch_size is None and isinstance(module, EmbeddedModule) and module.batch_size == "auto":
+        batch_size = MOST_JOBS  # nobody waits for files in real time
     if batch_size is not None:
         module = msgspec.structs.replace(module, batch_size=batch_size)
     return module if quantize is None else with_quantize(module, quantize), config.limits

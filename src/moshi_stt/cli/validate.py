@@ -32,7 +32,8 @@ def run(args: argparse.Namespace) -> int:
             checks = check_module(module)
             raise_absent(place, name, [check for check in checks if check.path is None])
             checked = ", ".join(check.key for check in checks) or "comes with the package"
-            print(f"{place} {module.path}, {module.batch_size} streams: {checked}")
+            streams = "as many streams as keep up" if module.batch_size == "auto" else f"{module.batch_size} streams"
+            print(f"{place} {module.path}, {streams}: {checked}")
         print(f"{loaded.source}: loaded successfully")
     return 0
 

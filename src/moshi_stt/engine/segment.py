@@ -33,6 +33,10 @@ log = logging.getLogger(__name__)
 JOIN_SECONDS = 10.0
 """How long all threads together have to end."""
 
+SLOTS_BEFORE_MEASURING = 64
+FEWEST_SLOTS, MOST_SLOTS = 2, 1_024
+"""Of an engine that sizes itself: one for a live stream and one for a file, however slow the machine."""
+
 HANG_FACTOR = 10.0
 LONGEST_SECONDS = 30.0
 """Audio that a recogniser takes at once."""
@@ -62,19 +66,21 @@ class SegmentEngine(Engine):
         self,
         load: Callable[[], Recogniser],
         *,
-        slots: int,
+        slots: int | None,
         threads: int = 0,
         limits: StreamLimits | None = None,
         observer: EngineObserver | None = None,
         settings: SegmentSettings | None = None,
         hang_seconds: float = 30.0,
     ) -> None:
-        """load: called once, on another thread, by `start`. slots: streams at once. threads: 0 for every usable core.
+        """load: called once, on another thread, by `start`. slots: streams at once; None for as many as can be
+        recognised in real time, measured by `start`. threads: 0 for every usable core.
 
         hang_seconds: a turn that takes longer counts as failed (at least HANG_FACTOR times what it should take).
         """
         super().__init__(observer)
-        self.info = EngineInfo("embedded", "", "", (), "cpu", "int8", slots)
+        self.info = EngineInfo("embedded", "", "", (), "cpu", "int8", slots or SLOTS_BEFORE_MEASURING)
+        self._sizes_itself = slots is None
         self._load = load
         self._threads_wanted = threads or usable_cores()
         self._limits = limits or StreamLimits()
@@ -104,8 +110,14 @@ class SegmentEngine(Engine):
             log.exception("the recogniser could not be started")
             raise EngineError(f"the recogniser could not be started: {type(error).__name__}: {error}") from error
         self._recogniser = recogniser
+        held = self._held(cost)
+        slots = max(FEWEST_SLOTS, min(held, MOST_SLOTS)) if self._sizes_itself else self.info.total_slots
         self.info = replace(
-            self.info, model=recogniser.name, languages=recogniser.languages, details=self._describe(recogniser, loaded, cost)
+            self.info,
+            model=recogniser.name,
+            languages=recogniser.languages,
+            total_slots=slots,
+            details=self._describe(recogniser, loaded, cost, held, slots),
         )
         for index in range(self._threads_wanted):
             self._start_worker(f"recogniser-{index}")
@@ -117,13 +129,21 @@ class SegmentEngine(Engine):
         self._workers.append(worker)
         worker.thread.start()
 
-    def _describe(self, recogniser: Recogniser, load_seconds: float, cost: float) -> dict[str, str]:
-        held = int(min(self._threads_wanted, usable_cores()) / cost)
+    def _held(self, cost: float) -> int:
+        """Streams of speech without pauses that the threads recognise in real time."""
+        return int(min(self._threads_wanted, usable_cores()) / cost)
+
+    def _describe(self, recogniser: Recogniser, load_seconds: float, cost: float, held: int, slots: int) -> dict[str, str]:
+        streams = f"about {held} on this machine" if held else "none: this machine is too slow"
+        if self._sizes_itself:
+            streams += f"; {slots} are admitted at once, more only with a batch_size"
+        elif slots > held:
+            streams += f"; batch_size admits {slots}, and when more than {held} speak, words come late"
         return {
             "loaded in": f"{load_seconds:.1f} s",
             "recogniser threads": str(self._threads_wanted),
             "cost of a live stream": f"{cost:.2f} of a core, measured",
-            "real-time streams": f"about {held} on this machine" if held else "none: this machine is too slow",
+            "real-time streams": streams,
             **recogniser.notes,
         }
 
