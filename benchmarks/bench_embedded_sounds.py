@@ -27,8 +27,8 @@ from embedded_trace import MeteredRecogniser, metered, trace
 from moshi_stt.constants import SAMPLE_RATE
 from moshi_stt.events import Word
 
-DOUBTFUL = 0.35
-"""Words of a confidence below this are marked (`EvidenceSettings.doubtful`, which older versions lack)."""
+DOUBTFUL = 0.5
+"""Words of a confidence below this are marked as doubtful: more likely wrong than right."""
 
 KINDS = ("sounds", "babble", "onsets", "lone", "noise 0", "babble 0", "noise 10", "babble 10")
 PHRASE = 3

@@ -2,13 +2,15 @@
 
 Nothing here depends on how busy the machine is. An event's time is when the audio that it needed had arrived; what computing
 adds is simulated by `queue_lags` from the cost of each recogniser call, by a model of those costs (`Costs`) that was fitted on
-one core of a quiet machine. So two versions of the segmenter compare to the millisecond, on any machine.
+a core of a busy machine. So two versions of the segmenter compare to the millisecond, on any machine.
 """
 
 import hashlib
 import heapq
 import pickle
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,7 +19,7 @@ from numpy.typing import NDArray
 
 from moshi_stt.constants import FRAME_SAMPLES, SAMPLE_RATE
 from moshi_stt.engine.engine import StreamOptions
-from moshi_stt.engine.recogniser import RECOGNISER_RATE, Hypothesis, Span, Spoken
+from moshi_stt.engine.recogniser import RECOGNISER_RATE, VAD_FRAME, Hypothesis, Span, Spoken
 from moshi_stt.engine.segmenter import Segmenter, SegmentSettings
 from moshi_stt.events import AnyEvent, EndWord, Word
 from moshi_stt.models.embedded import EmbeddedRecogniser, load_embedded
@@ -26,21 +28,21 @@ WORKERS = 2
 
 
 class Costs(NamedTuple):
-    """Seconds of one core. Fitted with `python benchmarks/embedded_trace.py --fit`."""
+    """Seconds of one core. `python benchmarks/embedded_trace.py` fits them to a machine."""
 
-    encode: float = 0.0062
+    encode: float = 0.0074
     """A second of audio, once,"""
-    encode_square: float = 0.00022
+    encode_square: float = 0.00035
     """and this times the square of its seconds."""
-    first_pass: float = 0.0025
+    first_pass: float = 0.0050
     """The first pass of the decoder,"""
-    first_pass_second: float = 0.0011
+    first_pass_second: float = 0.0016
     """and this for each second of audio."""
-    token: float = 0.0024
+    token: float = 0.0052
     """Each token that the draft did not foresee."""
-    align: float = 0.0095
+    align: float = 0.0124
     """A second of alignment."""
-    frame: float = 0.00012
+    frame: float = 0.00013
     """Detector and resampler, one frame."""
 
 
@@ -210,3 +212,42 @@ def queue_lags(traces: Sequence[Trace], streams: int, seed: int = 1, workers: in
         if index + 1 < len(plans[stream]):
             heapq.heappush(waiting, (max(plans[stream][index + 1][0], done), stream, index + 1))
     return lags, streams * sum(item.cost for item in traces) / length
+
+
+# ---- the cost model --------------------------------------------------------------------------------------------------
+
+
+def fit_costs(recogniser: EmbeddedRecogniser, repetitions: int = 3) -> Costs:
+    """Measure the recogniser's parts on this thread's processor time and fit `Costs`. Takes half a minute."""
+    speech = np.tile(recogniser.sample(), 3)
+    model = recogniser._moonshine
+
+    def seconds(call: Callable[[], Any]) -> float:
+        times = []
+        for _ in range(repetitions):
+            begun = time.thread_time()
+            call()
+            times.append(time.thread_time() - begun)
+        return min(times)
+
+    lengths = (1, 2, 4, 6, 8, 11, 14)
+    encode, check, token, align = [], [], [], []
+    for length in lengths:
+        samples = speech[: length * RECOGNISER_RATE]
+        hidden = model.encode(samples)
+        tokens, _, _ = model.decode(hidden, [], [], 100)
+        texts = [word.text for word in recogniser.recognise(samples).words]
+        encode.append(seconds(partial(model.encode, samples)))
+        check.append(seconds(partial(model.decode, hidden, tokens, [], 0)))
+        token.append((seconds(partial(model.decode, hidden, [], [], 100)) - check[-1]) / max(1, len(tokens)))
+        align.append(seconds(partial(recogniser.align, samples, texts)) / length)
+    column = np.array(lengths, float)
+    (linear, square), *_ = np.linalg.lstsq(np.stack([column, column**2], 1), np.array(encode), rcond=None)
+    (constant, slope), *_ = np.linalg.lstsq(np.stack([np.ones_like(column), column], 1), np.array(check), rcond=None)
+    state, frame = recogniser.vad_start(), speech[:VAD_FRAME]
+    detect = seconds(lambda: [recogniser.speech_probability(frame, state) for _ in range(100)]) / 100
+    return Costs(*(round(float(v), 6) for v in (linear, square, constant, slope, np.median(token), np.median(align), detect)))
+
+
+if __name__ == "__main__":
+    print(fit_costs(load_embedded(1)))

@@ -38,10 +38,8 @@ class EvidenceSettings:
     """Words are sent of a segment whose best stretch, and its mean log-probability a token times the weight, reach this,"""
     phantom: float = 0.65
     """or this where they are among the PHANTOMS."""
-    doubtful: float = 0.35
-    """A word of a confidence below this is marked as doubtful wherever words can be marked;"""
     left_out: float = 0.3
-    """one below this is left out, where at least so many words stand around it:"""
+    """A word of a confidence below this is left out, where at least so many words stand around it:"""
     fewest_neighbours: int = 3
     passage: float = 0.5
     """In a passage whose words have a mean confidence below this, a word"""
