@@ -1,7 +1,8 @@
 """Notices that a stream speaks a language that the recogniser does not know: clear speech of which it makes nothing.
 
 The measure is how much of what the detector is sure of becomes words that are likely right. Of English that is most; of another
-language next to nothing, as a recogniser's guesses at it are unlikely or fall apart from one moment to the next.
+language next to nothing, as a recogniser's guesses at it are unlikely or fall apart from one moment to the next. Many voices at
+once, none of them near, look the same to it.
 """
 
 import math
@@ -47,16 +48,11 @@ class LanguageWatch:
         """Count a word of the segment, how sure it is and how long."""
         self._segment_understood += confidence * seconds
 
-    def end_segment(self, *, looped: bool) -> bool:
-        """The segment is over; whether to give the alarm now.
-
-        looped: the recogniser lost its way in it. That is noise or many voices rather than a language: it is not counted.
-        """
+    def end_segment(self) -> bool:
+        """The segment is over; whether to give the alarm now."""
         settings = self._settings
         heard, understood = self._segment_heard, self._segment_understood
         self._segment_heard = self._segment_understood = 0.0
-        if looped:
-            return False
         kept = math.exp(-heard / settings.memory_seconds)
         self._heard = self._heard * kept + heard
         self._understood = self._understood * kept + understood

@@ -109,8 +109,6 @@ class _Segment:
     """Whether nothing was said since the latest hypothesis, so that another would say the same."""
     announced: bool = False
     """Whether it is speech beyond doubt."""
-    looped: bool = False
-    """Whether the recogniser lost its way in it."""
 
     @property
     def guess(self) -> list[Spoken]:
@@ -316,7 +314,6 @@ class Segmenter:
         words, whole = self.recogniser.recognise(samples, segment.committed, segment.guess, sent_seconds)
         before = [word.text for word in segment.committed[-KEPT_TEXTS:]]
         loop = loop_start([bare(text) for text in [*before, *(word.text for word in words)]], self.settings.loops)
-        segment.looped |= loop is not None or not whole
         if loop is not None:
             words = words[: max(0, loop - len(before))]
         if not (words if loop is not None else whole):
@@ -385,7 +382,7 @@ class Segmenter:
         self._segment = None
         self._earliest_start = max(segment.last_speech, stop - self._lead)
         events = [] if segment.quiet or not self._enough(segment) else self._send_rest(segment, stop)
-        return events + self._show([]) + self._check_language(segment)
+        return events + self._show([]) + self._check_language()
 
     def _send_rest(self, segment: _Segment, stop: int) -> list[AnyEvent]:
         words = segment.guess if segment.asked_in_pause else self._recognise_to_pause(segment, stop)
@@ -406,11 +403,11 @@ class Segmenter:
         rest.voiced_frames, rest.silent_frames = sum(rest.voiced), segment.silent_frames
         rest.evidence, rest.announced = segment.evidence, segment.announced
         self._segment, self._earliest_start = rest, stop
-        return events + self._check_language(segment)
+        return events + self._check_language()
 
-    def _check_language(self, segment: _Segment) -> list[AnyEvent]:
+    def _check_language(self) -> list[AnyEvent]:
         """A warning, once, when clear speech of the segments up to this one makes no sense to the recogniser."""
-        if not self.language.end_segment(looped=segment.looped) or not self.options.warnings:
+        if not self.language.end_segment() or not self.options.warnings:
             return []
         known = " and ".join(self.recogniser.languages)
         return [Warning("language", f"The speech does not sound like the language of this model ({known}).")]
