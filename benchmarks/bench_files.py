@@ -393,6 +393,9 @@ def measure(args: argparse.Namespace, work: Path) -> dict[str, Any]:
     engine = {"device": device, "kv_dtype": args.kv}
     flags = ["--config", str(write_toml(args.shape, checkpoint, slots=args.slots, engine=engine))]
     result = {"model": f"random weights of the {args.shape}"} | asyncio.run(run_archive(folder, out, flags))
+    print(json.dumps(result), flush=True)  # what follows may take longer than there is time
+    if args.out:
+        args.out.write_text(json.dumps(result) + "\n")
     result |= run_alone(folder, out, flags)
     return result | (reference(args.shape, device) if args.reference else {})
 

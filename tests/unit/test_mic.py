@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -262,6 +263,17 @@ def test_the_whole_command_in_process(monkeypatch: pytest.MonkeyPatch, capsys: p
     assert out == " ".join(f"w{n}" for n in range(10)) + "\n"
     assert err == "loading the model …\nlistening to Built-in Microphone at 24000 Hz; Ctrl-C ends\n"
     assert engine.used_slots == 0
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals")
+def test_the_models_silence_comes_first(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    engine = ScriptedEngine(counting(10), delay_frames=2)
+    engine.info = replace(engine.info, prefix_silence_seconds=0.4)
+    monkeypatch.setattr(mic, "load_library", lambda: interrupting(1.6))
+    monkeypatch.setattr(engines, "build_engine", lambda *args, **more: engine)
+    assert main(["mic", "--format", "words"]) == 0
+    assert sum(engine.samples) == round((0.4 + 1.6) * 24_000)
+    assert capsys.readouterr().out.splitlines()[4].endswith("\tw4")
 
 
 @pytest.mark.skipif(os.name != "posix", reason="signals")

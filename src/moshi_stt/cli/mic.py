@@ -24,8 +24,9 @@ from moshi_stt.audio.watch import AudioWatch
 from moshi_stt.cli.transcribers import load_module
 from moshi_stt.constants import KEY_VARIABLE, PUBLIC_KEY, SAMPLE_RATE
 from moshi_stt.engine.commands import Audio, Finish
-from moshi_stt.errors import ConfigError, EngineError, MoshiSttError
-from moshi_stt.events import AnyEvent, EndWord, Error, Marker, Word
+from moshi_stt.engine.recording import moved
+from moshi_stt.errors import ConfigError, MoshiSttError
+from moshi_stt.events import AnyEvent, EndWord, Marker, Word
 from moshi_stt.install import install_command
 from moshi_stt.text.subtitles import PARAGRAPH_SECONDS
 
@@ -199,7 +200,9 @@ async def open_live(args: argparse.Namespace) -> AsyncIterator[Live]:
     try:
         stream = engine.open()
         try:
-            yield _InProcess(stream)
+            prefix_seconds = engine.info.prefix_silence_seconds
+            await stream.send(Audio(np.zeros(round(prefix_seconds * SAMPLE_RATE), np.float32)))
+            yield _InProcess(stream, prefix_seconds)
         finally:
             stream.close()
     finally:
@@ -226,8 +229,10 @@ class _OnServer(Live):
 
 
 class _InProcess(Live):
-    def __init__(self, stream: Any) -> None:
+    def __init__(self, stream: Any, prefix_seconds: float = 0.0) -> None:
+        """prefix_seconds: silence that the stream had before, to be taken out of the times."""
         self._stream = stream
+        self._prefix_seconds = prefix_seconds
 
     async def feed(self, pcm: NDArray[np.float32]) -> None:
         await self._stream.send(Audio(pcm))
@@ -237,9 +242,8 @@ class _InProcess(Live):
 
     async def events(self) -> AsyncIterator[AnyEvent]:
         async for event in self._stream:
-            if isinstance(event, Error):
-                raise EngineError(event.message)
-            yield event
+            if (word := moved(event, -self._prefix_seconds)) is not None:
+                yield word
 
 
 # ---- the display ---------------------------------------------------------------------------------------------------------

@@ -146,8 +146,8 @@ class _Run:
         feeder.add_done_callback(lambda task: stream.close() if task.cancelled() or task.exception() is not None else None)
         try:
             async for event in stream:
-                if (moved := _moved(event, -self._prefix_seconds)) is not None:
-                    yield moved
+                if (word := moved(event, -self._prefix_seconds)) is not None:
+                    yield word
             await feeder
         finally:
             feeder.cancel()
@@ -215,7 +215,7 @@ class _Run:
     def _words(self, run: "_PieceRun") -> list[TimedWord]:
         """A piece's words at their times in the recording."""
         shift = run.piece.offset - self._prefix_seconds
-        return pair_words(moved for event in run.done.result() if (moved := _moved(event, shift)) is not None)
+        return pair_words(word for event in run.done.result() if (word := moved(event, shift)) is not None)
 
     async def _open(self, piece: Piece) -> Stream:
         """A stream for one more piece: at once where none of this recording runs, else when more than `keep_free` are free."""
@@ -280,8 +280,8 @@ class _PieceRun:
             self.end()
 
 
-def _moved(event: AnyEvent, by_seconds: float) -> RecordingEvent | None:
-    """A word or its end at another time; None for what is neither. Raises EngineError for an `Error`."""
+def moved(event: AnyEvent, by_seconds: float) -> RecordingEvent | None:
+    """An event of words at another time; None for one of another kind. Raises EngineError for an `Error`."""
     if isinstance(event, Error):
         raise EngineError(event.message)
     if isinstance(event, Word):
