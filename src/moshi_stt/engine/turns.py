@@ -134,11 +134,13 @@ class PauseMeter:
         self._detector = detector
         self._heads = HeadPauses()
         self._silence = math.inf
+        self._settled = 0.0
 
     def restart(self) -> None:
         """The stream was reset."""
         self._heads = HeadPauses()
         self._silence = math.inf
+        self._settled = 0.0
         if self._detector is not None:
             self._detector.restart()
 
@@ -151,7 +153,8 @@ class PauseMeter:
         """After the frame's token was pushed. heads: what the model said of it."""
         if heads and self._detector is None:
             self._silence = self._heads.push(heads)
-        return Pause(round(words.steps * FRAME_SECONDS, 3), words.settled, self._silence, tuple(heads or ()))
+        self._settled = max(self._settled, words.settled)
+        return Pause(round(words.steps * FRAME_SECONDS, 3), self._settled, self._silence, tuple(heads or ()))
 
 
 @functools.cache

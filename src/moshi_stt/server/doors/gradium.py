@@ -26,7 +26,7 @@ from moshi_stt.server.doors.door import (
     Transcript,
 )
 from moshi_stt.server.doors.gradium_session import GradiumSession, check_language, json_config
-from moshi_stt.server.doors.options import any_key, module_info, prefix_seconds, truth
+from moshi_stt.server.doors.options import any_key, module_info, prefix_seconds, query_lists
 from moshi_stt.server.doors.prefix import with_prefix
 from moshi_stt.session import Session
 from moshi_stt.text.subtitles import TimedWord
@@ -61,9 +61,7 @@ def refusal(kind: RefusalKind, sentence: str) -> Refused:
 def lists_of(request: Handshake) -> WordLists:
     """The word lists in the query. Raises Refused."""
     try:
-        return WordLists.parse(
-            profanity=bool(truth(request.parameter("profanity_filter") or "false")), replace=request.parameters("replace")
-        )
+        return query_lists(request)
     except ValueError as error:
         raise refusal("bad_request", str(error)) from None
 

@@ -9,9 +9,10 @@ from moshi_stt.engine.engine import EngineInfo, StreamOptions
 from moshi_stt.server.doors.door import Door, Handshake, Opening, RefusalKind, Refused, Route
 from moshi_stt.server.doors.openai_models import DEFAULT_MODEL, BadOption, module_for_model, openai_key, refusal, refused_option
 from moshi_stt.server.doors.openai_realtime import RealtimeSession
-from moshi_stt.server.doors.options import prefix_seconds
+from moshi_stt.server.doors.options import prefix_seconds, query_lists
 from moshi_stt.server.doors.prefix import with_prefix
 from moshi_stt.session import Session
+from moshi_stt.text.word_lists import NO_LISTS, WordLists
 
 PATH: Final = "/v1/realtime"
 SUBPROTOCOL: Final = "realtime"
@@ -28,6 +29,7 @@ class RealtimeOptions:
     modules: Mapping[str, EngineInfo]
     peer: str
     prefix: float = 0.0
+    lists: WordLists = NO_LISTS
 
 
 class OpenAIRealtime(Door):
@@ -49,8 +51,9 @@ class OpenAIRealtime(Door):
         model = request.parameter("model") or DEFAULT_MODEL
         try:
             module = module_for_model(request.modules, model)
-        except BadOption as error:
-            raise refused_option(error) from None
+            lists = query_lists(request)
+        except ValueError as error:
+            raise refused_option(error if isinstance(error, BadOption) else BadOption(str(error), "replace")) from None
         beta = request.headers.get("openai-beta", "").strip() == "realtime=v1" or _BETA_SUBPROTOCOL in request.subprotocols
         options = RealtimeOptions(
             model,
@@ -59,6 +62,7 @@ class OpenAIRealtime(Door):
             dict(request.modules),
             request.peer,
             prefix_seconds(request.modules, module),
+            lists,
         )
         subprotocol = SUBPROTOCOL if SUBPROTOCOL in request.subprotocols else None
         return Opening(options, module=module, subprotocol=subprotocol, stream=StreamOptions(confidence=True, turns=True))
@@ -66,7 +70,12 @@ class OpenAIRealtime(Door):
     def session(self, opening: Opening) -> Session:
         options: RealtimeOptions = opening.options
         session = RealtimeSession(
-            options.model, options.modules, beta=options.beta, transcription_created=options.intent, peer=options.peer
+            options.model,
+            options.modules,
+            beta=options.beta,
+            transcription_created=options.intent,
+            lists=options.lists,
+            peer=options.peer,
         )
         return with_prefix(session, options.prefix)
 

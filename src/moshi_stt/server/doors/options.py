@@ -6,6 +6,7 @@ from typing import Final
 
 from moshi_stt.engine.engine import EngineInfo
 from moshi_stt.server.doors.door import Handshake
+from moshi_stt.text.word_lists import WordLists
 
 log = logging.getLogger(__name__)
 
@@ -82,3 +83,9 @@ def any_key(request: Handshake) -> str | None:
         if request.headers.get(header):
             return request.headers[header]
     return bearer_key(request, "bearer", "token") or request.parameter("auth_id") or request.parameter("token")
+
+
+def query_lists(request: Handshake) -> WordLists:
+    """The word lists of a query: `profanity_filter`, and `replace` any number of times. Raises ValueError."""
+    profanity = bool(truth(request.parameter("profanity_filter") or "false"))
+    return WordLists.parse(profanity=profanity, replace=request.parameters("replace"))
