@@ -19,25 +19,22 @@ import asyncio
 import enum
 import logging
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 
-from moshi_stt.config import LimitsConfig
 from moshi_stt.constants import FRAME_SAMPLES
-from moshi_stt.engine.commands import Audio, Command, Mark, Reset
 from moshi_stt.engine.engine import Engine
 from moshi_stt.errors import EngineError, NoFreeSlot, ProtocolError, SpoolError
-from moshi_stt.events import Ack, AnyEvent, Error, Ready, Word
+from moshi_stt.events import Ack, Error
 from moshi_stt.server import framing
+from moshi_stt.server.conversation import Conversation
 from moshi_stt.server.doors.door import Opening
 from moshi_stt.server.framing import Closed, Framing, Ping, Violation
 from moshi_stt.server.inputs import END_OF_INPUT, InputQueue, Item, Request
-from moshi_stt.server.metrics import Metrics
-from moshi_stt.server.resume import Again, ResumeRequest, Resumption
-from moshi_stt.server.spool import Backlog, Spool, SpoolBudget
-from moshi_stt.server.streams import StreamSet
+from moshi_stt.server.resume import Again, ResumeRequest
+from moshi_stt.server.spool import Backlog, Spool
+from moshi_stt.server.surroundings import AbandonedSocket, Surroundings, nobody
 from moshi_stt.server.tally import Tally
 from moshi_stt.server.timers import ClosingTimer, ConnectionTimers
-from moshi_stt.session import Close, Feed, Message, Reply, Session
+from moshi_stt.session import Close, Message, Reply, Session
 
 log = logging.getLogger(__name__)
 
@@ -52,38 +49,6 @@ class State(enum.IntEnum):
     DRAINING = 2
     CLOSING = 3
     LOST = 4
-
-
-@dataclass(frozen=True)
-class Surroundings:
-    """What a connection has of the server.
-
-    lost: it is over. may_park: may it wait for its client to come back? watch: look for a disconnect while it is `unheard`.
-    """
-
-    limits: LimitsConfig
-    metrics: Metrics
-    spool: SpoolBudget
-    may_park: Callable[["Connection"], bool]
-    lost: Callable[["Connection"], None]
-    watch: Callable[["Connection"], None]
-
-
-def _nobody(exc: Exception | None) -> None:
-    """Is told, and does nothing."""
-
-
-class _Abandoned(asyncio.Protocol):
-    """The protocol of a socket that its connection has left for another."""
-
-    def __init__(self, lost: "asyncio.Future[None]", told: Callable[[Exception | None], None]) -> None:
-        self._lost = lost
-        self._told = told
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        if not self._lost.done():
-            self._lost.set_result(None)
-        self._told(exc)
 
 
 class Connection(asyncio.Protocol):
@@ -103,21 +68,18 @@ class Connection(asyncio.Protocol):
         """peer and door: for the log. token: names the stream for a client that may come back to it."""
         self.peer = peer
         self.tally = Tally(door, asyncio.get_running_loop().time())
-        self._resumption = None if token is None else Resumption(token)
         self._told_tally = False
-        self._kept: Request | None = None
-        """The action that found no room, already counted."""
+        talk = Conversation(engine, opening, session, token, self.tally)
+        self._talk, self._streams, self._session, self._resumption = talk, talk.streams, session, talk.resumption
         self._parked_at: float | None = None
-        self._told_lost: Callable[[Exception | None], None] = _nobody
+        self._told_lost: Callable[[Exception | None], None] = nobody
         self._loop = asyncio.get_running_loop()
         self.lost: asyncio.Future[None] = self._loop.create_future()
         """Done when the socket is gone."""
         self.has_clock = type(session).tick is not Session.tick
         """Whether `tick_session` is to be called."""
         self._server = server
-        self._session = session
         self._framing = frames
-        self._streams = StreamSet(engine, opening.channels, opening.stream)
         self._on_demand = opening.on_demand
         spool = Spool(server.spool, self._schedule_resume, self._input_failed) if server.spool.total else None
         backlog: Backlog[Item] = Backlog(server.limits.ahead_bytes, spool)
@@ -146,7 +108,7 @@ class Connection(asyncio.Protocol):
         """Take the socket over. early: what the client sent after its request. lost: told when it is gone. Then wait for
         `open`.
         """
-        self._told_lost = lost or _nobody
+        self._told_lost = lost or nobody
         self._transport = transport
         transport.set_protocol(self)
         self._early = early
@@ -231,7 +193,7 @@ class Connection(asyncio.Protocol):
         self._transport = None
         if not self.lost.done():
             self.lost.set_result(None)
-        told, self._told_lost = self._told_lost, _nobody
+        told, self._told_lost = self._told_lost, nobody
         told(exc)
         if self._resumption is not None and self._state in (State.LIVE, State.DRAINING) and self._server.may_park(self):
             self._parked_at = self._loop.time()
@@ -269,24 +231,21 @@ class Connection(asyncio.Protocol):
 
         early: what the client sent after its request. lost: told when the socket is gone.
         """
-        resumption = self._resumption
-        if resumption is None or self._state not in (State.LIVE, State.DRAINING):
-            return False
-        missed = resumption.missed(request.events)
-        if missed is None:
+        missed = self._talk.missed(request.events)
+        if missed is None or self._state not in (State.LIVE, State.DRAINING):
             return False
         if self._transport is not None:  # the old socket, which we did not know to be dead
-            self._transport.set_protocol(_Abandoned(self.lost, self._told_lost))
+            self._transport.set_protocol(AbandonedSocket(self.lost, self._told_lost))
             self._transport.abort()
         self.lost = self._loop.create_future()
-        self._told_lost = lost or _nobody
+        self._told_lost = lost or nobody
         self._transport, self._framing = transport, frames
         self._parked_at = None
         self._reading, self._eof, self._write_paused, self._owed_pong = True, False, False, None
         self._heard = True
         self._timers = ConnectionTimers(self._server.limits, self._loop.time(), may_idle=self._session.may_idle)
         transport.set_protocol(self)
-        self._send([*self._session.send(Ready(resumption.token)), *missed])
+        self._send(missed)
         if self._state is State.LIVE:
             self._input([Again(request.samples)])
         self._early = early
@@ -361,8 +320,6 @@ class Connection(asyncio.Protocol):
 
     def _act(self, action: Request) -> Request | None:
         """Carry out what the session asks for; returns what there is no room for."""
-        if type(action) is Audio and self._streams.first is not None and self._resumption is None:  # nearly always
-            return self._counted(action, self._streams.first.offer(action))
         if isinstance(action, Reply):
             if self._write_paused:
                 return action
@@ -371,36 +328,7 @@ class Connection(asyncio.Protocol):
         if isinstance(action, Close):
             self._close(action)
             return None
-        resumption = self._resumption
-        if resumption is not None and action is not self._kept:
-            if isinstance(action, Again):
-                resumption.again(action.samples)
-                return None
-            if isinstance(action, Audio | Mark | Reset):
-                new = resumption.take(action)
-                if new is None:
-                    return None
-                action = new
-        streams = self._streams
-        if streams.finishing:
-            return action if self._on_demand else None
-        if not streams.is_open:
-            self._open_streams()
-        if isinstance(action, Feed):
-            command, channel = action
-            rest = self._counted(command, streams.offer(command, channel))
-            return None if rest is None else Feed(rest, channel)
-        assert not isinstance(action, Again)
-        self._kept = self._counted(action, streams.offer(action))
-        return self._kept
-
-    def _counted(self, command: Command, rest: Command | None) -> Command | None:
-        """`rest`, after what was taken of the command has been counted."""
-        if type(command) is Audio:
-            self.tally.samples += len(command.samples) - (len(rest.samples) if type(rest) is Audio else 0)
-        elif type(command) is Mark:
-            self.tally.markers += rest is None
-        return rest
+        return self._talk.carry_out(action, self._open_streams)
 
     def _drain(self) -> None:
         """No more input: let what was fed come out, then close as `_final` says."""
@@ -422,20 +350,8 @@ class Connection(asyncio.Protocol):
         self._flush_due = False
         if self._write_paused or self._transport is None or self._state not in (State.LIVE, State.DRAINING):
             return
-        resumption = self._resumption
-        failure: Error | None = None
-        messages: list[Message] = []
         try:
-            for channel, events in self._streams.take():
-                for event in events:
-                    if type(event) is Error:
-                        failure = event
-                        break
-                    self.tally.words += type(event) is Word
-                    messages += self._session.send(event, channel) if resumption is None else self._resumable(resumption, event)
-            over = failure is None and self._streams.ended
-            if over and self._streams.finishing and self._final is None:
-                messages += self._session.finished()
+            messages, failure, over = self._talk.listen(last_words=self._final is None)
         except Exception as error:
             self._state = State.LIVE
             self._input_failed(error)
@@ -446,14 +362,6 @@ class Connection(asyncio.Protocol):
             self.end(failure)
         elif over:
             self._streams_ended()
-
-    def _resumable(self, resumption: Resumption, event: AnyEvent) -> list[Message]:
-        """The messages of an event, kept to be sent again."""
-        told = list(self._session.send(Ready(resumption.token) if type(event) is Ready else event))
-        if resumption.greeted:
-            resumption.sent(told)
-        resumption.greeted = True
-        return told
 
     def _streams_ended(self) -> None:
         if self._state is State.DRAINING or not self._on_demand:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from moshi_stt.config import LimitsConfig
 from moshi_stt.engine.engine import Engine
 from moshi_stt.events import Error
-from moshi_stt.server.connection import Connection, Surroundings
+from moshi_stt.server.connection import Connection
 from moshi_stt.server.disconnects import DisconnectMonitor
 from moshi_stt.server.doors.door import Door, Opening, SocketDoor
 from moshi_stt.server.doors.options import on_ignored
@@ -16,6 +16,7 @@ from moshi_stt.server.framing import Framing
 from moshi_stt.server.metrics import Metrics
 from moshi_stt.server.resume import REFUSED, new_token
 from moshi_stt.server.spool import SpoolBudget
+from moshi_stt.server.surroundings import Surroundings
 from moshi_stt.server.timers import tick_seconds
 from moshi_stt.server.websocket import WebSocketFraming
 
