@@ -1,6 +1,7 @@
 """A kernel that cannot be built or launched is replaced by PyTorch's own; what a GPU has not is refused or fitted."""
 
 import logging
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -144,3 +145,23 @@ def test_a_pretended_card_is_read_from_the_environment(monkeypatch: pytest.Monke
     monkeypatch.setenv(limits.PRETEND_VARIABLE, "4090")
     with pytest.raises(ConfigError, match=r"8\.9:24"):
         read()
+
+
+def test_a_pretended_card_has_no_more_memory_than_it_would(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch is told a share of the real card's memory, by the device's number; what is free is counted within it."""
+    told: list[tuple[float, int]] = []
+    monkeypatch.setattr(device, "pretended_limits", lambda: Limits((8, 9), 101_376, 24_000_000_000))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: SimpleNamespace(total_memory=96_000_000_000))
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda share, index: told.append((share, index)))
+    said = device.hold_to_pretended_memory(torch.device("cuda"))
+    assert said == "pretends compute capability 8.9 and 24 GB (MOSHI_STT_PRETEND_GPU)"
+    device.hold_to_pretended_memory(torch.device("cuda:1"))
+    assert told == [(0.25, 0), (0.25, 1)]
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: 5_000_000_000)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: 3_000_000_000)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (90_000_000_000, 96_000_000_000))
+    assert device.free_bytes(torch.device("cuda")) == 21_000_000_000
+    monkeypatch.setattr(device, "pretended_limits", lambda: None)
+    assert device.free_bytes(torch.device("cuda")) == 92_000_000_000
+    assert device.hold_to_pretended_memory(torch.device("cuda")) == ""

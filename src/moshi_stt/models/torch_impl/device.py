@@ -130,8 +130,9 @@ def hold_to_pretended_memory(device: torch.device) -> str:
     if pretended is None:
         return ""
     if pretended.memory_bytes is not None and device.type == "cuda":
-        total = torch.cuda.get_device_properties(device).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(1.0, pretended.memory_bytes / total), device)
+        index = torch.cuda.current_device() if device.index is None else device.index
+        total = torch.cuda.get_device_properties(index).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, pretended.memory_bytes / total), index)
     memory = "its own memory" if pretended.memory_bytes is None else f"{pretended.memory_bytes / 1e9:.0f} GB"
     return f"pretends compute capability {_dotted(pretended.capability)} and {memory} (MOSHI_STT_PRETEND_GPU)"
 
