@@ -167,6 +167,10 @@ def _combine(
     tl.store(out + where * D + d, (acc / (l * UP)).to(out.dtype.element_ty))
 
 
+ASSEMBLY = not INTERPRETED and tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 3)
+"""Whether fp8 pairs are widened by assembly of two results, at which Triton 3.2 (PyTorch 2.6) aborts the process."""
+
+
 class Tiling(NamedTuple):
     """How a call is cut: splits of the ring, ring entries a block, warps a program, blocks in flight.
 
@@ -244,7 +248,7 @@ def _launch(
             launch(_ring_attention, grid, *arguments, **options)
         elif ring.k.dtype is FP8:
             up = FP8_UP
-            launch(ring_attention_fp8, grid, *arguments, **options, UP=up, ASSEMBLY=not INTERPRETED)
+            launch(ring_attention_fp8, grid, *arguments, **options, UP=up, ASSEMBLY=ASSEMBLY)
         else:  # Triton's interpreter cannot multiply bfloat16
             dot = tl.float16 if ring.k.dtype is torch.float16 else tl.float32 if INTERPRETED else tl.bfloat16
             launch(ring_attention_16, grid, *arguments, **options, DOT=dot)
