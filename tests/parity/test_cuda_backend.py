@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from tests.support.triton_twins import DEVICE, torch
+from tests.support.triton_twins import DEVICE, QUIET, kernels_run, torch  # noqa: F401
 
 from moshi_stt.models.spec import Condition, ConditionerSpec, LMSpec, MimiSpec, ModelSpec
 from moshi_stt.models.torch_impl.backend import BackendState, TorchBackend
@@ -16,7 +16,7 @@ from moshi_stt.models.torch_impl.graphs import CudaGraphs, NoGraphs
 from moshi_stt.models.torch_impl.loader import allocate_lm
 from moshi_stt.models.weights import mimi_table
 
-pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp:RuntimeWarning")
+pytestmark = [*QUIET, pytest.mark.usefixtures("kernels_run")]
 
 SLOTS = 7
 SAMPLES = 96

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 from tests.parity.test_cuda_backend import SPEC, pair, step_both
-from tests.support.triton_twins import torch
+from tests.support.triton_twins import QUIET, torch
 
 from moshi_stt.errors import ConfigError
 from moshi_stt.models.torch_impl import build, device
@@ -17,7 +17,7 @@ from moshi_stt.models.torch_impl.cuda import attention, conv, launch, limits, pr
 from moshi_stt.models.torch_impl.cuda.limits import Limits
 from moshi_stt.models.torch_impl.cuda.toolchain import c_compiler
 
-pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp:RuntimeWarning")
+pytestmark = QUIET
 
 KERNELS = {
     "product": (product, product._product),

@@ -1,7 +1,7 @@
 """Every Triton kernel against its plain twin."""
 
 import pytest
-from tests.support.triton_twins import DEVICE, INTERPRETED, difference, poisoned, torch
+from tests.support.triton_twins import DEVICE, INTERPRETED, QUIET, difference, kernels_run, poisoned, torch  # noqa: F401
 
 import torch.nn.functional as F  # isort: skip
 
@@ -13,7 +13,7 @@ from moshi_stt.models.torch_impl.cuda.product import gated_product, product, sli
 from moshi_stt.models.torch_impl.cuda.quantiser import quantise
 from moshi_stt.models.torch_impl.rope import RotaryTable
 
-pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp:RuntimeWarning")
+pytestmark = [*QUIET, pytest.mark.usefixtures("kernels_run")]
 
 
 @pytest.fixture(autouse=True)

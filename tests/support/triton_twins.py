@@ -6,6 +6,7 @@ nothing was written, so that a kernel that reads or leaves out what it should no
 
 import importlib.util
 import os
+from collections.abc import Iterator
 
 import pytest
 
@@ -21,6 +22,23 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 INTERPRETED = DEVICE.type == "cpu"
 """The interpreter rounds toward zero where a GPU rounds to nearest."""
+
+
+QUIET = [
+    pytest.mark.filterwarnings("ignore:overflow encountered in exp:RuntimeWarning"),
+    pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0 to a scalar:DeprecationWarning"),
+]
+"""Marks for tests of kernels: what the interpreter of Triton, of 3.2 in the second case, makes NumPy warn of."""
+
+
+@pytest.fixture
+def kernels_run() -> "Iterator[None]":
+    """At the end of a test no kernel may have been replaced by PyTorch's own operations, which would pass in its place."""
+    from moshi_stt.models.torch_impl.cuda import launch
+
+    launch._replaced.clear()
+    yield
+    assert not launch.replaced()
 
 
 def poisoned(*shape: int, dtype: "torch.dtype" = torch.float32) -> "torch.Tensor":
