@@ -419,3 +419,18 @@ async def test_longer_than_a_minute_is_cut_unless_it_is_to_be_whole(query: str, 
         assert len(engine.samples) == 1
         assert (await post(running, wav(100.0, 8_000), query=query))[0] == 200
     assert len(engine.samples) == 1 + streams
+
+
+async def test_deepgrams_multichannel_keeps_channels_apart() -> None:
+    data = encode(np.stack([noise(1.0), noise(1.0, seed=1)], axis=1), SAMPLE_RATE, "wav-float")
+    async with serving(ScriptedEngine(counting(2, 3))) as running, aiohttp.ClientSession() as http:
+        shown = []
+        for query in ("multichannel=true", "multichannel=false"):
+            headers = {"Authorization": f"Token {KEY}"}
+            async with http.post(f"{running.http}/v1/listen?{query}", data=io.BytesIO(data), headers=headers) as answer:
+                assert answer.status == 200, await answer.text()
+                shown.append(await answer.json())
+    both, one = (each["results"]["channels"] for each in shown)
+    assert (len(both), len(one)) == (2, 1)
+    assert [channel["alternatives"][0]["transcript"] for channel in both] == [one[0]["alternatives"][0]["transcript"]] * 2
+    assert [each["metadata"]["channels"] for each in shown] == [2, 1]

@@ -155,10 +155,11 @@ class DeepgramFiles(FileDoor):
             for channel in channels:
                 channel["detected_language"] = asked.language or "en"
         results: dict[str, object] = {"channels": channels}
-        words = sorted((word for each in heard for word in each), key=lambda word: word.start)
         if asked.utterances:
-            results["utterances"] = utterances(words, asked)
-        shown = {"metadata": metadata(asked, asked.sha256, transcript.duration_seconds), "results": results}
+            said = [each for number, words in enumerate(heard) for each in utterances(words, asked, number)]
+            results["utterances"] = sorted(said, key=lambda each: each["start"])
+        about = metadata(replace(asked, channels=len(heard)), asked.sha256, transcript.duration_seconds)
+        shown = {"metadata": about, "results": results}
         headers = (("dg-request-id", asked.request_id), *report_ignored(self.name, "", asked.ignored))
         return Answer(msgspec.json.encode(shown), "application/json", headers)
 
