@@ -140,13 +140,21 @@ class Connections:
         while True:
             await asyncio.sleep(min(pause, SESSION_TICK_SECONDS))
             now = loop.time()
-            for connection in self:
-                if connection.has_clock:
-                    self._guarded(connection, connection.tick_session, now)
+            self._tick_sessions(now)
             if now >= due:
                 due = now + pause
-                for connection in self:
-                    self._guarded(connection, connection.tick, now)
+                self._tick_connections(now)
+
+    # Functions of their own, so that no name of `tick` keeps a connection that has ended.
+
+    def _tick_sessions(self, now: float) -> None:
+        for connection in self:
+            if connection.has_clock:
+                self._guarded(connection, connection.tick_session, now)
+
+    def _tick_connections(self, now: float) -> None:
+        for connection in self:
+            self._guarded(connection, connection.tick, now)
 
     def _guarded(self, connection: Connection, tick: Callable[[float], None], now: float) -> None:
         try:

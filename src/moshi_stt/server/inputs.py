@@ -31,6 +31,13 @@ Request = Action | Again
 Item = Message | Violation | EndOfInput | Iterable[Request]
 
 
+def _nothing(*_: object) -> None: ...
+
+
+def _refuse(action: Request) -> Request | None:
+    return None
+
+
 class InputQueue:
     """What a connection has read and not yet given to its streams, in a bounded backlog.
 
@@ -122,6 +129,7 @@ class InputQueue:
         self.blocked = True
         if self._work is not None:
             self._work.cancel()
+        self._act, self._again, self._failed = _refuse, _nothing, _nothing  # they lead to the connection, which leads here
 
     def _take(self, item: Item) -> None:
         if isinstance(item, str | bytes):

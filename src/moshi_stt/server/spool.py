@@ -105,6 +105,9 @@ def file_system(folder: Path) -> str | None:
     return kind
 
 
+def _nothing(*_: object) -> None: ...
+
+
 class Spool:
     """Messages in a file, first in, first out. Writing and reading happen in threads; `put` and `pop` never wait."""
 
@@ -177,6 +180,7 @@ class Spool:
         self._unwritten.clear()
         self._partial.clear()
         self._ready.clear()
+        self._again, self._failed = _nothing, _nothing  # they lead to the connection, which leads here
         if not self._busy:
             self._close_file()
 
