@@ -292,8 +292,8 @@ async def test_end_to_end(wide: Checkpoint, scheme: str) -> None:
     await engine.start()
     try:
         pcm = [noise(FRAMES, seed) for seed in range(2)]
-        together = await asyncio.gather(*(transcribe(engine, one, live=False) for one in pcm))
-        alone = [await transcribe(engine, one, live=False) for one in pcm]
+        together = await asyncio.gather(*(transcribe(engine, one) for one in pcm))
+        alone = [await transcribe(engine, one) for one in pcm]
         assert [steps_of(events) for events in together] == [steps_of(events) for events in alone]
         assert steps_of(together[0]) >= FRAMES
         assert [without_timing(events) for events in together] == [without_timing(events) for events in alone]
