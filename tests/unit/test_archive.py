@@ -15,7 +15,8 @@ from tests.support.media import encode
 from tests.support.written import Reader, written
 
 from moshi_stt import engines
-from moshi_stt.cli import main
+from moshi_stt.audio.decode_pool import is_supported
+from moshi_stt.cli import main, transcribers
 from moshi_stt.cli.archive import Manifest, plan, read_list, write_whole
 from moshi_stt.config import LimitsConfig, Module
 from moshi_stt.engine.engine import Engine
@@ -351,3 +352,35 @@ def test_two_hundred_files_and_a_kill_in_the_middle(tmp_path: Path) -> None:
     assert len(redone) <= len(before) - settled + 3  # none that the manifest has
     assert f"{settled} there already".encode() in err or b"there already" in err
     assert len(lines(out)) == 200
+
+
+def test_with_many_slots_other_processes_decode(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Long recordings in pieces, a cut one, one that is no sound, and two channels: as without those processes."""
+    if not is_supported():
+        pytest.skip("descriptors cannot be handed to a process here")
+    monkeypatch.setattr(transcribers, "usable_cores", lambda: 3)
+    folder = tmp_path / "in"
+    folder.mkdir()
+    times = [(n * 0.4 + 0.1, n * 0.4 + 0.4) for n in range(200)]
+    data = encode(written(times, 81.0), 24_000, "wav-float")
+    (folder / "long.wav").write_bytes(data)
+    (folder / "cut.wav").write_bytes(data[: len(data) // 2])
+    (folder / "text.mp3").write_text("no sound")
+    (folder / "faint.wav").write_bytes(encode(np.zeros(24_000, np.float32), 24_000))
+    (folder / "two.wav").write_bytes(encode(np.stack([written(TIMES, 1.2), written(TIMES, 1.2)], axis=1), 24_000, "wav-float"))
+    said: list[str] = []
+    results: list[dict[str, str]] = []
+    for slots in (20, 3):
+        monkeypatch.setattr(engines, "build_engine", lambda *_, slots=slots, **more: Reader(slots=slots))
+        out = tmp_path / str(slots)
+        assert main(["transcribe", "-r", str(folder), "-o", str(out), "--channels", "split"]) == 1
+        said.append("\n".join(sorted(capsys.readouterr().err.splitlines())))
+        results.append({name: text for name, text in files(out).items() if name != "manifest.jsonl"})
+    assert said[0] == said[1]
+    assert "cut.wav: the file is cut short" in said[0]
+    assert "faint.wav: no words: every sample is zero" in said[0]
+    assert results[0] == results[1]
+    assert results[0]["long.txt"].split() == [f"w{number}" for number in range(200)]
+    assert results[0]["two.txt"] == "Channel 1: w0 w1\nChannel 2: w0 w1\n"
