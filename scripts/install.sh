@@ -64,7 +64,7 @@ if ! is_installed; then
   fi
   make_venv "$venv"
   need_free_port "$venv/bin/python" "$addr" "$port" "scripts/install.sh${model:+ --model $model}${yes:+ --yes} --port $((port + 1))"
-  say "Installing moshi-stt and its packages (about 150 MB to download)."
+  say "Installing moshi-stt and its packages (about 130 MB to download)."
   pip_install "$venv" -e . || install_failed "$again"
   printf '%s\n' "$wanted" >"$run_dir/installed"
 fi
