@@ -18,7 +18,6 @@ Prints a table and, as its last line, one JSON document. Random weights say noth
 """
 
 import argparse
-import asyncio
 import csv
 import difflib
 import json
@@ -43,6 +42,7 @@ from numpy.typing import NDArray
 
 from moshi_stt.constants import SAMPLE_RATE
 from moshi_stt.cores import usable_cores
+from moshi_stt.server.runtime import run as run_loop
 
 FORMATS = {
     "mp3": ("mp3", "libmp3lame", "fltp"),
@@ -249,7 +249,7 @@ def run_alone(folder: Path, out: Path, flags: list[str]) -> dict[str, Any]:
             ["transcribe", *map(str, paths), "-o", f"{other}/", "-f", "json", "--quiet", "--jobs", "1", *flags]
         )
         items = [transcribe.Item(str(path), {"json": Path(other) / f"{path.stem}.json"}) for path in paths]
-        asyncio.run(transcribe._Files(args, items).run())
+        run_loop(transcribe._Files(args, items).run())
         ratios = []
         for path, item in zip(paths, items, strict=True):
             alone = words_of(item.outputs["json"])
@@ -381,7 +381,7 @@ def measure(args: argparse.Namespace, work: Path) -> dict[str, Any]:
     count, hours = make_archive(folder, args.hours)
     print(f"{count} files, {hours:.2f} h of audio, made in {time.monotonic() - begun:.0f} s", flush=True)
     if args.embedded:
-        result = {"model": "embedded"} | asyncio.run(run_archive(folder, out, []))
+        result = {"model": "embedded"} | run_loop(run_archive(folder, out, []))
         return result | direct(folder)
     import torch
     from random_weights import write_checkpoint, write_toml
@@ -392,7 +392,7 @@ def measure(args: argparse.Namespace, work: Path) -> dict[str, Any]:
         write_checkpoint(args.shape, checkpoint, torch.device(device))
     engine = {"device": device, "kv_dtype": args.kv}
     flags = ["--config", str(write_toml(args.shape, checkpoint, slots=args.slots, engine=engine))]
-    result = {"model": f"random weights of the {args.shape}"} | asyncio.run(run_archive(folder, out, flags))
+    result = {"model": f"random weights of the {args.shape}"} | run_loop(run_archive(folder, out, flags))
     print(json.dumps(result), flush=True)  # what follows may take longer than there is time
     if args.out:
         args.out.write_text(json.dumps(result) + "\n")

@@ -18,6 +18,7 @@ from moshi_stt.cli.archive import Item, Manifest, Status, as_text, plan, read_li
 from moshi_stt.cli.transcribers import Source, Transcriber, build_transcriber
 from moshi_stt.constants import KEY_VARIABLE, PUBLIC_KEY
 from moshi_stt.errors import AudioError, MoshiSttError
+from moshi_stt.server.runtime import run as run_loop
 from moshi_stt.text.subtitles import FORMATS, SUFFIXES, TimedWord, format_json
 
 if TYPE_CHECKING:
@@ -76,9 +77,9 @@ def run(args: argparse.Namespace) -> int:
         sys.stdout.reconfigure(encoding="utf-8", errors="surrogateescape")
     names = [*args.files, *(read_list(Path(args.manifest)) if args.manifest else [])]
     if args.recursive:
-        return asyncio.run(_Archive(args, names).run())
+        return run_loop(_Archive(args, names).run())
     items = [Item(name, outputs) for name, outputs in zip(names, plan_outputs(args, names), strict=True)]
-    return asyncio.run(_Files(args, items).run())
+    return run_loop(_Files(args, items).run())
 
 
 def check_usage(args: argparse.Namespace) -> None:

@@ -239,7 +239,9 @@ class InProcess(Transcriber):
 
     async def _start_pool(self, slots: int) -> None:
         from moshi_stt.audio.decode_pool import DecodePool, is_supported
+        from moshi_stt.server.runtime import tune_interpreter
 
+        tune_interpreter()  # a model thread and an event loop of a thousand streams, as in the server
         decoders = min(MOST_DECODERS, usable_cores() - 1)
         if is_supported() and decoders >= 1:
             self._pool = await self._stack.enter_async_context(DecodePool(decoders, slots, self._options.cut))
