@@ -28,6 +28,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import door_costs
 import numpy as np
 import uvloop
 
@@ -385,6 +386,13 @@ def main() -> None:
     framing = {"library": framing_costs(), "own parser, earlier": OWN_PARSER}
     for name, costs in framing.items():
         print(f"framing, {name:20} {costs['us_in']:6.2f} µs a message in, {costs['us_out']:6.2f} µs out")
+    doors = door_costs.table()
+    for name, door in doors.items():
+        share = doors["native"]["us_per_message"] / door["us_per_message"]
+        print(
+            f"door {name:17} {door['us_per_message']:7.1f} µs for 80 ms without socket and engine, "
+            f"{door['messages_per_second']:9,.0f} a second and core, {share:5.2f} of native"
+        )
     commit = subprocess.run(
         ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
     ).stdout.strip()
@@ -398,6 +406,7 @@ def main() -> None:
                 "weights": "none",
                 "commit": commit,
                 "framing": framing,
+                "doors": doors,
                 "rows": rows,
             }
         )
