@@ -19,6 +19,7 @@ from aiohttp import hdrs, web
 from numpy.typing import NDArray
 
 from moshi_stt.audio.level import LevelMeter
+from moshi_stt.audio.live import PcmFormat, PcmInput
 from moshi_stt.audio.selection import Selection
 from moshi_stt.config import LimitsConfig
 from moshi_stt.constants import SAMPLE_RATE
@@ -134,7 +135,7 @@ async def _transcribe(
             raise _Fault("bad_request", 'the form has no file called "file": send it with curl -F file=@talk.wav')
         options = door.parse(FileRequest(handshake, fields, file_name, content_type, lambda: sha256_of(file)))
         served = service.find(options.module or route.module)
-        source = _Decoded(file, service.config.limits.max_audio_seconds, options.selection)
+        source = _Decoded(file, service.config.limits.max_audio_seconds, options.selection, options.raw)
         with closing(source), _faults():
             await _wait_started(service)
             if options.selection.channels == "split":
@@ -330,9 +331,10 @@ async def _write(file: IO[bytes], data: bytearray) -> None:
 class _Decoded:
     """A file's audio, float32 (S,) at 24 kHz. Iterated in threads; `seconds` so far."""
 
-    def __init__(self, file: IO[bytes], most_seconds: float, selection: Selection) -> None:
-        """Raises _TooLong, while iterating, beyond most_seconds."""
+    def __init__(self, file: IO[bytes], most_seconds: float, selection: Selection, raw: PcmFormat | None) -> None:
+        """raw: the file is samples alone. Raises _TooLong, while iterating, beyond most_seconds."""
         self._file = file
+        self._raw = raw
         self._most_seconds = most_seconds
         self._selection = selection
         self._pieces: Iterator[NDArray[np.float32]] | None = None
@@ -340,6 +342,8 @@ class _Decoded:
 
     def count_channels(self) -> int:
         """Channels of the track. Raises AudioError."""
+        if self._raw is not None:
+            return self._raw.channels
         from moshi_stt.audio.decode import probe
 
         return probe(self._file, self._selection.track).channels
@@ -356,7 +360,9 @@ class _Decoded:
         return self
 
     def __next__(self) -> NDArray[np.float32]:
-        if self._pieces is None:
+        if self._pieces is None and self._raw is not None:
+            self._pieces = _raw_pieces(self._file, self._raw, self._selection.channels)
+        elif self._pieces is None:
             from moshi_stt.audio.decode import decode_file  # loads the codecs: not before the first file
 
             self._pieces = decode_file(self._file, self._selection)
@@ -378,3 +384,13 @@ class _Decoded:
     def close(self) -> None:
         if isinstance(self._pieces, Generator):
             self._pieces.close()
+
+
+def _raw_pieces(file: IO[bytes], form: PcmFormat, channels: int | str) -> Iterator[NDArray[np.float32]]:
+    """Samples without a header, a second at a time. channels: a number, from 1 on, or all of them mixed."""
+    conversion = PcmInput(form, mix=not isinstance(channels, int))
+    index = channels - 1 if isinstance(channels, int) else 0
+    while data := file.read(form.bytes_per_second):
+        for pieces in conversion.feed(data):
+            yield pieces[index]
+    yield conversion.flush()[index]

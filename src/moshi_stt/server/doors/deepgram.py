@@ -5,12 +5,12 @@ from dataclasses import replace
 
 import msgspec
 
-from moshi_stt.audio.selection import Selection
+from moshi_stt.audio.selection import MIXED, Selection
 from moshi_stt.config import ServerConfig
 from moshi_stt.engine.engine import StreamOptions
 from moshi_stt.server.doors import deepgram_flux
 from moshi_stt.server.doors.deepgram_live import DeepgramSession
-from moshi_stt.server.doors.deepgram_options import DeepgramOptions, parse, refused
+from moshi_stt.server.doors.deepgram_options import DeepgramOptions, Query, parse, refused
 from moshi_stt.server.doors.deepgram_shapes import channel_object, metadata, utterances
 from moshi_stt.server.doors.door import (
     STATUS,
@@ -142,24 +142,29 @@ class DeepgramFiles(FileDoor):
         parse(request, live=False)
 
     def parse(self, request: FileRequest) -> FileOptions:
-        options = replace(parse(request.handshake, live=False), sha256=request.sha256())
-        split = request.handshake.parameter("multichannel") == "true"
-        selection = Selection(channels="split" if split else "mix")
-        return FileOptions(options, options.module, StreamOptions(confidence=True), selection)
+        options = replace(parse(request.handshake, live=False), sha256=request.sha256)
+        split = Query(request.handshake).flag("multichannel")
+        return FileOptions(
+            options,
+            options.module,
+            StreamOptions(confidence=True),
+            selection=Selection(channels="split") if split else MIXED,
+            raw=options.format,
+        )
 
     def answer(self, transcript: Transcript, options: FileOptions) -> Answer:
         asked: DeepgramOptions = options.options
-        heard = [asked.lists.apply(pair_words(events)) for events in transcript.channels or (transcript.events,)]
-        channels = [channel_object(words, asked) for words in heard]
-        if asked.detect_language:
-            for channel in channels:
-                channel["detected_language"] = asked.language or "en"
-        results: dict[str, object] = {"channels": channels}
+        if transcript.channels:
+            asked = replace(asked, channels=len(transcript.channels))
+        channels = [asked.lists.apply(pair_words(events)) for events in transcript.channels or (transcript.events,)]
+        shown_channels = [channel_object(words, asked) for words in channels]
+        if asked.detected_language is not None:
+            shown_channels = [{**channel, "detected_language": asked.detected_language} for channel in shown_channels]
+        results: dict[str, object] = {"channels": shown_channels}
         if asked.utterances:
-            said = [each for number, words in enumerate(heard) for each in utterances(words, asked, number)]
-            results["utterances"] = sorted(said, key=lambda each: each["start"])
-        about = metadata(replace(asked, channels=len(heard)), asked.sha256, transcript.duration_seconds)
-        shown = {"metadata": about, "results": results}
+            said = [each for index, words in enumerate(channels) for each in utterances(words, asked, index)]
+            results["utterances"] = sorted(said, key=lambda each: float(each["start"]))
+        shown = {"metadata": metadata(asked, asked.sha256(), transcript.duration_seconds), "results": results}
         headers = (("dg-request-id", asked.request_id), *report_ignored(self.name, "", asked.ignored))
         return Answer(msgspec.json.encode(shown), "application/json", headers)
 

@@ -1,7 +1,7 @@
 """Deepgram's query parameters, checked: what is done, what is refused, and what is ignored and said to be."""
 
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Final
 
@@ -11,7 +11,7 @@ from moshi_stt.audio.live import PcmFormat
 from moshi_stt.engine.engine import EngineInfo
 from moshi_stt.errors import AudioError
 from moshi_stt.server.doors.door import Handshake, Refused
-from moshi_stt.server.doors.options import languages_of, module_for_language, prefix_seconds, truth
+from moshi_stt.server.doors.options import languages_of, module_for_language, module_info, prefix_seconds, truth
 from moshi_stt.text.word_lists import NO_LISTS, WordLists
 
 ENCODINGS: Final = {"linear16": "linear16", "linear32": "linear32", "mulaw": "mulaw", "alaw": "alaw"}
@@ -39,7 +39,8 @@ class DeepgramOptions:
     multichannel: bool = False
     model: str = "general"
     language: str | None = None
-    detect_language: bool = False
+    detected_language: str | None = None
+    """Where it was asked for, and the model speaks one language alone."""
     interim: bool = False
     endpointing: float | None = FINEST_SECONDS
     utterance_end: float | None = None
@@ -52,8 +53,8 @@ class DeepgramOptions:
     module: str | None = None
     prefix: float = 0.0
     """Seconds of silence that the model needs in front."""
-    sha256: str = ""
-    """Of a recording's bytes."""
+    sha256: Callable[[], str] = str
+    """Reads a whole recording: not for the event loop."""
 
     @property
     def streams(self) -> int:
@@ -148,7 +149,7 @@ def parse(request: Handshake, *, live: bool) -> DeepgramOptions:
         multichannel=query.flag("multichannel") and channels > 1,
         model=query.text("model") or "general",
         language=language,
-        detect_language=query.asks("detect_language"),
+        detected_language=_only_language(request.modules, module) if query.asks("detect_language") else None,
         interim=interim,
         endpointing=_endpointing(query),
         utterance_end=None if utterance_end is None else utterance_end / 1000,
@@ -175,6 +176,8 @@ def check_refused(query: Query, ignore_unsupported: bool) -> None:
 def ignored(query: Query, request: Handshake) -> tuple[str, ...]:
     """The options that would change the result and do nothing here."""
     names = [name for name, _ in request.query if name in _CHANGING and query.asks(name)]
+    if query.asks("detect_language") and _only_language(request.modules, None) is None:
+        names.append("detect_language")
     if request.ignore_unsupported and query.asks("redact"):
         names.append("redact")
     return tuple(dict.fromkeys(names))
@@ -216,6 +219,12 @@ def language_of(query: Query, modules: Mapping[str, EngineInfo]) -> tuple[str | 
         known = ", ".join(languages_of(modules))
         raise query.bad(f"language={language[:50]} is not known to the models that are loaded: expected one of {known}")
     return language, module
+
+
+def _only_language(modules: Mapping[str, EngineInfo], module: str | None) -> str | None:
+    """The language of a module that speaks one; None where there is nothing to tell, since no model here detects it."""
+    info = module_info(modules) if module is None else modules.get(module)
+    return info.languages[0] if info is not None and len(info.languages) == 1 else None
 
 
 def _endpointing(query: Query) -> float | None:

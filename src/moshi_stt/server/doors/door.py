@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
+from moshi_stt.audio.live import PcmFormat
 from moshi_stt.audio.selection import MIXED, Selection
 from moshi_stt.config import ServerConfig
 from moshi_stt.engine.engine import NO_EXTRAS, EngineInfo, StreamOptions
@@ -219,7 +220,7 @@ class FileOptions:
     """What a door makes of it. options: the door's own. module: by name; None is the route's.
 
     selection: track and channels; where it splits them, each is recognised by itself (`Transcript.channels`). whole: run it as
-    one stream, however long it is.
+    one stream, however long it is. raw: the body is samples without a header, of this format.
     """
 
     options: Any = None
@@ -227,6 +228,7 @@ class FileOptions:
     stream: StreamOptions = NO_EXTRAS
     selection: Selection = MIXED
     whole: bool = False
+    raw: PcmFormat | None = None
 
 
 class Answer(NamedTuple):

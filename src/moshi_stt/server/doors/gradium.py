@@ -8,7 +8,7 @@ import msgspec
 
 from moshi_stt.config import ServerConfig
 from moshi_stt.engine.engine import EngineInfo, StreamOptions
-from moshi_stt.errors import ProtocolError
+from moshi_stt.errors import AudioError, ProtocolError
 from moshi_stt.events import EndWord, Interim, Word
 from moshi_stt.server.doors.door import (
     STATUS,
@@ -25,7 +25,7 @@ from moshi_stt.server.doors.door import (
     Route,
     Transcript,
 )
-from moshi_stt.server.doors.gradium_session import GradiumSession, check_language, json_config
+from moshi_stt.server.doors.gradium_session import GradiumSession, check_language, json_config, pcm_format
 from moshi_stt.server.doors.options import any_key, module_info, prefix_seconds, query_lists
 from moshi_stt.server.doors.prefix import with_prefix
 from moshi_stt.session import Session
@@ -132,6 +132,10 @@ def _line(message: dict[str, object]) -> bytes:
     return msgspec.json.encode(message) + b"\n"
 
 
+_FORMATS: Final = {"audio/pcm": "pcm"}
+"""Media types of samples without a header; any other kind of file tells its format itself."""
+
+
 class GradiumFiles(FileDoor):
     """`POST /api/post/speech/asr`."""
 
@@ -152,7 +156,16 @@ class GradiumFiles(FileDoor):
         lists_of(request)
 
     def parse(self, request: FileRequest) -> FileOptions:
-        return FileOptions(lists_of(request.handshake))
+        form = request.handshake.parameter("input_format") or _FORMATS.get(
+            request.content_type.partition(";")[0].strip().lower()
+        )
+        raw = None
+        if form is not None and form.partition("_")[0] in ("pcm", "ulaw", "alaw"):
+            try:
+                raw = pcm_format(form)
+            except AudioError as error:
+                raise refusal("bad_request", str(error)) from None
+        return FileOptions(lists_of(request.handshake), raw=raw)
 
     def answer(self, transcript: Transcript, options: FileOptions) -> Answer:
         lines = _Lines(options.options)

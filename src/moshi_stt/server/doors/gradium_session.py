@@ -51,11 +51,16 @@ def input_of(shown: object) -> LiveInput:
         return ContainerInput()
     if shown == "opus":
         return OpusInput()
-    name, _, rate = str(shown).partition("_")
+    return PcmInput(pcm_format(str(shown)))
+
+
+def pcm_format(shown: str) -> PcmFormat:
+    """Of samples without a header: `pcm`, `pcm_16000`, `ulaw_8000`, `alaw_8000`. Raises AudioError."""
+    name, _, rate = shown.partition("_")
     encodings: dict[str, Literal["linear16", "mulaw", "alaw"]] = {"pcm": "linear16", "ulaw": "mulaw", "alaw": "alaw"}
     if name not in encodings or (rate and not rate.isdigit()) or (name != "pcm" and not rate):
-        raise AudioError(f"input_format {str(shown)[:40]!r}: expected wav, opus, pcm, pcm_RATE, ulaw_8000 or alaw_8000")
-    return PcmInput(PcmFormat(encodings[name], int(rate) if rate else SAMPLE_RATE))
+        raise AudioError(f"input_format {shown[:40]!r}: expected wav, opus, pcm, pcm_RATE, ulaw_8000 or alaw_8000")
+    return PcmFormat(encodings[name], int(rate) if rate else SAMPLE_RATE)
 
 
 def json_config(shown: object) -> dict[str, Any]:
