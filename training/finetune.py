@@ -114,6 +114,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--rows", type=int, default=4)
     parser.add_argument("--frames", type=int, default=125)
+    parser.add_argument("--test-rows", type=int, default=32, help="of each set, for the word errors that are printed")
     parser.add_argument("--rate", type=float, default=6e-4)
     parser.add_argument("--text-dropout", type=float, default=0.2)
     parser.add_argument("--sample-batches", type=int, default=40)
@@ -130,7 +131,10 @@ def main(argv: list[str] | None = None) -> None:
 def tests_report(tuner: Finetuner) -> dict[str, float]:
     """Word error rates of the quantized model on what training does not see."""
     tests = held_out_tests(tuner.args.clips)
-    return {name: validate(tuner.model, clips, tuner.pieces, tuner.device, tuner.codes) for name, clips in tests.items()}
+    return {
+        name: validate(tuner.model, clips, tuner.pieces, tuner.device, tuner.args.test_rows, tuner.codes)
+        for name, clips in tests.items()
+    }
 
 
 if __name__ == "__main__":

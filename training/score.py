@@ -60,3 +60,23 @@ def edits(said: Sequence[object], heard: Sequence[object]) -> int:
         for j, b in enumerate(heard, 1):
             before, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, before + (a != b))
     return row[-1]
+
+
+def pairs(said: Sequence[str], heard: Sequence[str]) -> list[tuple[int, int]]:
+    """(i, j): the heard word j stands for the said word i, in the alignment of the fewest edits."""
+    costs = [list(range(len(heard) + 1))]
+    for i, word in enumerate(said, 1):
+        row = [i]
+        for j, other in enumerate(heard, 1):
+            row.append(min(costs[-1][j] + 1, row[-1] + 1, costs[-1][j - 1] + (word != other)))
+        costs.append(row)
+    found, i, j = [], len(said), len(heard)
+    while i and j:
+        if costs[i][j] == costs[i - 1][j - 1] + (said[i - 1] != heard[j - 1]):
+            i, j = i - 1, j - 1
+            found.append((i, j))
+        elif costs[i][j] == costs[i - 1][j] + 1:
+            i -= 1
+        else:
+            j -= 1
+    return found[::-1]

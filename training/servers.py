@@ -37,6 +37,8 @@ class Session:
     """When each step's message came, by the monotonic clock."""
     last_word: float = 0.0
     """When the last word came."""
+    said_at: list[list[tuple[str, float, float | None]]] = field(default_factory=list)
+    """What came with each step: words that began, with no end, and words that ended."""
     sent: list[float] = field(default_factory=list)
     """When each frame was sent."""
 
@@ -168,13 +170,16 @@ def _take(session: Session, message: dict[str, Any]) -> None:
     match message["type"]:
         case "Step":
             session.pauses.append(list(message["prs"]))
+            session.said_at.append([])
             session.arrived.append(time.monotonic())
         case "Word":
             session.words.append((message["text"], message["start_time"], None))
+            session.said_at[-1].append(session.words[-1])
             session.last_word = time.monotonic()
         case "EndWord" if session.words:
             text, start, _ = session.words[-1]
             session.words[-1] = (text, start, message["stop_time"])
+            session.said_at[-1].append(session.words[-1])
         case "Error":
             raise RuntimeError(message["message"])
 

@@ -189,7 +189,10 @@ class Trainer:
 
     def report(self) -> None:
         """Print the word errors of the averaged weights on what training does not see."""
-        rates = {name: validate(self.average, clips, self.pieces, self.device) for name, clips in self.tests.items()}
+        rates = {
+            name: validate(self.average, clips, self.pieces, self.device, self.args.test_rows)
+            for name, clips in self.tests.items()
+        }
         print(f"step {self.step}: " + " ".join(f"{name} {rate:.1%}" for name, rate in rates.items()), flush=True)
 
 
@@ -207,18 +210,23 @@ def held_out_tests(folder: Path) -> dict[str, list[Clip]]:
 
 @torch.no_grad()
 def validate(
-    model: SmallModel, clips: list[Clip], pieces: dict[str, list[int]], device: torch.device, codes: Codes | None = None
+    model: SmallModel,
+    clips: list[Clip],
+    pieces: dict[str, list[int]],
+    device: torch.device,
+    rows: int,
+    codes: Codes | None = None,
 ) -> float:
-    """Word error rate over rows of joined clips, without changes to the sound but a little noise."""
+    """Word error rate over so many rows of joined clips, without changes to the sound but a little noise."""
     bank = Bank(clips, device)
     kinds = [kind for kind, voices in bank.voices.items() if voices]
     digits = 1.0 if kinds == ["digit"] else 0.3 if "digit" in kinds else 0.0
     mix = Mix(
         digits=min(digits, 0.999), french=0.999 if "fr" in kinds and "en" not in kinds else 0.0, human=0.5, empty=0, split=0.2
     )
-    plan = Planner(bank, pieces, model.shape.delay_frames, mix, seed=5).plan(32, 200)
+    plan = Planner(bank, pieces, model.shape.delay_frames, mix, seed=5).plan(rows, 200)
     generator = torch.Generator(device).manual_seed(5)
-    sound = render(plan, bank, 32, 200, generator, change=False)
+    sound = render(plan, bank, rows, 200, generator, change=False)
     sound = sound / sound.square().mean(1, keepdim=True).sqrt().clamp(min=1e-3) * 0.06
     sound = sound + 3e-4 * torch.randn(sound.shape, generator=generator, device=device)
     latents = model.latents(sound)
@@ -242,6 +250,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--rows", type=int, default=4)
     parser.add_argument("--frames", type=int, default=125)
+    parser.add_argument("--test-rows", type=int, default=32, help="of each set, for the word errors that are printed")
     parser.add_argument("--rate", type=float, default=1.5e-3)
     parser.add_argument("--text-dropout", type=float, default=0.3)
     parser.add_argument("--latent-noise", type=float, default=0.1)

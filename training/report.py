@@ -1,0 +1,265 @@
+"""What the small model can do, measured through the server's WebSocket, frame by frame; writes the card's table.
+
+    python -m training.report --clips DATA/clips [--card MODEL_CARD.md] [--eot-score eot_score.py] [--variants int8,int4]
+
+Word errors on held-out clips joined at known times, without and with noise; errors of word times; the pause heads' areas under
+the ROC; turns found, and scored as eot-bench does; words heard in silence, noise, music and babble.
+"""
+
+import argparse
+import importlib.util
+import json
+import tempfile
+from collections.abc import Iterator, Sequence
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from moshi_stt.config_load import shipped_text
+from moshi_stt.engine.turns import HeadPauses, TurnDetector
+from moshi_stt.events import EndWord, Pause, Word
+from training.compose import FRAME_RATE, HORIZONS
+from training.material import SETS, Row, noisy, speech_rows, turn_rows, wordless
+from training.score import pairs
+from training.servers import Session, ask, our_server
+from training.tokenizer import pieces_of
+
+DELAY_SECONDS = 6 / FRAME_RATE
+NOISE_DB = 10.0
+TOGETHER = 48
+MARK = "<!-- measured -->"
+Lines = list[tuple[str, str]]
+
+VARIANTS = {
+    "bf16": 'dtype_override = "bf16"',
+    "int8": 'quantize = "int8"',
+    "int4": 'quantize = "int4"',
+    "kv bf16": 'kv_dtype = "bf16"',
+    "kv fp8": 'kv_dtype = "fp8"',
+    "mimi bf16": 'mimi_dtype = "bf16"',
+}
+"""Lines of a module's configuration, by what they change."""
+
+
+def variant(name: str, folder: Path) -> str:
+    """A configuration file of `phrases` with one thing changed."""
+    line, text = VARIANTS[name], shipped_text("phrases")
+    if line.startswith("dtype_override"):
+        text = text.replace("temperature = 0.0", f"temperature = 0.0\n{line}")
+    else:
+        text = text.replace(
+            "[modules.asr.moshi_stt.encoder]", f"[modules.asr.moshi_stt]\n{line}\n\n[modules.asr.moshi_stt.encoder]"
+        )
+    path = folder / "variant.toml"
+    path.write_text(text)
+    return str(path)
+
+
+def word_error(rows: Sequence[Row], sessions: Sequence[Session]) -> float:
+    wrong = total = 0
+    for row, session in zip(rows, sessions, strict=True):
+        matched = pairs([word for word, _, _ in row.said], session.text)
+        right = sum(row.said[i][0] == session.text[j] for i, j in matched)
+        wrong += len(row.said) + len(session.text) - len(matched) - right
+        total += len(row.said)
+    return wrong / max(1, total)
+
+
+def time_errors(rows: Sequence[Row], sessions: Sequence[Session]) -> tuple[list[float], list[float]]:
+    """Seconds by which right words start and end late."""
+    starts, ends = [], []
+    for row, session in zip(rows, sessions, strict=True):
+        for i, j in pairs([word for word, _, _ in row.said], session.text):
+            (said, start, end), (heard, began, ended) = row.said[i], session.words[j]
+            if said == heard:
+                starts.append(began - start)
+                if ended is not None:
+                    ends.append(ended - end)
+    return starts, ends
+
+
+def roc_area(scores: np.ndarray[Any, Any], truth: np.ndarray[Any, Any]) -> float:
+    from scipy.stats import rankdata
+
+    positive = int(truth.sum())
+    ranks = float(rankdata(scores)[truth].sum())
+    return (ranks - positive * (positive + 1) / 2) / (positive * (len(truth) - positive))
+
+
+def pause_areas(rows: Sequence[Row], sessions: Sequence[Session]) -> list[float]:
+    """For each head, over all frames of all rows."""
+    heads = np.concatenate([np.array(session.pauses)[: len(row.pauses)] for row, session in zip(rows, sessions, strict=True)])
+    truth = np.concatenate([row.pauses[: len(session.pauses)] for row, session in zip(rows, sessions, strict=True)])
+    return [roc_area(heads[:, i], truth[:, i]) for i in range(len(HORIZONS))]
+
+
+def confidences(session: Session) -> Iterator[tuple[float, float, bool]]:
+    """(time, the turn detector's confidence, whether the turn ended here) of each step, as the server makes them."""
+    heads, turns = HeadPauses(), TurnDetector()
+    for number, (pause, words) in enumerate(zip(session.pauses, session.said_at, strict=True)):
+        time = (number + 1) / FRAME_RATE
+        for text, start, end in words:
+            turns.take(Word(text, start) if end is None else EndWord(end))
+        events = turns.take(Pause(round(time, 3), max(0.0, time - DELAY_SECONDS), heads.push(pause), tuple(pause)))
+        yield round(time, 3), turns.confidence, any(type(event).__name__ == "EndOfTurn" for event in events)
+
+
+def ends_found(turns: Sequence[tuple[str, float, float, Any]], sessions: Sequence[Session]) -> tuple[float, float]:
+    """(share of ends found within 0.3 s of the end of speech + 0.5 s + the model's delay, median seconds after the end)."""
+    late = []
+    for (label, start, _, _), session in zip(turns, sessions, strict=True):
+        if label == "eot":
+            late.append(next((time - start for time, _, ended in confidences(session) if ended and time > start), np.inf))
+    return float(np.mean(np.array(late) <= 0.5 + DELAY_SECONDS + 0.3)), float(np.median(late))
+
+
+def eot_scores(turns: Sequence[tuple[str, float, float, Any]], sessions: Sequence[Session], scorer: Path) -> Lines:
+    spec = importlib.util.spec_from_file_location("eot_score", scorer)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+
+    def spans(head: int | None) -> list[dict[str, Any]]:
+        return [
+            {
+                "id": str(i),
+                "label": label,
+                "start": start,
+                "end": end,
+                "events": [
+                    (time, confidence if head is None else session.pauses[n][head])
+                    for n, (time, confidence, _) in enumerate(confidences(session))
+                ],
+            }
+            for i, ((label, start, end, _), session) in enumerate(zip(turns, sessions, strict=True))
+        ]
+
+    lines: Lines = []
+    for name, head in (("turn detector", None), *((f"pause head {h:g} s alone", i) for i, h in enumerate(HORIZONS[:3]))):
+        result = module.summary(spans(head))
+        lines.append((f"end of turn, {name}", four(result["model"])))
+    return [*lines, ("end of turn, silence only", four(result["silence_only"]))]
+
+
+def four(numbers: dict[str, float | None]) -> str:
+    def show(key: str, scale: float, unit: str) -> str:
+        value = numbers[key]
+        return "–" if value is None else f"{value * scale:.0f} {unit}"
+
+    cut = f"{show('cutoff_at_300ms', 100, '%')} / {show('cutoff_at_600ms', 100, '%')} cut off at 300 / 600 ms"
+    return f"{cut}, {show('latency_at_5pct', 1_000, 'ms')} / {show('latency_at_10pct', 1_000, 'ms')} at 5 / 10 %"
+
+
+def speech_lines(url: str, sets: dict[str, list[Row]], decibels: float | None) -> tuple[Lines, dict[str, list[Session]]]:
+    names = list(sets)
+    rows = [row if decibels is None else noisy(row, decibels, i) for i, row in enumerate(list(chain(*sets.values())))]
+    sessions = ask(url, [row.pcm for row in rows], TOGETHER)
+    found: dict[str, list[Session]] = {}
+    lines: Lines = []
+    for name in names:
+        found[name], sessions = sessions[: len(sets[name])], sessions[len(sets[name]) :]
+        words = sum(len(row.said) for row in sets[name])
+        what = f"{SETS[name]} ({words} words)" if decibels is None else f"{SETS[name]}, noise {decibels:g} dB below"
+        lines.append((what, f"{word_error(sets[name], found[name]):.1%} word errors"))
+    return lines, found
+
+
+def time_lines(sets: dict[str, list[Row]], found: dict[str, list[Session]]) -> Lines:
+    rows, sessions = list(chain(*sets.values())), list(chain(*found.values()))
+    lines = []
+    for name, errors in zip(("starts", "ends"), time_errors(rows, sessions), strict=True):
+        off = np.abs(errors)
+        lines.append(
+            (
+                f"word {name}",
+                f"{np.median(off) * 1e3:.0f} ms off in the median, {np.mean(off <= 2 / FRAME_RATE):.0%} within two frames",
+            )
+        )
+    areas = pause_areas(rows, sessions)
+    heads = ", ".join(f"{area:.3f}" for area in areas)
+    return [*lines, (f"pause heads ({', '.join(f'{h:g}' for h in HORIZONS)} s), area under the ROC", heads)]
+
+
+def measure(args: argparse.Namespace, folder: Path) -> Lines:
+    sets = speech_rows(args.clips, pieces_of(args.tokenizer), args.rows, args.seconds, args.seed)
+    with our_server("phrases", folder) as url:
+        lines, found = speech_lines(url, sets, None)
+        show(lines)
+        timed = time_lines(sets, found)
+        show(timed)
+        loud, _ = speech_lines(url, sets, NOISE_DB)
+        show(loud)
+        turns = turn_rows(args.clips, args.turns, args.seed)
+        sessions = ask(url, [turn[3] for turn in turns], TOGETHER)
+        share, median = ends_found(turns, sessions)
+        ends = [("ends of turns found in time", f"{share:.0%} of {args.turns}; {median:.2f} s after the end in the median")]
+        if args.eot_score is not None:
+            ends += eot_scores(turns, sessions, args.eot_score)
+        show(ends)
+        kinds = wordless(args.clips, args.noise_rows, 30.0, args.seed)
+        quiet = ask(url, list(chain(*kinds.values())), TOGETHER)
+    false: Lines = []
+    for kind in kinds:
+        here, quiet = quiet[: args.noise_rows], quiet[args.noise_rows :]
+        minutes = args.noise_rows / 2
+        false.append((f"words in {minutes:g} minutes of {kind}", f"{sum(len(s.words) for s in here) / minutes:.1f} a minute"))
+    show(false)
+    return lines + loud + timed + ends + false
+
+
+def measure_variants(args: argparse.Namespace, folder: Path) -> Lines:
+    sets = speech_rows(args.clips, pieces_of(args.tokenizer), args.rows, args.seconds, args.seed)
+    lines: Lines = []
+    for name in args.variants.split(","):
+        config = "phrases" if name == "as shipped" else variant(name, folder)
+        try:
+            with our_server(config, folder) as url:
+                found, _ = speech_lines(url, sets, None)
+        except RuntimeError as e:
+            found = [("not on this machine", str(e).strip().splitlines()[-1])]
+        cells = [text.removesuffix(" word errors") for _, text in found]
+        lines.append((name, " / ".join(cells)))
+        show(lines[-1:])
+    return lines
+
+
+def show(lines: Lines) -> None:
+    for what, value in lines:
+        print(f"{what}: {value}", flush=True)
+
+
+def write_card(path: Path, lines: Lines) -> None:
+    """Put the table after the card's mark, in place of what stands there."""
+    text = path.read_text(encoding="utf-8")
+    table = "\n".join(["| measured | |", "|---|---|", *(f"| {what} | {value} |" for what, value in lines)])
+    path.write_text(text.partition(MARK)[0].rstrip() + f"\n\n{MARK}\n\n{table}\n", encoding="utf-8")
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--clips", type=Path, required=True)
+    parser.add_argument("--tokenizer", type=Path, default=Path("src/moshi_stt/data/phrases/tokenizer.model"))
+    parser.add_argument("--rows", type=int, default=12, help="of each set")
+    parser.add_argument("--seconds", type=float, default=16.0, help="of each row")
+    parser.add_argument("--turns", type=int, default=48, help="holds, and ends, each")
+    parser.add_argument("--noise-rows", type=int, default=15, help="of 30 s, of each kind of sound")
+    parser.add_argument("--seed", type=int, default=11)
+    parser.add_argument("--eot-score", type=Path, help="the scorer whose `summary(spans)` gives eot-bench's four numbers")
+    parser.add_argument("--card", type=Path, help="write the table into this file")
+    parser.add_argument("--variants", help=f"word errors of these alone: as shipped, {', '.join(VARIANTS)}")
+    args = parser.parse_args(argv)
+    with tempfile.TemporaryDirectory() as folder:
+        if args.variants:
+            measure_variants(args, Path(folder))
+            return
+        lines = measure(args, Path(folder))
+    if args.card is not None:
+        write_card(args.card, lines)
+    print(json.dumps(dict(lines), ensure_ascii=False))
+
+
+if __name__ == "__main__":
+    main()
