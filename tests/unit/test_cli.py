@@ -117,7 +117,7 @@ def test_wrong_usage(args: tuple[str, ...], status: int, message: str) -> None:
 
 def test_a_broken_file_is_an_error_on_stderr(tmp_path: Path) -> None:
     path = tmp_path / "broken.toml"
-    path.write_text(shipped_text("embedded").replace("batch_size = 64", "batch_size = 0"))
+    path.write_text(shipped_text("embedded").replace('batch_size = "auto"', "batch_size = 0"))
     done = cli("worker", "--config", str(path))
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr == (

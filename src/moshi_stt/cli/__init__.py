@@ -25,6 +25,7 @@ COMMANDS = {
     "quantize": "write a checkpoint of 8 or 4 bits",
     "status": "show what a running server is doing",
     "advise": "say whether Kyutai's 1B model would keep up here",
+    "size": "measure how many live streams this machine carries",
     "selftest": "recognise shipped speech and say PASS or FAIL",
     "doctor": "name what is missing on this machine",
     "sample": "print the path of a recording of speech to try",
