@@ -16,5 +16,5 @@ BOTH: Loops = {"asyncio": asyncio.new_event_loop} | ({"uvloop": uvloop.new_event
 
 
 def loops_of(item: pytest.Item) -> Loops:
-    """Both for the tests of WebSockets, the default one for the rest."""
-    return BOTH if "test_ws" in item.nodeid else {"asyncio": asyncio.new_event_loop}
+    """Both for the tests of sockets, the default one for the rest."""
+    return BOTH if "test_ws" in item.nodeid or "test_tcp" in item.nodeid else {"asyncio": asyncio.new_event_loop}

@@ -17,6 +17,9 @@ log = logging.getLogger(__name__)
 
 BACKLOG = 128
 
+MOST_EARLY_BYTES = 1 << 16
+"""What is read from a client while the model loads."""
+
 
 class SocketListeners:
     """Used on the event loop alone. ports: what is listened on, by door, known once started."""
@@ -54,46 +57,60 @@ class SocketListeners:
         for task in self._waiting:
             task.cancel()
 
-    def take(self, transport: asyncio.Transport, door: SocketDoor) -> None:
+    def arrived(self, arrival: "_Arrival") -> None:
         """A client has connected."""
-        service = self._service
-        peer = f"{(transport.get_extra_info('peername') or ('?',))[0]} {door.name}"
-        served = service.find(None)
-        modules = {each.module.name: each.engine.info for each in service}
-        opening = door.accept(peer, service.config, modules)
-        if opening.module is not None:
-            served = service.find(opening.module)
-        service.metrics.connects.inc()
-        connection = service.connections.take(transport, b"", served.engine, door, opening, peer)
-        if service.is_started:
-            connection.open()
+        loop = asyncio.get_running_loop()
+        self._service.metrics.connects.inc()
+        if self._service.is_started:
+            loop.call_soon(self._take, arrival)  # uvloop reads from a socket that was paused before it has begun
             return
-        task = asyncio.get_running_loop().create_task(self._open_when_started(connection))
+        task = loop.create_task(self._take_when_started(arrival))
         self._waiting.add(task)
         task.add_done_callback(self._waiting.discard)
 
-    async def _open_when_started(self, connection: Connection) -> None:
-        started = asyncio.ensure_future(self._service.started.wait())
+    def _take(self, arrival: "_Arrival") -> Connection | None:
+        """A connection for the client, which is not open yet; None where the client is gone."""
+        if arrival.transport is None or arrival.transport.is_closing():
+            return None
+        service, door = self._service, arrival.door
+        peer = f"{(arrival.transport.get_extra_info('peername') or ('?',))[0]} {door.name}"
+        modules = {each.module.name: each.engine.info for each in service if each.engine.ready}
+        opening = door.accept(peer, service.config, modules)
+        engine = service.find(opening.module).engine
+        connection = service.connections.take(arrival.transport, bytes(arrival.early), engine, door, opening, peer)
+        if service.is_started:
+            connection.open()
+        return connection
+
+    async def _take_when_started(self, arrival: "_Arrival") -> None:
+        """The connection is made when the models are there: what it says of them is true then."""
         try:
-            await asyncio.wait(
-                (started, connection.lost),
-                timeout=self._service.config.limits.slot_wait_seconds,
-                return_when=asyncio.FIRST_COMPLETED,
-            )
-            if started.done():
-                connection.open()
-            else:
-                connection.end(Error("the model is still loading: connect again later", framing.TRY_AGAIN))
-        finally:
-            started.cancel()
+            async with asyncio.timeout(self._service.config.limits.slot_wait_seconds):
+                await self._service.started.wait()
+        except TimeoutError:
+            pass
+        connection = self._take(arrival)
+        if connection is not None and not self._service.is_started:
+            connection.end(Error("the model is still loading: connect again later", framing.TRY_AGAIN))
 
 
 class _Arrival(asyncio.Protocol):
-    """A socket's protocol until it has its connection."""
+    """A socket's protocol until it has its connection: it keeps what comes before."""
 
     def __init__(self, listeners: SocketListeners, door: SocketDoor) -> None:
         self._listeners = listeners
-        self._door = door
+        self.door = door
+        self.early = bytearray()
+        self.transport: asyncio.Transport | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._listeners.take(cast(asyncio.Transport, transport), self._door)  # uvloop's is of no such class
+        self.transport = cast(asyncio.Transport, transport)  # uvloop's is of no such class
+        self._listeners.arrived(self)
+
+    def data_received(self, data: bytes) -> None:
+        self.early += data
+        if len(self.early) >= MOST_EARLY_BYTES and self.transport is not None:
+            self.transport.pause_reading()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.transport = None
