@@ -92,6 +92,7 @@ def over_sockets(
         before, began = server.usage(), time.monotonic()
         told = run_load(args, server.port, streams, seconds, seed)
         used, took = server.usage(), time.monotonic() - began
+        gpu = nvidia_smi("--query-gpu=memory.used,memory.total,utilization.gpu")
         metrics = server.get("/metrics") if server.process.poll() is None else ""
     finally:
         server.stop()
@@ -100,6 +101,7 @@ def over_sockets(
         "ready_seconds": round(ready, 1),
         "server_cores": [round((b[0] - a[0]) / took, 2) for a, b in zip(before, used, strict=False)],
         "server_gb": [round(resident, 2) for _, resident in used],
+        "gpu_at_the_end": gpu,
         "metrics": [line for line in metrics.splitlines() if "step" in line and "bucket" not in line and line[0] != "#"],
         "log": [line for line in log if any(part in line for part in ("start:", "turn of the", "step of", "room for"))][:40],
     }
@@ -237,7 +239,12 @@ def old_worker() -> int:
 
 def gpu_processes() -> list[str]:
     """What else is on the GPU."""
-    command = ["nvidia-smi", "--query-compute-apps=pid,process_name,used_memory", "--format=csv,noheader"]
+    return nvidia_smi("--query-compute-apps=pid,process_name,used_memory")
+
+
+def nvidia_smi(query: str) -> list[str]:
+    """Lines of its answer; none where there is no such program."""
+    command = ["nvidia-smi", query, "--format=csv,noheader"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=False, timeout=30).stdout.splitlines()
     except OSError:
