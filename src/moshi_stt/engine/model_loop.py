@@ -22,7 +22,6 @@ from moshi_stt.engine.scheduler import Outcome, Scheduler
 from moshi_stt.engine.shared_backend import BackendServer, RowRequest
 from moshi_stt.engine.slots import SlotPool, spare_share
 from moshi_stt.engine.stalls import StallWatch
-from moshi_stt.engine.stream import Delivery
 from moshi_stt.engine.stream_state import StreamState
 from moshi_stt.engine.timings import StepTimings, measure
 from moshi_stt.errors import EngineError
@@ -133,7 +132,9 @@ class ModelLoop:
     def turn(self, now: float) -> int:
         """Drain, gather, step, scatter. Returns how many rows were stepped."""
         scheduler, server = self.scheduler, self.server
-        self._deliver(scheduler.drain(now), [])
+        answers = scheduler.drain(now)
+        if answers:
+            self._events.deliver(Outcome(answers, []))
         requests = server.collect(self._backend.copy) if server is not None else []
         others = sum(request.rows for request in requests)
         states = scheduler.gather(now, others)
@@ -142,7 +143,9 @@ class ModelLoop:
             output = self._step(len(states), requests)
             if server is not None and requests:
                 server.answer(requests, output, len(states))
-            self._deliver(*scheduler.scatter(states, output, time.monotonic()))
+            outcome = scheduler.scatter(states, output, time.monotonic())
+            if outcome.deliveries:
+                self._events.deliver(outcome)
         return rows
 
     def _step(self, rows: int, requests: Sequence[RowRequest]) -> StepOutput:
@@ -182,10 +185,6 @@ class ModelLoop:
 
     def _device_seconds(self) -> float | None:
         return self._backend.device_seconds if isinstance(self._backend, TimesSteps) else None
-
-    def _deliver(self, deliveries: list[Delivery], arrivals: list[float]) -> None:
-        if deliveries:
-            self._events.deliver(Outcome(deliveries, arrivals))
 
     def close(self) -> None:
         """Let go of the streams, of the other processes, and of the model."""

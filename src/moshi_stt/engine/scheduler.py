@@ -13,7 +13,6 @@ from moshi_stt.engine.marker_copies import MarkerCopies
 from moshi_stt.engine.stream import Delivery
 from moshi_stt.engine.stream_state import StreamState
 from moshi_stt.engine.timings import StepTimings
-from moshi_stt.events import AnyEvent
 
 FIRST_STEP_IDX = 3
 """moshi-server counts its two warm-up steps, so the first step of a process is 3."""
@@ -100,21 +99,23 @@ class Scheduler:
 
     def drain(self, now: float) -> list[Delivery]:
         """Take every pending command of every stream that has some, so that small packets cost no turns."""
-        self._come_and_go()
+        if self._comings:
+            self._come_and_go()
         deliveries: list[Delivery] = []
-        while (state := _pop(self._woken)) is not None:
+        woken = self._woken
+        while woken and (state := _pop(woken)) is not None:
             state.woken = False  # before the drain: what comes during it wakes the stream again
-            events: list[AnyEvent] = []
-            if state.is_stalled():
-                events += state.restart()
+            if state.guard is not None and state.guard.is_stalled():
+                events = [*state.restart(), *state.absorb(now)]
                 self._on_restart(state)
-            events += state.absorb(now)
+            else:
+                events = state.absorb(now)
             if events or state.done:
                 deliveries.append(Delivery(state.stream, events, state.done))
         return deliveries
 
     def _come_and_go(self) -> None:
-        while (coming := _pop(self._comings)) is not None:
+        while self._comings and (coming := _pop(self._comings)) is not None:
             state, admitted = coming
             if admitted:
                 self._states[state] = None

@@ -342,10 +342,6 @@ class StreamState:
         """Whether nothing is stepped, because the model may have stopped transcribing and the verdict is still to come."""
         return self.guard is not None and self.guard.suspected
 
-    def is_stalled(self) -> bool:
-        """Whether the model has stopped transcribing, and can be started again now."""
-        return self.guard is not None and self.guard.is_stalled()
-
     def restart(self) -> list[AnyEvent]:
         """The model has stopped transcribing: start its state again, and let it hear the kept audio again.
 
