@@ -31,7 +31,7 @@ from moshi_stt.constants import (
     URL_VARIABLE,
 )
 from moshi_stt.errors import AudioError, ProtocolError, ServerError
-from moshi_stt.events import AnyEvent, EndOfTurn, EndWord, Error, Marker, Word
+from moshi_stt.events import AnyEvent, EndOfTurn, EndWord, Error, Marker, Warning, Word  # noqa: A004 - the event
 from moshi_stt.text.subtitles import TimedWord
 from moshi_stt.text.utterances import PAUSE_SECONDS, Utterance, timed, utterance_of
 from moshi_stt.unacknowledged import Unacknowledged
@@ -69,6 +69,12 @@ def websocket_url(url: str | None) -> str:
     return urlunsplit((scheme, parts.netloc, path, parts.query, ""))
 
 
+def asking(url: str, name: str) -> str:
+    """`url` with a parameter that asks for more events. Servers that have none of them ignore it."""
+    parts = urlsplit(url)
+    return urlunsplit(parts._replace(query=f"{parts.query}&{name}=1".lstrip("&")))
+
+
 def key_headers(key: str | None) -> dict[str, str]:
     """The header with `key`, or with that of MOSHI_STT_KEY, or with `public_token`; none for an empty `key`."""
     key = key if key is not None else os.environ.get(KEY_VARIABLE) or PUBLIC_KEY
@@ -97,13 +103,18 @@ class Client:
         open_timeout_seconds: float = 10.0,
         ping_seconds: float = 10.0,
         resume: bool = False,
+        on_warning: Callable[[Warning], None] | None = None,
     ) -> None:
         """url: see `websocket_url`. key: sent in a header; None takes MOSHI_STT_KEY, else `public_token`, and "" sends none.
 
         as_bin: send audio as bytes, 4 a sample and not 5; this server takes that, moshi-server does not.
+        on_warning: called with each `Warning` of the server, which is then asked for them.
         resume: connect again when the connection breaks, and go on where it broke. For audio sent by `send_audio`.
         """
         self.url = websocket_url(url)
+        if on_warning is not None:
+            self.url = asking(self.url, "warnings")
+        self._on_warning = on_warning
         self._unacknowledged = Unacknowledged() if resume else None
         self._headers = key_headers(key)
         self._as_bin = as_bin
@@ -292,6 +303,8 @@ class Client:
                         error = event
                         continue
                     if self._unacknowledged is None or self._unacknowledged.is_new(event):
+                        if self._on_warning is not None and isinstance(event, Warning):
+                            self._on_warning(event)
                         await self._keep(event)
                 elif message.type in CLOSED:
                     code = 1006 if message.type is aiohttp.WSMsgType.ERROR else socket.close_code

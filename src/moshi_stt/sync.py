@@ -15,7 +15,7 @@ from urllib.parse import urlsplit, urlunsplit
 
 import msgspec
 
-from moshi_stt.client import Audio, Client, key_headers, websocket_url
+from moshi_stt.client import Audio, Client, asking, key_headers, websocket_url
 from moshi_stt.constants import SAMPLE_RATE
 from moshi_stt.errors import ServerError
 from moshi_stt.events import EndWord, Word
@@ -86,7 +86,7 @@ def stream_utterances(
     """What is said up to each pause, as soon as the server finds that the turn is over. As `stream_words` otherwise."""
 
     async def found() -> AsyncGenerator[Utterance, None]:
-        async with Client(with_turns(websocket_url(url)), key) as client:
+        async with Client(asking(websocket_url(url), "turns"), key) as client:
             utterances = client.utterances(
                 audio, sample_rate, pause_seconds=pause_seconds, silence_before_seconds=silence_before_seconds
             )
@@ -118,12 +118,6 @@ def transcribe_bytes(
         raise ServerError(f"{address}: {reason or error.reason} ({error.code})") from None
     except (OSError, msgspec.MsgspecError) as error:
         raise ServerError(f"{address}: {getattr(error, 'reason', None) or error}") from None
-
-
-def with_turns(url: str) -> str:
-    """A WebSocket URL that asks for turns. Servers that have none ignore it."""
-    parts = urlsplit(url)
-    return urlunsplit(parts._replace(query=f"{parts.query}&turns=1".lstrip("&")))
 
 
 def in_background(make: Callable[[], AsyncGenerator[T, None]]) -> Generator[T, None, None]:

@@ -16,10 +16,10 @@ from tests.support.scripted_engine import ScriptedEngine, ScriptedWord, counting
 from tests.support.serving import DEADLINE, serving
 
 from moshi_stt import stream_utterances, stream_words, transcribe, transcribe_bytes
-from moshi_stt.client import Client
+from moshi_stt.client import Client, asking
 from moshi_stt.constants import FRAME_SAMPLES
 from moshi_stt.errors import AudioError, ServerError
-from moshi_stt.sync import in_background, with_turns
+from moshi_stt.sync import in_background
 
 FRAME = np.zeros(FRAME_SAMPLES, np.float32)
 
@@ -102,8 +102,8 @@ def test_utterances_end_at_pauses() -> None:
 
 
 def test_turns_are_asked_for_besides_what_the_url_asks() -> None:
-    assert with_turns("ws://host/path") == "ws://host/path?turns=1"
-    assert with_turns("ws://host/path?auth_id=k") == "ws://host/path?auth_id=k&turns=1"
+    assert asking("ws://host/path", "turns") == "ws://host/path?turns=1"
+    assert asking("ws://host/path?auth_id=k", "turns") == "ws://host/path?auth_id=k&turns=1"
 
 
 def test_url_and_key_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -202,6 +202,8 @@ class _Files:
                 for worker in workers:
                     worker.cancel()
                 await asyncio.gather(*workers, return_exceptions=True)
+        if transcriber.other_language:
+            print(f"Warning: {transcriber.other_language}", file=sys.stderr)
         self.summarise()
         return _FAILED if self.failed else _DONE
 

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import functools
 import io
+import logging
 import os
 import select
 import shutil
@@ -27,7 +28,10 @@ from moshi_stt.audio.selection import Selection
 from moshi_stt.config import EmbeddedModule, LimitsConfig, Module, with_quantize
 from moshi_stt.constants import SAMPLE_RATE
 from moshi_stt.cores import usable_cores
+from moshi_stt.engine.engine import SilentObserver
+from moshi_stt.engine.language import foreign_message
 from moshi_stt.errors import AudioError, ConfigError
+from moshi_stt.events import Warning  # noqa: A004 - the event
 from moshi_stt.text.subtitles import TimedWord
 
 POOL_SLOTS = 16
@@ -126,6 +130,8 @@ class _InterruptibleFile(io.RawIOBase):
 class Transcriber(ABC):
     """Turns recordings into words. Use as an async context manager."""
 
+    other_language: str = ""
+    """What to tell the user where speech does not sound like a language of the model."""
     jobs: int = 1
     """Recordings at once that make sense, unless the command line says otherwise."""
 
@@ -204,8 +210,27 @@ class OnServer(Transcriber):
             on_progress(max(0.0, seconds - told))
             told = max(told, seconds)
 
-        async with Client(self._url, self._key) as client:
+        def warned(warning: Warning) -> None:
+            if warning.code == "language":
+                self.other_language = warning.message
+
+        async with Client(self._url, self._key, on_warning=warned) as client:
             return await client.transcribe(source.audio(), silence_before_seconds=self._prefix_seconds, on_progress=progress)
+
+
+class _LanguageObserver(SilentObserver):
+    """Notes that speech is in another language, which the user is told once and not by the log."""
+
+    def __init__(self, transcriber: "InProcess") -> None:
+        self._transcriber = transcriber
+
+    def foreign(self) -> None:
+        command = "moshi-stt transcribe --config stt-1b-en_fr FILE"
+        self._transcriber.other_language = foreign_message(self._transcriber.languages, command)
+
+
+def _is_not_of_language(record: logging.LogRecord) -> bool:
+    return not getattr(record, "foreign", False)
 
 
 class InProcess(Transcriber):
@@ -215,7 +240,8 @@ class InProcess(Transcriber):
         from moshi_stt.engine.recording import RecordingOptions
         from moshi_stt.engines import build_engine
 
-        self._engine = build_engine(module, limits, force_cpu=force_cpu)
+        self._engine = build_engine(module, limits, _LanguageObserver(self), force_cpu=force_cpu)
+        logging.getLogger("moshi_stt.engine.segment").addFilter(_is_not_of_language)
         self._options = RecordingOptions(prefix_seconds=prefix_seconds)
         self._stack = AsyncExitStack()
         self._pool: Any = None
@@ -236,6 +262,10 @@ class InProcess(Transcriber):
             await self._stack.aclose()
             raise
         return self
+
+    @property
+    def languages(self) -> tuple[str, ...]:
+        return self._engine.info.languages
 
     async def _start_pool(self, slots: int) -> None:
         from moshi_stt.audio.decode_pool import DecodePool, is_supported

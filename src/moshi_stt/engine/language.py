@@ -6,9 +6,12 @@ once, none of them near, look the same to it.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from moshi_stt.engine.recogniser import RECOGNISER_RATE, VAD_FRAME
+
+NAMES = {"en": "English", "fr": "French"}
 
 FRAME_SECONDS = VAD_FRAME / RECOGNISER_RATE
 
@@ -61,3 +64,11 @@ class LanguageWatch:
             return False
         self.alarmed = True
         return True
+
+
+def foreign_message(languages: Sequence[str], command: str = "moshi-stt worker --config stt-1b-en_fr") -> str:
+    """What to tell who speaks another language than the model's. command: what gets French."""
+    names = [NAMES.get(code, code) for code in languages]
+    known = f"{names[0]} only" if len(names) == 1 else " and ".join(names)
+    message = f"this does not sound like {' or '.join(names)}, and this model knows {known}"
+    return message if "fr" in languages else f"{message}. For French: {command}"

@@ -20,6 +20,7 @@ from moshi_stt.audio.resample import StreamingResampler
 from moshi_stt.constants import SAMPLE_RATE
 from moshi_stt.cores import usable_cores
 from moshi_stt.engine.engine import NO_EXTRAS, Engine, EngineInfo, EngineObserver, StreamOptions
+from moshi_stt.engine.language import foreign_message
 from moshi_stt.engine.recogniser import RECOGNISER_RATE, Recogniser
 from moshi_stt.engine.segment_state import TURN_SAMPLES, SegmentState, TurnQueue
 from moshi_stt.engine.segmenter import Segmenter, SegmentSettings
@@ -32,6 +33,9 @@ log = logging.getLogger(__name__)
 
 JOIN_SECONDS = 10.0
 """How long all threads together have to end."""
+
+FOREIGN = {"foreign": True}
+"""On the log record that says that a stream is in another language, for programs that say it in their own way."""
 
 SLOTS_BEFORE_MEASURING = 64
 FEWEST_SLOTS, MOST_SLOTS = 2, 1_024
@@ -302,9 +306,7 @@ class SegmentEngine(Engine):
                 if samples:
                     stream.stepped(samples)
             if segmenter.language.alarmed and not alarmed:
-                log.warning(
-                    "a stream's speech does not sound like %s, the language of the model", ", ".join(self.info.languages)
-                )
+                log.warning("a stream: %s", foreign_message(self.info.languages), extra=FOREIGN)
                 self.observer.foreign()
             if segmenter.hypotheses > made:
                 heard = TURN_SAMPLES

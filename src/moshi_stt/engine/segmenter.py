@@ -18,7 +18,7 @@ from moshi_stt.constants import FRAME_SAMPLES, SAMPLE_RATE
 from moshi_stt.constants import FRAME_SECONDS as STEP_SECONDS
 from moshi_stt.engine.engine import NO_EXTRAS, StreamOptions
 from moshi_stt.engine.evidence import Evidence, EvidenceSettings, Plausibility
-from moshi_stt.engine.language import LanguageSettings, LanguageWatch
+from moshi_stt.engine.language import LanguageSettings, LanguageWatch, foreign_message
 from moshi_stt.engine.pauses import PauseMeter, PauseSettings
 from moshi_stt.engine.recogniser import RECOGNISER_RATE, VAD_FRAME, Recogniser, Spoken
 from moshi_stt.engine.settling import LoopSettings, Standing, bare, chance, follow, loop_start
@@ -409,8 +409,8 @@ class Segmenter:
         """A warning, once, when clear speech of the segments up to this one makes no sense to the recogniser."""
         if not self.language.end_segment() or not self.options.warnings:
             return []
-        known = " and ".join(self.recogniser.languages)
-        return [Warning("language", f"The speech does not sound like the language of this model ({known}).")]
+        message = foreign_message(self.recogniser.languages)
+        return [Warning("language", f"{message[:1].upper()}{message[1:]}")]
 
     def _quietest(self, start: int, stop: int) -> int:
         """Middle of the quietest QUIETEST_FRAMES frames between two positions; `stop` where there are not so many."""
