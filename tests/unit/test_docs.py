@@ -26,3 +26,10 @@ def test_commands_and_scripts_are_there(path: Path) -> None:
             assert command in COMMANDS, f"{path.name} names the command {command}"
     for script in re.findall(r"\b(?:scripts|benchmarks|examples)/[A-Za-z0-9_./-]+\.(?:sh|py|service|plist)\b", text):
         assert (ROOT / script).exists(), f"{path.name} names {script}, which is not there"
+
+
+def test_every_page_is_in_the_table_of_contents() -> None:
+    contents = (ROOT / "docs" / "README.md").read_text()
+    for page in sorted((ROOT / "docs").glob("**/*.md")):
+        name = page.relative_to(ROOT / "docs").as_posix()
+        assert name == "README.md" or f"({name})" in contents, f"docs/README.md does not list {name}"
