@@ -154,6 +154,23 @@ def microphone() -> str:
     return lines[0].partition("microphone: ")[2]
 
 
+def process_name() -> str:
+    """`pgrep moshi-server` finds a server, as users of moshi-server's guide type it."""
+    program = Path(sys.executable).with_name("moshi-server")
+    server = subprocess.Popen([program, "worker", "--addr", "127.0.0.1", "--port", "0", "--silent"])
+    try:
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline and server.poll() is None:
+            found = subprocess.run(["pgrep", "moshi-server"], capture_output=True, text=True, check=False).stdout.split()
+            if str(server.pid) in found:
+                return f"process {server.pid} found"
+            time.sleep(0.5)
+        raise AssertionError("pgrep moshi-server does not find it; use pgrep -f 'moshi-server worker'")
+    finally:
+        server.terminate()
+        server.wait(60)
+
+
 def small_checks() -> Iterator[tuple[str, Callable[[], str]]]:
     with tempfile.TemporaryDirectory() as folder:
         small = Small(Path(folder))
@@ -180,6 +197,7 @@ def main() -> int:
         for scheme in ("bf16", "int8", "int4"):
             check(f"the 1B at full size, {scheme}", lambda scheme=scheme: full_size(scheme))  # type: ignore[misc]
     check("the embedded model", embedded)
+    check("the server's process name", process_name)
     if not args.anyway:
         check("microphone", microphone)
     print(f"FAIL: {', '.join(failures)}" if failures else "PASS: everything")
