@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
 """How often the embedded model's language alarm goes off, on French, on English, and on sound without speech.
 
-    bench_embedded_language.py FOLDER [--pieces 60] [--minutes 30] [--part report|tune] [--seed 1] [--memory FILE]
+    bench_embedded_language.py FOLDER [--pieces 60] [--minutes 30] [--languages fr en] [--part report|tune] [--seed 1]
+                               [--memory FILE]
 
 Pieces of 15 s: of FOLDER's recordings (MANIFEST.tsv with file and language), and joined prompts of Debian's
 `asterisk-core-sounds-fr-wav` and `asterisk-core-sounds-en-wav`. Recordings and prompts are split by file, half to tune on and
@@ -81,6 +82,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--pieces", type=int, default=60, metavar="N", help="of each language (default 60)")
+    parser.add_argument("--languages", nargs="+", choices=("fr", "en"), default=("fr", "en"))
     parser.add_argument("--minutes", type=float, default=30.0, help="of sound without speech (default 30)")
     parser.add_argument("--part", choices=("tune", "report"), default="report")
     parser.add_argument("--seed", type=int, default=1)
@@ -92,7 +94,7 @@ def main() -> None:
         return any(isinstance(event, Warning) for _, event in trace(recogniser, sound, extras=True).events)
 
     result: dict[str, Any] = {}
-    for language in ("fr", "en"):
+    for language in args.languages:
         pieces = recorded(args.folder, language, args.part, args.seed)[: args.pieces]
         pieces += prompted(language, args.part, args.seed, args.pieces - len(pieces))
         alarms = [warned(piece.sound) for piece in pieces]
