@@ -267,7 +267,7 @@ def main(argv: list[str] | None = None) -> None:
     shape, lm, encoder = load_checkpoint(args.checkpoint)
     (write_candle if args.candle else write_small)(args.folder, shape, lm, encoder, args.tokenizer)
     if not args.candle:
-        here = {"lm": "package:data/phrases/model.safetensors", "mimi": "package:phrases/mimi.safetensors"}
+        here = {"lm": "package:data/phrases/model.safetensors", "mimi": "package:data/phrases/mimi.safetensors"}
         text = toml(shape, here | {"tokenizer": "package:data/phrases/tokenizer.model"}, small=True)
         (args.folder / "phrases.toml").write_text(text)
     for path in sorted(args.folder.glob("*")):

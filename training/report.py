@@ -10,16 +10,16 @@ import argparse
 import importlib.util
 import json
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from moshi_stt.config_load import shipped_text
 from moshi_stt.engine.turns import HeadPauses, TurnDetector
-from moshi_stt.events import EndWord, Pause, Word
+from moshi_stt.events import EndOfTurn, EndWord, Pause, Word
 from training.compose import FRAME_RATE, HORIZONS
 from training.material import SETS, Row, noisy, speech_rows, turn_rows, wordless
 from training.score import pairs
@@ -95,24 +95,45 @@ def pause_areas(rows: Sequence[Row], sessions: Sequence[Session]) -> list[float]
     return [roc_area(heads[:, i], truth[:, i]) for i in range(len(HORIZONS))]
 
 
-def confidences(session: Session) -> Iterator[tuple[float, float, bool]]:
-    """(time, the turn detector's confidence, whether the turn ended here) of each step, as the server makes them."""
+class Moment(NamedTuple):
+    """After one step. time: seconds heard. silence: since somebody spoke, by the pause heads. ended: the turn, here."""
+
+    time: float
+    silence: float
+    confidence: float
+    ended: bool
+
+
+def moments(session: Session) -> Iterator[Moment]:
+    """What the server makes of each step."""
     heads, turns = HeadPauses(), TurnDetector()
     for number, (pause, words) in enumerate(zip(session.pauses, session.said_at, strict=True)):
         time = (number + 1) / FRAME_RATE
         for text, start, end in words:
             turns.take(Word(text, start) if end is None else EndWord(end))
-        events = turns.take(Pause(round(time, 3), max(0.0, time - DELAY_SECONDS), heads.push(pause), tuple(pause)))
-        yield round(time, 3), turns.confidence, any(type(event).__name__ == "EndOfTurn" for event in events)
+        silence = heads.push(pause)
+        events = turns.take(Pause(round(time, 3), max(0.0, time - DELAY_SECONDS), silence, tuple(pause)))
+        yield Moment(round(time, 3), silence, turns.confidence, any(isinstance(event, EndOfTurn) for event in events))
 
 
-def ends_found(turns: Sequence[tuple[str, float, float, Any]], sessions: Sequence[Session]) -> tuple[float, float]:
-    """(share of ends found within 0.3 s of the end of speech + 0.5 s + the model's delay, median seconds after the end)."""
-    late = []
-    for (label, start, _, _), session in zip(turns, sessions, strict=True):
-        if label == "eot":
-            late.append(next((time - start for time, _, ended in confidences(session) if ended and time > start), np.inf))
-    return float(np.mean(np.array(late) <= 0.5 + DELAY_SECONDS + 0.3)), float(np.median(late))
+def ends_found(turns: Sequence[tuple[str, float, float, Any]], sessions: Sequence[Session]) -> Lines:
+    """How many ends are found within 0.3 s of the end of speech + 0.5 s + the model's delay, by two rules."""
+    rules: dict[str, Callable[[Moment], bool]] = {
+        "by 0.5 s of silence of the pause heads": lambda moment: 0.5 <= moment.silence < np.inf,
+        "by the turn detector": lambda moment: moment.ended,
+    }
+    ends = [(turn[1], list(moments(session))) for turn, session in zip(turns, sessions, strict=True) if turn[0] == "eot"]
+    lines: Lines = []
+    for name, holds in rules.items():
+        late = np.array([next((m.time - start for m in steps if m.time > start and holds(m)), np.inf) for start, steps in ends])
+        share = np.mean(late <= 0.5 + DELAY_SECONDS + 0.3)
+        lines.append(
+            (
+                f"ends of turns found in time, {name}",
+                f"{share:.0%} of {len(ends)}; {np.median(late):.2f} s after the end in the median",
+            )
+        )
+    return lines
 
 
 def eot_scores(turns: Sequence[tuple[str, float, float, Any]], sessions: Sequence[Session], scorer: Path) -> Lines:
@@ -130,8 +151,8 @@ def eot_scores(turns: Sequence[tuple[str, float, float, Any]], sessions: Sequenc
                 "start": start,
                 "end": end,
                 "events": [
-                    (time, confidence if head is None else session.pauses[n][head])
-                    for n, (time, confidence, _) in enumerate(confidences(session))
+                    (moment.time, moment.confidence if head is None else session.pauses[n][head])
+                    for n, moment in enumerate(moments(session))
                 ],
             }
             for i, ((label, start, end, _), session) in enumerate(zip(turns, sessions, strict=True))
@@ -183,31 +204,46 @@ def time_lines(sets: dict[str, list[Row]], found: dict[str, list[Session]]) -> L
     return [*lines, (f"pause heads ({', '.join(f'{h:g}' for h in HORIZONS)} s), area under the ROC", heads)]
 
 
-def measure(args: argparse.Namespace, folder: Path) -> Lines:
+def measure_speech(args: argparse.Namespace, url: str) -> Lines:
     sets = speech_rows(args.clips, pieces_of(args.tokenizer), args.rows, args.seconds, args.seed)
-    with our_server("phrases", folder) as url:
-        lines, found = speech_lines(url, sets, None)
-        show(lines)
-        timed = time_lines(sets, found)
-        show(timed)
-        loud, _ = speech_lines(url, sets, NOISE_DB)
-        show(loud)
-        turns = turn_rows(args.clips, args.turns, args.seed)
-        sessions = ask(url, [turn[3] for turn in turns], TOGETHER)
-        share, median = ends_found(turns, sessions)
-        ends = [("ends of turns found in time", f"{share:.0%} of {args.turns}; {median:.2f} s after the end in the median")]
-        if args.eot_score is not None:
-            ends += eot_scores(turns, sessions, args.eot_score)
-        show(ends)
-        kinds = wordless(args.clips, args.noise_rows, 30.0, args.seed)
-        quiet = ask(url, list(chain(*kinds.values())), TOGETHER)
-    false: Lines = []
+    lines, found = speech_lines(url, sets, None)
+    show(lines)
+    timed = time_lines(sets, found)
+    show(timed)
+    loud, _ = speech_lines(url, sets, NOISE_DB)
+    show(loud)
+    return lines + loud + timed
+
+
+def measure_turns(args: argparse.Namespace, url: str) -> Lines:
+    turns = turn_rows(args.clips, args.turns, args.seed)
+    sessions = ask(url, [turn[3] for turn in turns], TOGETHER)
+    lines = ends_found(turns, sessions)
+    if args.eot_score is not None:
+        lines += eot_scores(turns, sessions, args.eot_score)
+    show(lines)
+    return lines
+
+
+def measure_wordless(args: argparse.Namespace, url: str) -> Lines:
+    kinds = wordless(args.clips, args.noise_rows, 30.0, args.seed)
+    sessions = ask(url, list(chain(*kinds.values())), TOGETHER)
+    minutes = args.noise_rows / 2
+    lines: Lines = []
     for kind in kinds:
-        here, quiet = quiet[: args.noise_rows], quiet[args.noise_rows :]
-        minutes = args.noise_rows / 2
-        false.append((f"words in {minutes:g} minutes of {kind}", f"{sum(len(s.words) for s in here) / minutes:.1f} a minute"))
-    show(false)
-    return lines + loud + timed + ends + false
+        here, sessions = sessions[: args.noise_rows], sessions[args.noise_rows :]
+        words = sum(len(session.words) for session in here)
+        lines.append((f"words in {minutes:g} minutes of {kind}", f"{words / minutes:.1f} a minute"))
+    show(lines)
+    return lines
+
+
+PARTS = {"speech": measure_speech, "turns": measure_turns, "wordless": measure_wordless}
+
+
+def measure(args: argparse.Namespace, folder: Path) -> Lines:
+    with our_server("phrases", folder) as url:
+        return [line for part in args.parts.split(",") for line in PARTS[part](args, url)]
 
 
 def measure_variants(args: argparse.Namespace, folder: Path) -> Lines:
@@ -248,6 +284,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--noise-rows", type=int, default=15, help="of 30 s, of each kind of sound")
     parser.add_argument("--seed", type=int, default=11)
     parser.add_argument("--eot-score", type=Path, help="the scorer whose `summary(spans)` gives eot-bench's four numbers")
+    parser.add_argument("--parts", default=",".join(PARTS))
     parser.add_argument("--card", type=Path, help="write the table into this file")
     parser.add_argument("--variants", help=f"word errors of these alone: as shipped, {', '.join(VARIANTS)}")
     args = parser.parse_args(argv)
