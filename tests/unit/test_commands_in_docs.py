@@ -30,6 +30,9 @@ pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="the commands ar
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+WHOLE = [ROOT / "README.md", ROOT / "docs" / "use.md"]
+"""Pages with one program, which is run here."""
+
 SHELL = ("", "sh", "bash", "console")
 PROGRAMS = {
     "moshi-stt",
@@ -167,14 +170,15 @@ def test_a_command_that_is_not_run_has_flags_that_exist(command: Command) -> Non
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
 def test_a_page_with_python_is_run_by_a_test(path: Path) -> None:
     name = path.relative_to(ROOT).as_posix()
-    if not any(language == "python" for language, _ in blocks(path)) or name == "README.md":
+    if not any(language == "python" for language, _ in blocks(path)) or path in WHOLE:
         return
     files = [ROOT / PYTHON_RUN_BY[name]] if (ROOT / PYTHON_RUN_BY[name]).is_file() else (ROOT / "tests").rglob("test_*.py")
     assert any(path.name in file.read_text(encoding="utf-8") for file in files if file.name != Path(__file__).name)
 
 
-async def test_the_program_of_readme_runs(folder: Path) -> None:
-    (program,) = [text for language, text in blocks(ROOT / "README.md") if language == "python"]
+@pytest.mark.parametrize("path", WHOLE, ids=lambda path: path.name)
+async def test_the_program_of_a_page_runs(path: Path, folder: Path) -> None:
+    (program,) = [text for language, text in blocks(path) if language == "python"]
     async with serving(ScriptedEngine(counting(5))) as running:
         text = program.replace("127.0.0.1:8080", f"127.0.0.1:{running.port}")
         done = await asyncio.to_thread(
