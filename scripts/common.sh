@@ -259,7 +259,7 @@ server_pid() {
   [ -f "$pid_file" ] || return 1
   pid=$(cat "$pid_file")
   case $pid in '' | *[!0-9]*) return 1 ;; esac
-  ps -p "$pid" -o command= 2>/dev/null | grep -qE 'moshi-(stt|server) worker' || return 1
+  ps -ww -p "$pid" -o command= 2>/dev/null | grep -qE 'moshi-(stt|server) worker' || return 1
 }
 
 # Sets `server_url`, `server_model`, `server_port`, `server_addr` and `server_flags` (one a line) of the server that was last started.
