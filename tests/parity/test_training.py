@@ -1,0 +1,71 @@
+"""The recipe from end to end in about a minute, with espeak-ng's voices alone: from clips to files that the server loads."""
+
+import ctypes
+import random
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tests.support.stepping import drive
+
+pytest.importorskip("soundfile", reason="soundfile, which the recipe needs, is not installed")
+pytest.importorskip("torch", reason="torch not installed")
+
+from training import export, finetune, train
+from training.clips import read_shards, write_shard
+from training.synthesise import espeak_clips
+from training.tokenizer import train_tokenizer
+
+from moshi_stt.config import KyutaiModule
+from moshi_stt.config_load import parse_config
+from moshi_stt.models.spec import spec_from_module
+from moshi_stt.models.torch_impl.build import load_backend
+
+STEPS = 4
+
+pytestmark = pytest.mark.timeout(900)
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A hundred clips of some voices, one of them held out."""
+    try:
+        ctypes.CDLL("libespeak-ng.so.1")
+    except OSError:
+        pytest.skip("espeak-ng, whose voices the recipe needs, is not installed")
+    folder = tmp_path_factory.mktemp("clips")
+    write_shard(folder / "espeak" / "0000", list(islice(espeak_clips(random.Random(1), 0.02), 96)))
+    return folder
+
+
+def test_clips_survive_the_disk(clips: Path) -> None:
+    found = list(read_shards(clips))
+    assert len(found) == 96
+    assert {clip.language for clip in found} == {"en", "fr"}
+    for clip in found:
+        assert " ".join(word.text for word in clip.words) == clip.text
+        assert all(0 <= word.start <= word.end <= len(clip.samples) / 24_000 + 0.01 for word in clip.words)
+
+
+def test_from_voices_to_a_model_that_is_served(clips: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    train_tokenizer(tmp_path / "tokenizer.model")
+    common = ["--clips", str(clips), "--tokenizer", str(tmp_path / "tokenizer.model"), "--rows", "2", "--frames", "50"]
+    common += ["--test-rows", "1"]
+    train.main([str(tmp_path / "run"), *common, "--steps", str(STEPS), "--show", "1"])
+    lines = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("step") and "token" in line]
+    losses = [float(line[line.index("token") + 1]) for line in lines]
+    assert len(losses) == STEPS
+    assert losses[-1] < losses[0]
+    more = ["--steps", "2", "--sample-batches", "8"]
+    finetune.main([str(tmp_path / "run" / "average.pt"), str(tmp_path / "final.pt"), *common, *more])
+    export.main([str(tmp_path / "final.pt"), str(tmp_path / "out"), "--tokenizer", str(tmp_path / "tokenizer.model")])
+    text = (tmp_path / "out" / "phrases.toml").read_text().replace("package:data/phrases", str(tmp_path / "out"))
+    (module,) = parse_config(text, "phrases.toml").config.modules
+    assert isinstance(module, KyutaiModule)
+    files = Path(module.lm_model_file), Path(module.audio_tokenizer_file)
+    backend = load_backend(module, *files, spec_from_module(module), 2)
+    served = drive(backend, np.zeros(1_920 * 4, np.float32))
+    backend.close()
+    assert served.tokens.shape == (4,)
+    assert np.isfinite(served.logits).all()
