@@ -65,7 +65,7 @@ class SegmentSettings:
     longest_seconds: float = 15.0
     """Speech without a pause is cut here, at the quietest place of the last `cut_seconds`."""
     cut_seconds: float = 4.0
-    settled_chance: float = 0.96
+    settled_chance: float = 0.955
     """A word with this chance to stay is sent;"""
     followers: int = 4
     """one that so many words follow, far from the audio's end where most changes are, with"""
