@@ -131,6 +131,7 @@ async def send(
     """Stream a recording and some silence; returns once every frame was answered.
 
     live: one chunk at its time. Otherwise as fast as the server steps, `headroom` frames ahead at most.
+    Raises RuntimeError where the server ends the stream before that.
     """
     padded = np.concatenate([samples, np.zeros(int(TAIL_SECONDS * RATE), np.float32)])
     frames = -(-len(padded) // FRAME)
@@ -144,12 +145,17 @@ async def send(
     ):
 
         async def receive() -> None:
-            async for message in socket_:
-                _take(session, msgpack.unpackb(message.data))
+            try:
+                async for message in socket_:
+                    _take(session, msgpack.unpackb(message.data))
+                    async with answered:
+                        answered.notify_all()
+                    if len(session.pauses) >= frames:
+                        return
+                raise RuntimeError(f"the server closed the stream after {len(session.pauses)} of {frames} steps")
+            finally:
                 async with answered:
                     answered.notify_all()
-                if len(session.pauses) >= frames:
-                    return
 
         receiving = asyncio.create_task(receive())
         start = time.monotonic()
@@ -159,6 +165,8 @@ async def send(
             else:
                 async with answered:
                     await answered.wait_for(lambda at=at: receiving.done() or at // FRAME - len(session.pauses) < headroom)
+            if receiving.done():
+                break
             pcm = padded[at : at + chunk]
             session.sent.append(time.monotonic())
             await socket_.send_bytes(msgpack.packb({"type": "Audio", "pcm": pcm.tolist()}, use_single_float=True))
