@@ -14,7 +14,7 @@ from moshi_stt.audio.decode import read_file
 from moshi_stt.audio.opus import OpusEncoder
 from moshi_stt.config_load import embedded_config
 from moshi_stt.engines import EMBEDDED_PACKAGES, build_engine, missing_packages
-from moshi_stt.events import AnyEvent, EndWord, Marker, Word
+from moshi_stt.events import AnyEvent, EndWord, Marker, Step, Word
 from moshi_stt.sample import sample_path
 from moshi_stt.text.subtitles import TimedWord, pair_words
 
@@ -73,7 +73,7 @@ async def words_of(running: Running, messages: list[bytes]) -> list[TimedWord]:
                 break
         await sending
     assert isinstance(events[-1], Marker)
-    assert all(isinstance(event, Word | EndWord) for event in events[1:-1])
+    assert all(isinstance(event, Word | EndWord | Step) for event in events[1:-1])
     return pair_words(events)
 
 
