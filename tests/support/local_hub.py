@@ -29,6 +29,8 @@ class LocalHub:
     """Storage closes the connection after so many bytes of an answer."""
     cuts: int = 10**9
     """How many answers are cut."""
+    status_after_cuts: int | None = None
+    """What `status` becomes with the last cut."""
     wrong: bool = False
     """Storage serves the right length of something else."""
     status: int | None = None
@@ -120,6 +122,8 @@ class _Handler(BaseHTTPRequestHandler):
             return
         if hub.cut_after is not None and hub.cuts > 0:
             hub.cuts -= 1
+            if not hub.cuts and hub.status_after_cuts is not None:
+                hub.status = hub.status_after_cuts
             self.wfile.write(body[: hub.cut_after])
             self.close_connection = True
             return
