@@ -38,7 +38,6 @@ VARIANTS = {
     "int4": 'quantize = "int4"',
     "kv bf16": 'kv_dtype = "bf16"',
     "kv fp8": 'kv_dtype = "fp8"',
-    "mimi bf16": 'mimi_dtype = "bf16"',
 }
 """Lines of a module's configuration, by what they change."""
 
