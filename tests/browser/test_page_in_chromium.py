@@ -45,6 +45,8 @@ async def test_grey_text_turns_black_and_the_lag_is_shown(browsers: Browsers) ->
         await talker.say("Step", step_idx=12, prs=[0.1, 0.2, 0.75, 0.9], buffered_pcm=0)
         await talker.say("Word", text="Good", start_time=0.1)
         await talker.say("EndWord", stop_time=0.3)
+        await talker.say("Word", text="old", start_time=0.3, confidence=0.2)
+        await talker.say("EndWord", stop_time=0.3)
         await talker.say("Interim", text="morning", start_time=0.3)
         await talker.say("Warning", code="language", message="This sounds like French; this model knows English only.")
         await talker.answer_markers()
@@ -57,7 +59,8 @@ async def test_grey_text_turns_black_and_the_lag_is_shown(browsers: Browsers) ->
         assert "Good" not in await text_of(page, "#transcript")
         settle.set()
         await wait_for(page, "document.querySelector('.interim')?.textContent === 'morning'")
-        assert re.fullmatch(r"0:00\s*Good morning", (await text_of(page, "#transcript")).strip())
+        assert re.fullmatch(r"0:00\s*Good old morning", (await text_of(page, "#transcript")).strip())
+        assert (await text_of(page, ".doubtful")).strip() == "old"
         grey, black = await page.evaluate(
             "['.interim', '.transcript p'].map((each) => getComputedStyle(document.querySelector(each)).color)"
         )

@@ -6,6 +6,7 @@ import { decode, encodeAudio, encodeMarker } from "./messagepack.js";
 export const RATE = 24000;
 const HELD_SECONDS = 600; // audio kept while there is no connection; beyond this the oldest is given up
 const AGAIN_SECONDS = 30; // audio that a new stream hears again at most: no word comes later than this after its sound
+const DOUBTFUL = 0.5; // a word with less confidence than this is likely wrong
 const RETRY_MS = [250, 500, 1000, 2000, 4000, 8000];
 const FINAL = new Set([1000, 1002, 1003, 1007, 1008, 1009]); // these close codes will not get better by trying again
 const RESUME_REFUSED = 4404; // "start anew": the server no longer holds the stream
@@ -72,7 +73,7 @@ export class LiveStream {
   connect() {
     const url = new URL(this.url());
     const query = url.searchParams;
-    for (const name of ["interim", "warnings"]) query.set(name, "1");
+    for (const name of ["interim", "confidence", "warnings"]) query.set(name, "1");
     query.set("resume", this.token ?? "1");
     if (this.token) {
       query.set("samples", String(this.acked - this.base));
@@ -97,7 +98,8 @@ export class LiveStream {
     const offset = this.base / RATE;
     if (type === "Word") {
       this.close();
-      this.unfinished = { text: message.text, start: offset + message.start_time, end: null };
+      const doubtful = message.confidence !== undefined && message.confidence < DOUBTFUL;
+      this.unfinished = { text: message.text, start: offset + message.start_time, end: null, doubtful };
       this.on.word(this.unfinished);
     } else if (type === "EndWord") {
       if (this.unfinished) this.unfinished.end = Math.max(this.unfinished.start, offset + message.stop_time);

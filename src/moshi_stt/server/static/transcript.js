@@ -59,6 +59,7 @@ export class Recording {
     const entry = {
       text: word.text,
       speaker,
+      doubtful: word.doubtful ?? false,
       number: this.words.length,
       get start() { return offset + word.start; },
       get end() { return offset + (word.end ?? word.start + 0.3); },
@@ -131,8 +132,15 @@ export class TranscriptView {
   }
 
   word(recording, paragraph, word) {
-    const { text } = this.nodes.get(recording);
-    text.appendData(`${word.text} `);
+    const nodes = this.nodes.get(recording);
+    if (word.doubtful) {
+      const doubtful = Object.assign(document.createElement("span"), { className: "doubtful", title: "The model is not sure of this word." });
+      doubtful.textContent = `${word.text} `;
+      nodes.text = document.createTextNode("");
+      nodes.interim.before(doubtful, nodes.text);
+    } else {
+      nodes.text.appendData(`${word.text} `);
+    }
     this.said += `${word.text} `;
     if (SENTENCE_END.test(word.text)) this.announce();
     this.changed();
@@ -165,7 +173,7 @@ export class TranscriptView {
   /** The last `characters` of settled text and the interim text, for captions. */
   tail(characters) {
     const paragraphs = [...this.element.children].slice(-3);
-    const settled = paragraphs.map((node) => [...node.childNodes].filter((each) => each.nodeType === 3).map((each) => each.data).join("")).join("\n");
+    const settled = paragraphs.map((node) => [...node.childNodes].filter((each) => each.nodeType === 3 || each.className === "doubtful").map((each) => each.textContent).join("")).join("\n");
     const interim = [...this.nodes.values()].map((nodes) => nodes.interim.textContent).join(" ").trim();
     return { settled: settled.slice(-characters).replace(/^\S*\s/, settled.length > characters ? "" : "$&").trim(), interim };
   }
