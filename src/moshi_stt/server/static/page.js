@@ -214,6 +214,7 @@ async function startRecording() {
     for (const [each] of media) for (const track of each.getTracks()) track.stop();
     for (const recorder of recorders) recorder.stream.stop();
     complain(error instanceof SoundError ? error.message : `The recording could not start: ${text(error)}.`);
+    say("Not recording.");
   } finally {
     opening = false;
   }
@@ -236,7 +237,7 @@ function recorderGone(recorder) {
   stopping = false;
   showLevel({ percent: 0, verdict: "" });
   $("lag").textContent = "";
-  $("pause").hidden = true;
+  $("pause").hidden = $("pause-label").hidden = true;
   say(transcript.empty ? "Ready." : "Done.");
   showRecording();
 }
@@ -283,7 +284,7 @@ function showLag(seconds) {
 }
 
 function showPause(probability) {
-  $("pause").hidden = false;
+  $("pause").hidden = $("pause-label").hidden = false;
   $("pause-level").style.width = `${probability * 100}%`;
   $("pause").setAttribute("aria-valuenow", (probability * 100).toFixed(0));
 }

@@ -5,7 +5,7 @@ import { RATE } from "./stream.js";
 /** Why a source could not be opened, as a sentence. */
 export class SoundError extends Error {}
 
-const BLOCKED = "Click the icon at the left of the address bar (Safari: Settings › Websites › Microphone), allow it there, then try again.";
+const BLOCKED = "Click the icon at the left of the address bar (Safari: Settings › Websites › Microphone), allow it there, then try again. On a Mac, look at System Settings › Privacy & Security › Microphone, too.";
 
 /** Opens the microphone. deviceId: "" for the system's. */
 export async function openMicrophone(deviceId) {
