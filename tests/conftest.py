@@ -37,11 +37,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True)
 def level_of_logging() -> Iterator[None]:
-    """Commands that run in the test's own process set the root's level: the next test gets it as it was."""
+    """Commands that run in the test's own process set the root's level and add filters: the next test gets all as it was."""
     root = logging.getLogger()
     level = root.level
+    filters = {name: list(each.filters) for name, each in _loggers()}
     yield
     root.setLevel(level)
+    for name, each in _loggers():
+        each.filters[:] = filters.get(name, [])
+
+
+def _loggers() -> list[tuple[str, logging.Logger]]:
+    named = list(logging.root.manager.loggerDict.items())
+    return [(name, each) for name, each in named if isinstance(each, logging.Logger)]
 
 
 @pytest.fixture(scope="session")

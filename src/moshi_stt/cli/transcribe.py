@@ -317,6 +317,8 @@ class _Archive(_Files):
                 yield item
                 continue
             self._kept += 1
+            if item.path not in self._manifest.lines:  # written, and then the program was killed
+                self._manifest.add(item, "done", 0.0, "written by an earlier run")
             if damage := self._manifest.was_damaged(item):
                 self.failed += 1
                 print(f"Error: {as_text(item.path)}: {damage} (in an earlier run)", file=sys.stderr)
