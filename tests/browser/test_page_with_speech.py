@@ -3,48 +3,18 @@
 import asyncio
 import contextlib
 import re
-import socket
-import sys
 import wave
-from collections.abc import AsyncIterator
 from pathlib import Path
 
-import aiohttp
 import numpy as np
 import pytest
 from tests.browser.conftest import Browsers
 from tests.browser.test_page_in_chromium import text_of, wait_for
+from tests.support.worker_process import embedded_worker
 
 from moshi_stt.sample import sample_path
 
 pytestmark = pytest.mark.timeout(900)
-
-
-@pytest.fixture(scope="module")
-def port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])
-
-
-@contextlib.asynccontextmanager
-async def worker(port: int) -> AsyncIterator[None]:
-    """`moshi-stt worker` as users start it."""
-    command = (sys.executable, "-m", "moshi_stt", "worker", "--config", "embedded", "--addr", "127.0.0.1", "--port", str(port))
-    quiet = asyncio.subprocess.DEVNULL
-    process = await asyncio.create_subprocess_exec(*command, stdout=quiet, stderr=quiet)
-    try:
-        async with asyncio.timeout(120), aiohttp.ClientSession() as http:
-            for _ in range(1_000):
-                with contextlib.suppress(aiohttp.ClientError):
-                    async with http.get(f"http://127.0.0.1:{port}/ready") as answer:
-                        if answer.status == 200:
-                            break
-                await asyncio.sleep(0.1)
-        yield
-    finally:
-        process.terminate()
-        await process.wait()
 
 
 class Cuttable:
@@ -88,11 +58,9 @@ def normal(text: str) -> list[str]:
     return re.findall(r"[a-z']+", re.sub(r"\d+:\d\d", " ", text).lower())
 
 
-async def test_speech_turns_from_grey_to_black_and_a_cut_connection_costs_no_word(
-    browsers: Browsers, port: int, tmp_path: Path
-) -> None:
+async def test_speech_turns_from_grey_to_black_and_a_cut_connection_costs_no_word(browsers: Browsers, tmp_path: Path) -> None:
     speech = spoken(2, tmp_path)
-    async with worker(port):
+    async with embedded_worker() as (port, _):
         relay = Cuttable(port)
         server = await asyncio.start_server(relay.relay, "127.0.0.1", 0)
         address = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/"
@@ -114,12 +82,12 @@ async def test_speech_turns_from_grey_to_black_and_a_cut_connection_costs_no_wor
     assert [problem for problem in browsers.problems if "WebSocket" not in problem and "ERR_" not in problem] == []
 
 
-async def test_a_ten_minute_file_is_uploaded_with_progress(browsers: Browsers, port: int, tmp_path: Path) -> None:
+async def test_a_ten_minute_file_is_uploaded_with_progress(browsers: Browsers, tmp_path: Path) -> None:
     with wave.open(str(sample_path())) as file:
         seconds = file.getnframes() / file.getframerate()
     times = int(np.ceil(600 / seconds))
     speech = spoken(times, tmp_path)
-    async with worker(port):
+    async with embedded_worker() as (port, _):
         page = await browsers.page()
         await page.goto(f"http://127.0.0.1:{port}/")
         await page.set_input_files("#file", str(speech))

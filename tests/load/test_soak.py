@@ -8,16 +8,14 @@ import contextlib
 import io
 import os
 import random
-import socket
-import sys
 import time
 import wave
-from collections.abc import AsyncIterator
 from pathlib import Path
 
 import aiohttp
 import numpy as np
 import pytest
+from tests.support.worker_process import embedded_worker
 
 from moshi_stt.client import Client
 from moshi_stt.errors import ServerError
@@ -42,29 +40,6 @@ def speech() -> np.ndarray:
         pcm = np.frombuffer(file.readframes(file.getnframes()), "<i2").astype(np.float32) / 32_768
     places = np.arange(0, len(pcm) - 1, rate / 24_000)
     return np.interp(places, np.arange(len(pcm)), pcm).astype(np.float32)
-
-
-@contextlib.asynccontextmanager
-async def worker() -> AsyncIterator[tuple[int, int]]:
-    """A server of its own: port and process id."""
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        port = sock.getsockname()[1]
-    command = (sys.executable, "-m", "moshi_stt", "worker", "--config", "embedded", "--addr", "127.0.0.1", "--port", str(port))
-    quiet = asyncio.subprocess.DEVNULL
-    process = await asyncio.create_subprocess_exec(*command, stdout=quiet, stderr=quiet)
-    try:
-        async with asyncio.timeout(120), aiohttp.ClientSession() as http:
-            for _ in range(1_000):
-                with contextlib.suppress(aiohttp.ClientError):
-                    async with http.get(f"http://127.0.0.1:{port}/ready") as answer:
-                        if answer.status == 200:
-                            break
-                await asyncio.sleep(0.1)
-        yield port, process.pid
-    finally:
-        process.terminate()
-        await process.wait()
 
 
 def measured(pid: int) -> dict[str, float]:
@@ -140,7 +115,7 @@ async def marked(client: Client) -> None:
 
 
 async def test_an_hour_of_mixed_load_leaves_nothing_behind() -> None:
-    async with worker() as (port, pid):
+    async with embedded_worker() as (port, pid):
         begin = time.monotonic()
         load = Load(port, speech(), begin + SECONDS)
         running = [asyncio.create_task(load.run(seed)) for seed in range(4)]

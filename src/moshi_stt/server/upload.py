@@ -250,16 +250,16 @@ async def _received(
     if request.content_length is not None and request.content_length > limit + (MOST_FIELD_BYTES if form else 0):
         raise _Fault("too_large", too_large)
     with tempfile.TemporaryFile() as file:
-        spool = _Spool(file, limit, too_large, limits.upload_bytes_per_second)
+        body = _Body(file, limit, too_large, limits.upload_bytes_per_second)
         fields: Fields = ()
         name: str | None = None
         try:
             if form is None:
                 while piece := await _next_piece(request, limits.idle_seconds):
-                    await spool.add(piece)
+                    await body.add(piece)
             else:
-                fields, name = await read_form(request, form, spool.add, limits.idle_seconds)
-            await spool.flush()
+                fields, name = await read_form(request, form, body.add, limits.idle_seconds)
+            await body.flush()
         except (web.RequestPayloadError, BadForm) as error:
             reason = " ".join(str(getattr(error.__cause__, "message", error)).split())
             raise _Fault("bad_request", f"{UNBUFFERED}{reason}") from None
@@ -273,7 +273,7 @@ async def _received(
         yield file, fields, name
 
 
-class _Spool:
+class _Body:
     """Bytes on their way to a file, written by a thread, a megabyte at a time."""
 
     def __init__(self, file: IO[bytes], limit: int, too_large: str, least_rate: int) -> None:

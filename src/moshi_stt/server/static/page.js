@@ -1,7 +1,7 @@
 // The page: wires microphone, files, settings and menus to the transcript.
 
 import { Captions } from "./captions.js";
-import { address, modules, refusal, socketAddress, transcribeFile, whyEnded } from "./server.js";
+import { address, modules, socketAddress, transcribeFile, whyEnded } from "./server.js";
 import { Level, offersTab, openMicrophone, openTab, SoundError, Source } from "./sound.js";
 import { LiveStream, RATE } from "./stream.js";
 import { FORMATS } from "./subtitles.js";
@@ -506,4 +506,4 @@ loadSettings();
 showRecording();
 refreshServer();
 setInterval(() => document.hidden || refreshServer(), REFRESH_MS);
-export { refusal, transcript, view };
+export { transcript };

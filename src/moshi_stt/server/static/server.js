@@ -42,7 +42,7 @@ export async function whyRefused(path, key) {
 }
 
 /** The server's reason for not taking a stream, as a sentence. */
-export function refusal(reason) {
+function refusal(reason) {
   if (/no free (channels|slot)/.test(reason)) return "All streams of the server are in use. Try again in a moment.";
   if (/shutting down/.test(reason)) return "The server is shutting down. Try again in a moment.";
   if (/loading/.test(reason)) return "The model is still loading. Try again in a moment.";
