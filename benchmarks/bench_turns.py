@@ -5,7 +5,7 @@ after a sentence's end. Both are filled with the recording's own noise floor. Le
 speech are skewed to short ones; the seed is fixed. Nothing but the audio goes to the detector: words, which guard dictated
 numbers, do not enter.
 
-    python benchmarks/bench_turns.py FOLDER [--score eot_score.py]    FOLDER: recordings of speech, WAV, FLAC, MP3 or Ogg
+    python benchmarks/bench_turns.py FOLDER --score eot_score.py    FOLDER: recordings of speech, WAV, FLAC, MP3 or Ogg
 
 FOLDER may have a MANIFEST.tsv that names the files of one language (columns `file` and `language`). Word borders come from the
 embedded model. --score: the scorer whose `summary(spans)` gives the four numbers. Prints a table and, as its last line, JSON.
@@ -149,7 +149,7 @@ def scorer(path: Path) -> Any:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--score", type=Path, default=Path("../shared/eot_score.py"))
+    parser.add_argument("--score", type=Path, required=True, help="eot_score.py, the rules of eot-bench")
     parser.add_argument("--language", default="en")
     parser.add_argument("--count", type=int, default=200, help="holds, and ends, each")
     parser.add_argument("--seed", type=int, default=0)
