@@ -15,6 +15,7 @@ import sys
 import tempfile
 from collections import deque
 from collections.abc import AsyncGenerator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Final
@@ -142,7 +143,8 @@ class DecodePool:
                         decoded.seconds, decoded.fault = message.seconds, message.fault
                         decoded.remarks, decoded.silence = message.remarks, message.silence
                     else:
-                        decoded.fault = AudioError(f"the process that decodes it has ended ({await self._end(process)})")
+                        status = await self._end(process, STOP_SECONDS)
+                        decoded.fault = AudioError(f"the process that decodes it has ended ({status})")
             finally:
                 if not over:
                     await self._end(process)  # it is in the middle of a file that nobody wants
@@ -185,16 +187,23 @@ class DecodePool:
         process.messages = asyncio.Queue()
         process.reading = asyncio.create_task(self._read(reader, process.messages))
 
-    async def _end(self, process: _Process) -> str:
-        """Kill a process and take its blocks back, those of its last messages included. How it ended, in words."""
+    async def _end(self, process: _Process, patience: float = 0.0) -> str:
+        """End a process and take its blocks back, those of its last messages included. How it ended, in words.
+
+        patience: seconds for one that is ending by itself. It is killed after them; sooner, the signal would take the status
+        of a process that is dead already, and nobody would learn why it died.
+        """
         assert process.process is not None
         assert process.reading is not None
         if process.writer is not None:
             process.writer.close()
             process.writer = None
-        if process.process.returncode is None:
-            process.process.kill()
-        status = await process.process.wait()
+        try:
+            status = await asyncio.wait_for(process.process.wait(), patience)
+        except TimeoutError:
+            with suppress(ProcessLookupError):
+                process.process.kill()
+            status = await process.process.wait()
         await asyncio.gather(process.reading, return_exceptions=True)
         while not process.messages.empty():
             if isinstance(message := process.messages.get_nowait(), PieceThere):
