@@ -14,7 +14,7 @@ from moshi_stt.server.doors.door import Door, Opening, SocketDoor
 from moshi_stt.server.doors.options import on_ignored
 from moshi_stt.server.framing import Framing
 from moshi_stt.server.metrics import Metrics
-from moshi_stt.server.resume import REFUSED, new_token
+from moshi_stt.server.resume import REFUSED, Place, new_token
 from moshi_stt.server.spool import SpoolBudget
 from moshi_stt.server.surroundings import Surroundings
 from moshi_stt.server.timers import tick_seconds
@@ -35,9 +35,9 @@ STILL_SECONDS = 2.0
 class Connections:
     """Used on the event loop alone."""
 
-    def __init__(self, limits: LimitsConfig, metrics: Metrics, *, process: int = 0, processes: int = 1) -> None:
-        """process: number of this one. processes: how many share what the limits say of all streams together."""
-        self._process = process
+    def __init__(self, limits: LimitsConfig, metrics: Metrics, *, place: Place | None = None, processes: int = 1) -> None:
+        """place: of this process, for tokens. processes: how many share what the limits say of all streams together."""
+        self.place = place or Place()
         self._by_token: dict[str, Connection] = {}
         self._ending = False
         self._limits = limits
@@ -70,7 +70,7 @@ class Connections:
         server = Surroundings(self._limits, self._metrics, self.spool, self._may_park, self._lost, self._monitor.add)
         token = None
         if opening.resume is not None and self._limits.resume_seconds > 0:
-            token = new_token(self._process)
+            token = new_token(self.place)
         frames = self._framing(door)
         connection = Connection(engine, opening, door.session(opening), frames, server, peer, token, door.name)
         self._connections.add(connection)

@@ -4,12 +4,14 @@ A client that has lost its connection comes back with the stream's token, the sa
 messages it has received. What it sends twice counts once; what it has not received is sent again.
 """
 
+import os
+import re
 import secrets
 from collections import OrderedDict, deque
 from typing import NamedTuple
 
 from moshi_stt.engine.commands import Audio, Mark, Reset
-from moshi_stt.errors import ProtocolError
+from moshi_stt.errors import ConfigError, ProtocolError
 from moshi_stt.session import Message
 
 MOST_MESSAGES = 4_096
@@ -39,15 +41,51 @@ class Again(NamedTuple):
     samples: int
 
 
-def new_token(process: int) -> str:
-    """Names the process that holds the stream: 0 for the first one, else the number of a worker from 1 on."""
-    return f"{process}-{secrets.token_urlsafe(18)}"
+REPLICA_VARIABLE = "MOSHI_STT_REPLICA"
+"""Environment variable with the name of this server among several that share an address. Tokens then begin with it."""
+
+_REPLICA = re.compile(r"[A-Za-z0-9_]{1,64}")
+_PLACE = re.compile(r"(?:r(?P<replica>[A-Za-z0-9_]{1,64})\.)?(?:d(?P<device>[0-9]{1,4})\.)?(?P<process>[0-9]{1,5})")
 
 
-def process_of(token: str) -> int | None:
-    """The process that a token names; None for what is no token."""
-    number = token.partition("-")[0]
-    return int(number) if number.isdecimal() and len(number) < 6 else None
+class Place(NamedTuple):
+    """Who holds a stream. Each layer on a client's way in looks at its own part.
+
+    replica: the server, where several share an address. device: the number of the model process, from 0 on, where there are
+    several. process: 0 for the process that has the model, else the number of the worker that carries the socket.
+    """
+
+    replica: str | None = None
+    device: int | None = None
+    process: int = 0
+
+    def __str__(self) -> str:
+        replica = "" if self.replica is None else f"r{self.replica}."
+        device = "" if self.device is None else f"d{self.device}."
+        return f"{replica}{device}{self.process}"
+
+
+def replica_name() -> str | None:
+    """The name of this server among several, from the environment; None where it has none. Raises ConfigError."""
+    name = os.environ.get(REPLICA_VARIABLE, "")
+    if name and not _REPLICA.fullmatch(name):
+        raise ConfigError(f"{REPLICA_VARIABLE}={name!r}: expected 1 to 64 letters, digits or underscores, such as 2")
+    return name or None
+
+
+def new_token(place: Place) -> str:
+    """Names a stream of that place: `r2.d1.0-SECRET`."""
+    return f"{place}-{secrets.token_urlsafe(18)}"
+
+
+def place_of(token: str) -> Place | None:
+    """The place that a token names; None for what is no token."""
+    name, dash, _ = token.partition("-")
+    found = _PLACE.fullmatch(name)
+    if found is None or not dash:
+        return None
+    device = found["device"]
+    return Place(found["replica"], None if device is None else int(device), int(found["process"]))
 
 
 class Resumption:

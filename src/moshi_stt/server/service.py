@@ -14,6 +14,7 @@ from moshi_stt.server.connections import Connections
 from moshi_stt.server.doors.door import Handshake, HttpDoor
 from moshi_stt.server.gate import Gate
 from moshi_stt.server.metrics import Metrics
+from moshi_stt.server.resume import Place, replica_name
 from moshi_stt.server.workers.pool import WorkerPool
 
 log = logging.getLogger(__name__)
@@ -54,7 +55,7 @@ class Service:
             each.engine.observer = metrics
         metrics.watch(lambda: ((each.module.name, each.engine) for each in served))
         gate = Gate(Keys(config.authorized_ids), config.limits, metrics, time.monotonic)
-        return cls(config, served, metrics, gate, Connections(config.limits, metrics))
+        return cls(config, served, metrics, gate, Connections(config.limits, metrics, place=Place(replica_name())))
 
     @property
     def is_started(self) -> bool:
@@ -96,7 +97,7 @@ class Service:
         shared = {name: engine for name, engine in engines.items() if engine.processes}
         if shared:
             count = min(engine.processes for engine in shared.values())
-            self.workers = WorkerPool(self.config, shared, count)
+            self.workers = WorkerPool(self.config, shared, count, self.connections.place)
             await self.workers.start()
 
     async def drain_connections(self, sentence: str, code: int, drain_seconds: float, within_seconds: float) -> None:

@@ -13,7 +13,7 @@ from moshi_stt.server.connection import Connection
 from moshi_stt.server.doors.door import Door, Opening, Refused, Route
 from moshi_stt.server.gate import Entry
 from moshi_stt.server.handshake import handshake_of, refused
-from moshi_stt.server.resume import process_of
+from moshi_stt.server.resume import place_of
 from moshi_stt.server.service import Served, Service
 from moshi_stt.server.upgrade import switch_protocols, upgrade_problem
 
@@ -80,10 +80,11 @@ async def _resume(
 ) -> web.StreamResponse:
     """Take a client back to its stream, which another process may have."""
     assert opening.resume is not None
-    process = process_of(opening.resume.token or "")
-    workers = service.workers
-    if process and workers is not None and workers.take_back_client(process, door, opening, transport, early, peer):
-        return TakenOver()
+    place, workers = place_of(opening.resume.token or ""), service.workers
+    if place is not None and place.process and place._replace(process=0) == service.connections.place and workers is not None:
+        taken = workers.take_back_client(place.process, door, opening, transport, early, peer)
+        if taken:
+            return TakenOver()
     connection = service.connections.resume(transport, early, door, opening, peer, lost)
     if connection is not None:
         await connection.lost

@@ -8,6 +8,7 @@ from prometheus_client.metrics_core import Metric
 from moshi_stt.config import ServerConfig
 from moshi_stt.engine.sharing import WorkerConfig
 from moshi_stt.server.doors.door import Door, Opening
+from moshi_stt.server.resume import Place
 
 
 @dataclass(frozen=True)
@@ -18,8 +19,8 @@ class SetUp:
     shares: dict[str, WorkerConfig]
     """By module name."""
     log_level: int
-    process: int
-    """Number of the worker, from 1 on."""
+    place: Place
+    """Of the worker."""
     processes: int
     """How many carry sockets, the first process included."""
 

@@ -26,6 +26,7 @@ from moshi_stt.errors import EngineError
 from moshi_stt.server import framing
 from moshi_stt.server.doors.door import Door, Opening
 from moshi_stt.server.metrics import add_samples
+from moshi_stt.server.resume import Place
 from moshi_stt.server.workers import messages
 from moshi_stt.server.workers.ipc import MessageSocket
 
@@ -100,8 +101,9 @@ class _Worker:
 class WorkerPool:
     """All of them. Used on the event loop alone."""
 
-    def __init__(self, config: ServerConfig, engines: Mapping[str, ShareableEngine], count: int) -> None:
-        """engines: started, by module name, loaded for so many processes."""
+    def __init__(self, config: ServerConfig, engines: Mapping[str, ShareableEngine], count: int, place: Place) -> None:
+        """engines: started, by module name, loaded for so many processes. place: of this process."""
+        self._place = place
         self._config = config
         self._engines = dict(engines)
         self._workers = [_Worker(number) for number in range(count)]
@@ -167,10 +169,9 @@ class WorkerPool:
             shares = {name: engine.share(worker.number) for name, engine in self._engines.items()}
             descriptors = [d for line in lines.values() for d in (line.memory, line.signal.fileno())]
             config = msgspec.structs.replace(self._config, authorized_ids=frozenset())  # keys are asked for here
-            channel.send(
-                messages.SetUp(config, shares, logging.getLogger().level, worker.number + 1, len(self._workers) + 1),
-                descriptors,
-            )
+            place = self._place._replace(process=worker.number + 1)
+            set_up = messages.SetUp(config, shares, logging.getLogger().level, place, len(self._workers) + 1)
+            channel.send(set_up, descriptors)
         except OSError:
             channel.close()  # which ends it
             raise

@@ -103,9 +103,8 @@ class Worker:
             self._engines[name] = engine
             await engine.start()
             self._begin(self._watch(engine))
-        self._connections = Connections(
-            message.config.limits, self._metrics, process=message.process, processes=message.processes
-        )
+        limits = message.config.limits
+        self._connections = Connections(limits, self._metrics, place=message.place, processes=message.processes)
         self._begin(self._connections.tick())
         self._channel.send(messages.Ready())
 
