@@ -1,8 +1,8 @@
 """Whole recordings sent at once by the libraries that people use, with their own keepalive: all of them is transcribed.
 
-Here the engines are as fast as they can be. MOSHI_STT_FULL=1 runs them at 2.5 times real time, so that every keepalive comes due
-many times while audio waits, and an hour of audio at real time and by the embedded model. With MOSHI_STT_NODE_MODULES, a folder
-in which `npm install ws` was run, Node's `ws` is one of the clients.
+Here the engines are as fast as they can be. MOSHI_STT_FULL=1 runs them at 2.5 times real time, so that every keepalive comes
+due many times while audio waits, and an hour of audio at real time and by the embedded model. With MOSHI_STT_NODE_MODULES, a
+folder in which `npm install ws` was run, Node's `ws` is one of the clients.
 """
 
 import asyncio
@@ -113,9 +113,10 @@ def resident_bytes(pid: int) -> int:
         return 0
 
 
-def servers(
-    kind: str, monkeypatch: pytest.MonkeyPatch
-) -> "contextlib.AbstractAsyncContextManager[tuple[Running, Callable[[], int]]]":
+Served = contextlib.AbstractAsyncContextManager[tuple[Running, Callable[[], int]]]
+
+
+def servers(kind: str, monkeypatch: pytest.MonkeyPatch) -> Served:
     """A server, and the bytes that the fullest connection holds in memory."""
     if kind == "processes":
         return in_socket_processes(monkeypatch)
