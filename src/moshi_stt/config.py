@@ -44,7 +44,7 @@ class LimitsConfig(msgspec.Struct, frozen=True, kw_only=True):
     streams_per_key: int = 0
     """WebSockets that one API key may have open; 0 is no limit."""
     stream_seconds: float = 0.0
-    """How long a WebSocket may stay open; 0 is no limit."""
+    """How long a stream may last, by WebSocket, by TCP or as a POST; 0 is no limit."""
     ahead_bytes: int = 1 << 20
     """Messages that a stream may have waiting in memory once its inbox is full; what comes after them goes to the spool."""
     spool_dir: str = "/var/tmp"

@@ -200,6 +200,25 @@ async def test_a_failed_model_is_told_at_once(caller: Caller, kind: Kind) -> Non
         assert code in (1011, 4011)
 
 
+async def test_a_stream_that_has_lasted_long_enough_gets_its_words_and_is_told(caller: Caller, kind: Kind) -> None:
+    """`stream_seconds` by a clock that the test moves, for this stream alone."""
+    async with house(kind, caller, stream_seconds=1_000.0) as there:
+        others = set(there.running.server.service.connections)
+        async with await caller.connect(there.port) as call:
+            call.say(speech(NUMBERS))
+            await until(lambda: len(there.running.server.service.connections) == 2, "the connection")
+            (connection,) = set(there.running.server.service.connections) - others
+            await until(lambda: connection.tally.samples >= len(speech(NUMBERS)), "its audio")
+            now = asyncio.get_running_loop().time()
+            connection.tick(now + 999)
+            connection.tick(now + 1_001)
+            messages, code = await call.rest()
+            assert [word for message in messages for word in caller.words(message)] == WORDS
+            assert caller.is_error(messages[-1])
+            assert "stream_seconds" in str(messages[-1])
+            assert code in (1008, 4011)
+
+
 async def test_shutdown_is_told(caller: Caller, kind: Kind) -> None:
     async with serving(kind.make(), doors=ALL_DOORS) as running, await caller.connect(running.port) as call:
         call.say(speech(NUMBERS))

@@ -17,6 +17,7 @@ from tests.support.raw_ws import RawClient
 from tests.support.scripted_engine import ScriptedEngine, counting
 from tests.support.serving import DEADLINE, KEY, Running, raw_request, serving, until
 
+from moshi_stt.config import LimitsConfig
 from moshi_stt.constants import API_KEY_HEADER, DEFAULT_PATH, SAMPLE_RATE
 from moshi_stt.server import upload
 
@@ -333,6 +334,38 @@ async def test_body_that_drips_is_given_up(monkeypatch: pytest.MonkeyPatch) -> N
         assert answer.startswith(b"HTTP/1.1 408")
         assert b"upload_bytes_per_second" in answer
         await until(lambda: not running.server.service.uploads and not temporary_files())
+
+
+async def test_post_that_takes_too_long_is_given_up() -> None:
+    """`stream_seconds` bounds a POST, too: whether its body, its slot or its transcript is late; the slot is free again."""
+    request = b"POST /api/asr-streaming HTTP/1.1\r\nHost: x\r\nkyutai-api-key: public_token\r\nContent-Length: 1000\r\n\r\nabc"
+    engine = ScriptedEngine(counting(4), slots=1)
+    async with serving(engine, stream_seconds=0.2) as running:
+        engine.hold()
+        status, _, text = await post(running, wav(2.0))
+        assert (status, "stream_seconds" in text) == (408, True)
+        answer = await raw_request(running.port, request)
+        assert (answer.status, b"stream_seconds" in answer.body) == (408, True)
+        await until(lambda: not running.server.service.uploads and engine.used_slots == 0 and not temporary_files())
+
+
+async def test_post_that_takes_too_long_is_told_in_the_lines_that_came(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once the answer has begun, its status is said: then the end comes as a line of it."""
+    engine = ScriptedEngine(counting(40, 1))
+    real = upload._bounded
+
+    def bounded(limits: LimitsConfig, deadline: float | None = None) -> Any:
+        """The time is over as soon as the first line is out."""
+        return real(limits, None if deadline is None else asyncio.get_running_loop().time())
+
+    monkeypatch.setattr(upload, "_bounded", bounded)
+    async with serving(engine, stream_seconds=1_000.0) as running, aiohttp.ClientSession() as http:
+        headers = {"kyutai-api-key": KEY, "Accept": "application/x-ndjson"}
+        async with http.post(running.http + DEFAULT_PATH, data=wav(10.0), headers=headers) as answer:
+            assert answer.status == 200
+            lines = [json.loads(line) for line in (await answer.text()).splitlines()]
+        assert "stream_seconds" in lines[-1]["message"]
+        await until(lambda: not running.server.service.uploads and engine.used_slots == 0)
 
 
 async def test_recording_that_unpacks_to_hours_is_refused() -> None:

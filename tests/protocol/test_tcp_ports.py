@@ -12,7 +12,8 @@ from tests.support.engines import Kind, SegmentKind
 from tests.support.level_speech import pause, say
 from tests.support.serving import DEADLINE, Running, server_config, serving, until
 
-from moshi_stt.config import WyomingConfig
+from moshi_stt.config import LimitsConfig, WyomingConfig
+from moshi_stt.server import descriptors
 from moshi_stt.server.app import Server
 
 CONFIG = replace(server_config(), wyoming=WyomingConfig(uri="tcp://127.0.0.1:0"))
@@ -123,3 +124,47 @@ async def test_clients_that_vanish_leave_no_slot_behind(running: Running) -> Non
         writer.close()
     engine = running.server.service.served[0].engine
     await until(lambda: running.connections() == 0 and engine.used_slots == 0, "every connection gone and every slot free")
+
+
+async def error_of(running: Running) -> str:
+    """What a new client is told at once, before the server closes."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port(running))
+    name, data = await read_event(reader)
+    assert name == "error"
+    assert await asyncio.wait_for(reader.read(), DEADLINE) == b""
+    writer.close()
+    await writer.wait_closed()
+    return str(data["text"])
+
+
+async def test_what_is_limited_at_other_doors_is_limited_here(kind: Kind, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Connections of an address, descriptors, and new streams in the middle of a shutdown."""
+    config = replace(CONFIG, limits=LimitsConfig(connections_per_address=1))
+    async with serving(kind.make(), config) as running:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port(running))
+        writer.write(DESCRIBE)
+        assert (await read_event(reader))[0] == "info"
+        assert "connections_per_address" in await error_of(running)
+        writer.close()
+        await writer.wait_closed()
+        await until(lambda: running.connections() == 0, "every connection gone")
+        monkeypatch.setattr(descriptors, "soft_limit", lambda: 0)
+        assert "files and sockets" in await error_of(running)
+        monkeypatch.setattr(descriptors, "soft_limit", lambda: None)
+        running.server.service.stopping = True
+        assert "shutting down" in await error_of(running)
+
+
+async def test_a_stream_that_has_lasted_long_enough_is_told(kind: Kind) -> None:
+    async with serving(kind.make(), replace(CONFIG, limits=LimitsConfig(stream_seconds=1_000.0))) as running:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port(running))
+        writer.write(chunk(say([3, 9])))
+        await until(lambda: any(each.tally.samples for each in running.server.service.connections), "the audio")
+        (connection,) = running.server.service.connections
+        connection.tick(asyncio.get_running_loop().time() + 1_001)
+        events = []
+        while not events or events[-1][0] != "error":
+            events.append(await read_event(reader))
+        assert "stream_seconds" in str(events[-1][1]["text"])
+        writer.close()
+        await writer.wait_closed()

@@ -33,7 +33,7 @@ from moshi_stt.server.resume import Again, ResumeRequest
 from moshi_stt.server.spool import Backlog, Spool
 from moshi_stt.server.surroundings import AbandonedSocket, Surroundings, nobody
 from moshi_stt.server.tally import Tally
-from moshi_stt.server.timers import ClosingTimer, ConnectionTimers
+from moshi_stt.server.timers import TOTAL, ClosingTimer, ConnectionTimers
 from moshi_stt.session import Close, Message, Reply, Session
 
 log = logging.getLogger(__name__)
@@ -86,7 +86,8 @@ class Connection(asyncio.Protocol):
         self._queue = InputQueue(session, self._act, self._schedule_resume, self._input_failed, backlog)
         self._full_since: float | None = None
         """Since when the spool has had no room."""
-        self._timers = ConnectionTimers(server.limits, self._loop.time(), may_idle=session.may_idle)
+        self._opened_at = self._loop.time()
+        self._timers = ConnectionTimers(server.limits, self._opened_at, may_idle=session.may_idle)
         self._closing = ClosingTimer()
         self._transport: asyncio.Transport | None = None
         self._state = State.WAITING
@@ -243,7 +244,8 @@ class Connection(asyncio.Protocol):
         self._parked_at = None
         self._reading, self._eof, self._write_paused, self._owed_pong = True, False, False, None
         self._heard = True
-        self._timers = ConnectionTimers(self._server.limits, self._loop.time(), may_idle=self._session.may_idle)
+        may_idle, opened = self._session.may_idle, self._opened_at
+        self._timers = ConnectionTimers(self._server.limits, self._loop.time(), may_idle=may_idle, opened=opened)
         transport.set_protocol(self)
         self._send(missed)
         if self._state is State.LIVE:
@@ -502,11 +504,13 @@ class Connection(asyncio.Protocol):
             unsent=self._transport.get_write_buffer_size() if self._write_paused and self._transport else None,
         )
         self._heard = self._queue.was_active = False
-        verdict = self._timers.judge(now, half_closed=self._eof)
+        finishing = self._final is not None or self._state is State.DRAINING
+        verdict = self._timers.judge(now, half_closed=self._eof, finishing=finishing)
         if verdict is not None:
             log.info("%s: closed: %s", self.peer, verdict.sentence)
             self._server.metrics.errors.labels(verdict.kind).inc()
-            self.end(Error(verdict.sentence, verdict.code))
+            end = self.finish if verdict.kind == TOTAL and not finishing else self.end
+            end(Error(verdict.sentence, verdict.code))
 
     def _acknowledge(self) -> None:
         samples = self._resumption.acknowledgement() if self._resumption is not None else None

@@ -27,6 +27,10 @@ MOST_REMEMBERED = 10_000
 """Addresses and origins that are remembered for the log."""
 
 
+EXHAUSTED = "the server has too many files and sockets open: try again later"
+"""What clients are told then."""
+
+
 class Gate:
     """The checks that every request to a door passes first, whatever the protocol. Used on the event loop alone."""
 
@@ -52,12 +56,8 @@ class Gate:
         """Check origin and key, and that there are descriptors. Raises Refused in the door's own shape; for a wrong key after a
         while.
         """
-        if nearly_exhausted():
-            self._metrics.refusals.labels("descriptors").inc()
-            if self._now() - self._exhausted_logged >= LOG_SECONDS:
-                self._exhausted_logged = self._now()
-                log.error("file descriptors are used up: new clients get 503. Raise the limit of open files (ulimit -n)")
-            raise door.refusal("full", "the server has too many files and sockets open: try again later")
+        if self._is_exhausted():
+            raise door.refusal("full", EXHAUSTED)
         self._check_origin(door, request)
         address = request.address
         if self._waiting[address] >= WRONG_KEYS_AT_ONCE:
@@ -83,15 +83,36 @@ class Gate:
     def enter(self, door: HttpDoor, request: Handshake) -> "Entry":
         """Count a connection for its key and address. Raises Refused beyond their limits; close the entry at its end."""
         key, address = self._keys.digest(door.key(request)), request.address
-        if self._by_address[address] >= self._limits.connections_per_address > 0:
-            self._metrics.refusals.labels("address_limit").inc()
-            sentence = f"{self._limits.connections_per_address} connections of this address are open (connections_per_address)"
+        sentence = self._address_problem(address)
+        if sentence is not None:
             raise door.refusal("busy", sentence)
         if self._by_key[key] >= self._limits.streams_per_key > 0:
             self._metrics.refusals.labels("key_limit").inc()
             sentence = f"{self._limits.streams_per_key} streams with this key are open (streams_per_key)"
             raise door.refusal("busy", sentence)
         return Entry(self, key, address)
+
+    def enter_port(self, address: str) -> "Entry | str":
+        """Count a connection of a protocol that has no requests and no keys; or why it is not served."""
+        sentence = EXHAUSTED if self._is_exhausted() else self._address_problem(address)
+        return Entry(self, "", address) if sentence is None else sentence
+
+    def _is_exhausted(self) -> bool:
+        """Whether nearly all descriptors are in use; it is counted and logged then."""
+        if not nearly_exhausted():
+            return False
+        self._metrics.refusals.labels("descriptors").inc()
+        if self._now() - self._exhausted_logged >= LOG_SECONDS:
+            self._exhausted_logged = self._now()
+            log.error("file descriptors are used up: new clients are refused. Raise the limit of open files (ulimit -n)")
+        return True
+
+    def _address_problem(self, address: str) -> str | None:
+        """Why this address may not have another connection; it is counted then."""
+        if not 0 < self._limits.connections_per_address <= self._by_address[address]:
+            return None
+        self._metrics.refusals.labels("address_limit").inc()
+        return f"{self._limits.connections_per_address} connections of this address are open (connections_per_address)"
 
     def _check_origin(self, door: HttpDoor, request: Handshake) -> None:
         origin = request.headers.get("origin")

@@ -73,11 +73,17 @@ class SocketListeners:
         if arrival.transport is None or arrival.transport.is_closing():
             return None
         service, door = self._service, arrival.door
-        peer = f"{(arrival.transport.get_extra_info('peername') or ('?',))[0]} {door.name}"
+        address = str((arrival.transport.get_extra_info("peername") or ("?",))[0])
+        peer = f"{address} {door.name}"
         modules = {each.module.name: each.engine.info for each in service if each.engine.ready}
         opening = door.accept(peer, service.config, modules)
         engine = service.find(opening.module).engine
         connection = service.connections.take(arrival.transport, bytes(arrival.early), engine, door, opening, peer)
+        entry = service.refusal() or service.gate.enter_port(address)
+        if isinstance(entry, str):
+            connection.end(Error(entry, framing.TRY_AGAIN))
+            return None
+        connection.lost.add_done_callback(lambda _: entry.close())
         if service.is_started:
             connection.open()
         return connection

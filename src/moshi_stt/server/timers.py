@@ -16,6 +16,15 @@ LONGEST_CLOSE_SECONDS = 30.0
 """How long at most."""
 
 
+TOTAL = "total"
+"""Kind of the verdict on a stream that has lasted as long as it may."""
+
+
+def total_sentence(limits: LimitsConfig) -> str:
+    """Why a stream that has lasted as long as it may ends."""
+    return f"the stream has lasted {limits.stream_seconds:g} s, which is all that stream_seconds allows: start a new one"
+
+
 @dataclass(frozen=True)
 class Verdict:
     """Why a connection must end. kind: label of the error count. code: WebSocket status."""
@@ -28,9 +37,12 @@ class Verdict:
 class ConnectionTimers:
     """Those of one connection until our Close is sent."""
 
-    def __init__(self, limits: LimitsConfig, now: float, *, may_idle: bool = False) -> None:
-        """may_idle: the client may do nothing for as long as it likes, if only it answers pings."""
+    def __init__(self, limits: LimitsConfig, now: float, *, may_idle: bool = False, opened: float | None = None) -> None:
+        """may_idle: the client may do nothing for as long as it likes, if only it answers pings. opened: when the stream
+        began, where that was before now: its client has come back to it.
+        """
         self._limits = limits
+        self._opened = now if opened is None else opened
         self._may_idle = may_idle
         self._heard = now
         """When anything at all came last."""
@@ -62,9 +74,15 @@ class ConnectionTimers:
             self._stuck = now
         self._unsent = unsent or 0
 
-    def judge(self, now: float, *, half_closed: bool) -> Verdict | None:
-        """What the connection must be ended for, if anything. half_closed: the client can say no more, and need not."""
+    def judge(self, now: float, *, half_closed: bool, finishing: bool = False) -> Verdict | None:
+        """What the connection must be ended for, if anything.
+
+        half_closed: the client can say no more, and need not. finishing: nothing more is taken of it, and what it sent has
+        `drain_seconds` more to be transcribed.
+        """
         limits = self._limits
+        if 0 < limits.stream_seconds <= now - self._opened - (limits.drain_seconds if finishing else 0.0):
+            return Verdict(TOTAL, total_sentence(limits), framing.POLICY)
         if self._stuck is not None and now - self._stuck >= limits.stuck_seconds:
             sentence = f"nothing was read for {limits.stuck_seconds:g} s: read the socket while you write to it"
             return Verdict("stuck", sentence, framing.POLICY)
@@ -99,5 +117,6 @@ class ClosingTimer:
 
 def tick_seconds(limits: LimitsConfig) -> float:
     """How often the clocks are looked at: an eighth of the shortest limit, between 20 ms and 1 s."""
-    shortest = min(limits.ping_seconds, limits.silent_seconds, limits.idle_seconds, limits.stuck_seconds)
+    total = limits.stream_seconds or limits.idle_seconds
+    shortest = min(limits.ping_seconds, limits.silent_seconds, limits.idle_seconds, limits.stuck_seconds, total)
     return min(1.0, max(0.02, shortest / 8))

@@ -10,7 +10,7 @@ import logging
 import tempfile
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Generator, Iterator
-from contextlib import aclosing, asynccontextmanager, closing, contextmanager
+from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager, closing, contextmanager
 from dataclasses import replace
 from typing import IO
 
@@ -40,6 +40,7 @@ from moshi_stt.server.doors.door import (
 from moshi_stt.server.forms import MOST_FIELD_BYTES, BadForm, Fields, FormTimeout, read_form
 from moshi_stt.server.handshake import handshake_of, refused
 from moshi_stt.server.service import Served, Service
+from moshi_stt.server.timers import total_sentence
 
 log = logging.getLogger(__name__)
 
@@ -106,7 +107,8 @@ async def _answer(
     request: web.Request, service: Service, door: FileDoor, route: Route, handshake: Handshake
 ) -> web.StreamResponse:
     try:
-        return await _transcribe(request, service, door, route, handshake)
+        async with _bounded(service.config.limits) as bound:
+            return await _transcribe(request, service, door, route, handshake, bound)
     except Refused as refusal:
         log.info("POST %s: %d: %s", handshake.peer, refusal.status, refusal.body.decode("utf-8", "replace"))
         return refused(refusal)
@@ -118,9 +120,24 @@ async def _answer(
         return refused(answer)
 
 
+@asynccontextmanager
+async def _bounded(limits: LimitsConfig, deadline: float | None = None) -> AsyncIterator[asyncio.Timeout]:
+    """Raises _Fault in a block that has not ended by then. deadline: of the loop's clock; None: `stream_seconds` from now."""
+    if deadline is None and limits.stream_seconds:
+        deadline = asyncio.get_running_loop().time() + limits.stream_seconds
+    try:
+        async with asyncio.timeout_at(deadline) as bound:
+            yield bound
+    except TimeoutError:
+        if not bound.expired():
+            raise
+        raise _Fault("timeout", total_sentence(limits)) from None
+
+
 async def _transcribe(
-    request: web.Request, service: Service, door: FileDoor, route: Route, handshake: Handshake
+    request: web.Request, service: Service, door: FileDoor, route: Route, handshake: Handshake, bound: asyncio.Timeout
 ) -> web.StreamResponse:
+    """bound: ends it; a response that is streamed sees to that by itself from its first byte on."""
     reason = service.refusal()
     if reason is not None:
         raise _Fault("stopping" if service.failure is None else "failed", reason)
@@ -144,7 +161,9 @@ async def _transcribe(
                 first = await anext(events, None)
                 live = door.stream(options)
                 if live is not None:
-                    return await _stream_answer(request, live, first, events, source)
+                    rest = _bounded(service.config.limits, bound.when())
+                    bound.reschedule(None)  # `rest` takes its place
+                    return await _stream_answer(request, live, first, events, source, rest)
                 said = [] if first is None else [first, *[event async for event in events]]
         words = sum(isinstance(event, Word) for event in said)
         log.info("POST %s: ended: door=%s audio_seconds=%.1f words=%d", handshake.peer, door.name, source.seconds, words)
@@ -214,20 +233,25 @@ async def _stream_answer(
     first: RecordingEvent | None,
     events: AsyncGenerator[RecordingEvent, None],
     source: "_Decoded",
+    bounded: AbstractAsyncContextManager[asyncio.Timeout],
 ) -> web.StreamResponse:
-    """Write the answer while the file is transcribed. From its first byte on, a fault is told in the body."""
+    """Write the answer while the file is transcribed. From its first byte on, a fault is told in the body.
+
+    bounded: ends it.
+    """
     response = web.StreamResponse(headers={hdrs.CONTENT_TYPE: answer.content_type, **dict(answer.headers)})
     await response.prepare(request)
     said: list[Word | EndWord] = []
     event = first
     try:
-        with _faults():
-            while event is not None:
-                if isinstance(event, Word | EndWord):
-                    said.append(event)
-                if data := answer.event(event):
-                    await response.write(data)
-                event = await anext(events, None)
+        async with bounded:
+            with _faults():
+                while event is not None:
+                    if isinstance(event, Word | EndWord):
+                        said.append(event)
+                    if data := answer.event(event):
+                        await response.write(data)
+                    event = await anext(events, None)
         await response.write(answer.end(Transcript(said, source.seconds)))
     except _Fault as fault:
         log.info("POST %s: %s: %s", request.path, fault.kind, fault.sentence)
