@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,6 +16,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
+DEADLINE = 120
+"""Seconds that a process may take to start or to end."""
 WORKER = """
     import asyncio, logging, sys
     from moshi_stt.server import app
@@ -36,13 +39,12 @@ WORKER = """
 
 
 @contextmanager
-def worker(script: str = "pass", port: int = 0) -> Iterator[subprocess.Popen[str]]:
+def worker(script: str = "pass", port: int = 0, *, nohup: bool = False) -> Iterator[subprocess.Popen[str]]:
     """`serve` in a process of its own; killed at the end if it has not ended."""
     code = textwrap.dedent(WORKER).replace("SCRIPT", script).replace("PORT", str(port))
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
-    process = subprocess.Popen(
-        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, cwd=ROOT
-    )
+    command = [*(["nohup"] if nohup else []), sys.executable, "-c", code]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, cwd=ROOT)
     try:
         yield process
     finally:
@@ -60,29 +62,42 @@ def address(process: subprocess.Popen[str]) -> str:
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no signals to handle")
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_signal_ends_it_with_status_0(number: signal.Signals) -> None:
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGHUP"])
+def test_signal_ends_it_with_status_0(name: str) -> None:
     with worker() as process:
         url = address(process)
-        assert json.load(urllib.request.urlopen(f"{url}/health", timeout=20)) == {"status": "ok"}
-        process.send_signal(number)
-        _, errors = process.communicate(timeout=20)
+        assert json.load(urllib.request.urlopen(f"{url}/health", timeout=DEADLINE)) == {"status": "ok"}
+        process.send_signal(signal.Signals[name])
+        _, errors = process.communicate(timeout=DEADLINE)
         assert process.returncode == 0
         assert errors == ""
+
+
+@pytest.mark.skipif(shutil.which("nohup") is None, reason="there is no nohup here")
+def test_under_nohup_it_outlives_its_terminal() -> None:
+    with worker(nohup=True) as process:
+        url = address(process)
+        process.send_signal(signal.SIGHUP)
+        for _ in range(3):
+            assert json.load(urllib.request.urlopen(f"{url}/health", timeout=DEADLINE)) == {"status": "ok"}
+        process.send_signal(signal.SIGTERM)
+        output, _ = process.communicate(timeout=DEADLINE)
+        assert process.returncode == 0
+        assert "SIGTERM: shutting down" in output
 
 
 def test_engine_failure_ends_it_with_status_1() -> None:
     """The reason is in the log; nothing hangs."""
     with worker('asyncio.get_running_loop().call_later(0.2, self.fail_next, "the device is gone")') as process:
         address(process)
-        output, errors = process.communicate(timeout=20)
+        output, errors = process.communicate(timeout=DEADLINE)
         assert process.returncode == 1, errors
         assert "module asr failed: the device is gone" in output
 
 
 def test_engine_that_cannot_start_is_said_in_plain_words() -> None:
     with worker('from moshi_stt.errors import CheckpointError; raise CheckpointError("no such weights")') as process:
-        _, errors = process.communicate(timeout=20)
+        _, errors = process.communicate(timeout=DEADLINE)
         assert (process.returncode, errors.strip()) == (1, "Error: no such weights")
 
 
@@ -90,7 +105,7 @@ def test_second_server_on_a_port_is_told_so() -> None:
     with worker() as first:
         port = int(address(first).rpartition(":")[2])
         with worker(port=port) as second:
-            _, errors = second.communicate(timeout=20)
+            _, errors = second.communicate(timeout=DEADLINE)
         assert second.returncode == 1
         assert errors.startswith(f"Error: port {port} on 127.0.0.1 is in use.")
         assert "Traceback" not in errors

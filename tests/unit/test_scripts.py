@@ -1,14 +1,21 @@
 """The scripts, in a copy of the checkout: what they say when something is missing, and the life of a server under them."""
 
+import contextlib
 import os
 import re
 import shutil
 import socket
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
+import numpy as np
 import pytest
+from websockets.exceptions import ConnectionClosed
+from websockets.sync.client import connect
+
+from moshi_stt import protocol
 
 ROOT = Path(__file__).parents[2]
 SCRIPTS = sorted((ROOT / "scripts").glob("*.sh"))
@@ -338,6 +345,36 @@ def test_start_remembers_what_was_started_and_the_process_is_found_by_name(insta
         if sys.platform == "linux":
             named = subprocess.run(["ps", "-p", pid, "-o", "comm="], capture_output=True, text=True, check=True)
             assert named.stdout.strip() == "moshi-server"
+    finally:
+        run(installed, "stop.sh")
+
+
+def test_stop_now_does_not_wait_for_live_streams(installed: Path) -> None:
+    """A client that goes on sending would hold the drain; it gets what was recognised, and 1001."""
+    port = free_port()
+    try:
+        assert run(installed, "start.sh", "--port", str(port)).returncode == 0
+        headers = {"kyutai-api-key": "public_token"}
+        over = threading.Event()
+        with connect(f"ws://127.0.0.1:{port}/api/asr-streaming", additional_headers=headers) as client:
+
+            def send() -> None:
+                with contextlib.suppress(ConnectionClosed):
+                    while not over.wait(0.05):
+                        client.send(protocol.encode_audio(np.zeros(1_200, np.float32)))
+
+            sending = threading.Thread(target=send)
+            sending.start()
+            try:
+                assert client.recv(timeout=90)
+                stopped = run(installed, "stop.sh", "--now")
+            finally:
+                over.set()
+                sending.join()
+        assert re.match(
+            r"(The server did not end within 3 s; ending it by force\.\n)?Stopped \(pid \d+\)\.\n\Z", stopped.stdout
+        )
+        assert "SIGINT: shutting down" in (installed / "run" / "server.log").read_text()
     finally:
         run(installed, "stop.sh")
 

@@ -434,20 +434,20 @@ async def _serve(
 ) -> int:
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
-
     drain_seconds = 0.0
+    signals = [each for each in SIGNALS if each.name != "SIGHUP" or signal.getsignal(each) is not signal.SIG_IGN]  # nohup
 
     def on_signal(name: str) -> None:
         nonlocal drain_seconds
         drain_seconds = 0.0 if name == "SIGINT" else config.limits.drain_seconds
         log.info("%s: shutting down; again to end at once", name)
         stop.set()
-        for each in SIGNALS:
+        for each in signals:
             loop.remove_signal_handler(each)
             signal.signal(each, signal.SIG_DFL)
 
     server = Server(config, engines, host, port, takeover=takeover)
-    for each in SIGNALS:
+    for each in signals:
         with suppress(NotImplementedError):  # Windows
             loop.add_signal_handler(each, on_signal, each.name)
     starting = asyncio.create_task(server.start())

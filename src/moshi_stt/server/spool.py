@@ -30,7 +30,7 @@ MOST_TOTAL_BYTES = 8_000_000_000
 BLOCK_BYTES = 256 << 10
 """Bytes that are written or read at a time."""
 
-MOST_UNWRITTEN_BYTES = 8 << 20
+MOST_UNWRITTEN_BYTES = 4 << 20
 """Bytes that may wait for a slow disk; beyond them the socket is not read."""
 
 MEMORY_FILE_SYSTEMS = frozenset(("tmpfs", "ramfs"))
