@@ -8,7 +8,10 @@
 The first two make an archive of compressed speech (MP3, AAC, Opus and FLAC, 6 s to 25 min, in nested folders) from the sample
 that comes with the package, and run it through the command's own code in this process, with a random checkpoint of Kyutai's
 shape or with the embedded model. --reference: PyPI `moshi` at batch 64 in the same run, whose step is timed: 64 recordings in
-step can go no faster. With --embedded also the model called directly, on whole pieces of up to 30 s.
+step can go no faster. With --embedded also the model called directly, on whole pieces of up to 30 s, and the archive's longest
+recordings one after the other by POST to a server in a process of its own.
+
+Without a GPU: bench_files.py --shape tiny --device cpu --slots 64 --hours 0.2 --reference
 
 The third transcribes nothing: FOLDER and FOLDER2 hold transcripts (`-f json`) of the recordings that FOLDER2's or --audio's
 MANIFEST.tsv names, and the word error rates are compared by a bootstrap over files.
@@ -31,6 +34,7 @@ import subprocess
 import tempfile
 import threading
 import time
+import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
@@ -38,9 +42,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from file_stages import Stages
 from numpy.typing import NDArray
 
-from moshi_stt.constants import SAMPLE_RATE
+from moshi_stt.constants import API_KEY_HEADER, DEFAULT_PATH, PUBLIC_KEY, SAMPLE_RATE
 from moshi_stt.cores import usable_cores
 from moshi_stt.server.runtime import run as run_loop
 
@@ -57,8 +62,10 @@ DISTINCT = 48
 RATE = 48_000
 DRAWS = 10_000
 REFERENCE_ROWS = 64
-ALONE = 12
-"""Recordings that are run one by one afterwards, to compare their words."""
+ALONE, ALONE_SHARE = 12, 0.1
+"""Recordings that are run one by one afterwards, to compare their words: at most so many, and such a share of the audio."""
+REFERENCE_SECONDS = 60.0
+"""What steps of PyPI `moshi` are timed for at most, the first ones excepted."""
 
 
 # ---- the archive ---------------------------------------------------------------------------------------------------------
@@ -191,6 +198,7 @@ async def run_archive(folder: Path, out: Path, flags: list[str]) -> dict[str, An
     enter = transcribers.InProcess.__aenter__
     leave = transcribers.InProcess.__aexit__
     about: dict[str, Any] = {}
+    stages = Stages()
 
     async def entered(self: Any) -> Any:
         await enter(self)
@@ -198,9 +206,11 @@ async def run_archive(folder: Path, out: Path, flags: list[str]) -> dict[str, An
         about.update(slots=self._engine.total_slots, device=self._engine.info.device, jobs=self.jobs)
         about["decoders"] = len(self._pool._processes) if self._pool is not None else 0
         ready[0] = time.monotonic()
+        stages.__enter__()
         return self
 
     async def left(self: Any, *error: Any) -> None:
+        stages.__exit__()
         threads.update({thread.name: thread.native_id for thread in threading.enumerate()})
         about["cpu of threads"] = {name: thread_seconds(number) for name, number in threads.items()}
         await leave(self, *error)
@@ -219,29 +229,50 @@ async def run_archive(folder: Path, out: Path, flags: list[str]) -> dict[str, An
         raise SystemExit("some recordings failed")
     own, children = resource.getrusage(resource.RUSAGE_SELF), resource.getrusage(resource.RUSAGE_CHILDREN)
     span = max(1e-9, meter.last - meter.first)
-    return about | {
-        "seconds_audio": archive._seconds,
-        "files": len(archive.items),
-        "listing_s": listed - begun,
-        "loading_s": ready[0] - listed,
-        "first_to_last_s": span,
-        "real_time_factor": archive._seconds / span,
-        "with_loading": archive._seconds / (time.monotonic() - begun),
-        "step_busy": meter.busy / span,
-        "steps": meter.steps,
-        "rows_a_step": meter.rows / max(1, meter.steps),
-        "step_ms": 1e3 * meter.busy / max(1, meter.steps),
-        "gpu_busy_smi": float(np.mean(busy[2:-2])) / 100 if len(busy) > 8 else None,
-        "cpu_s": own.ru_utime + own.ru_stime,
-        "cpu_decoders_s": children.ru_utime + children.ru_stime,
-    }
+    return (
+        about
+        | stages.result()
+        | {
+            "seconds_audio": archive._seconds,
+            "files": len(archive.items),
+            "listing_s": listed - begun,
+            "loading_s": ready[0] - listed,
+            "first_to_last_s": span,
+            "real_time_factor": archive._seconds / span,
+            "with_loading": archive._seconds / (time.monotonic() - begun),
+            "step_busy": meter.busy / span,
+            "limit": limit_of(meter.busy / span, stages.result()["cores_in_use"]),
+            "steps": meter.steps,
+            "rows_a_step": meter.rows / max(1, meter.steps),
+            "step_ms": 1e3 * meter.busy / max(1, meter.steps),
+            "gpu_busy_smi": float(np.mean(busy[2:-2])) / 100 if len(busy) > 8 else None,
+            "cpu_s": own.ru_utime + own.ru_stime,
+            "cpu_decoders_s": children.ru_utime + children.ru_stime,
+        }
+    )
+
+
+def limit_of(step_busy: float, cores: float) -> str:
+    """What a faster machine would have more of."""
+    if step_busy > 0.9:
+        return "the model: a step runs all the time"
+    return "cores: none is free" if cores > 0.9 * usable_cores() else "neither the model nor the cores: waiting"
 
 
 def run_alone(folder: Path, out: Path, flags: list[str]) -> dict[str, Any]:
     """Some of the recordings one by one; how far their words are those of the archive's run."""
     from moshi_stt.cli import transcribe
 
-    paths = sorted(path for path in folder.rglob("*") if path.is_file())[: 11 * ALONE : 11]
+    everything = sorted(path for path in folder.rglob("*") if path.is_file())
+    seconds = {
+        path: json.loads((out / path.relative_to(folder)).with_suffix(".json").read_text())["duration"] for path in everything
+    }
+    paths, left = [], ALONE_SHARE * sum(seconds.values())
+    for path in sorted(everything[: 11 * ALONE : 11], key=lambda path: seconds[path]):
+        left -= seconds[path]
+        if left < 0 and paths:
+            break
+        paths.append(path)
     parser = argparse.ArgumentParser()
     transcribe.add_parser(parser.add_subparsers())
     with tempfile.TemporaryDirectory() as other:
@@ -278,7 +309,7 @@ def reference(shape: str, device: str) -> dict[str, Any]:
         made = Reference(shape, torch.device(device), torch.bfloat16 if device != "cpu" else torch.float32)
     except ImportError:
         return {"reference": "moshi is not installed"}
-    taken = made.times(REFERENCE_ROWS, 20)["total"]
+    taken = made.times(REFERENCE_ROWS, 20, REFERENCE_SECONDS)["total"]
     return {
         "reference_rows": REFERENCE_ROWS,
         "reference_step_ms": taken,
@@ -304,6 +335,44 @@ def direct(folder: Path, seconds: float = 300.0) -> dict[str, Any]:
             if audio >= seconds:
                 return {"direct_real_time_factor_a_core": audio / (time.process_time() - begun)}
     return {"direct_real_time_factor_a_core": audio / (time.process_time() - begun)}
+
+
+def by_post(folder: Path, out: Path, most: int = 3) -> dict[str, Any]:
+    """The longest recordings, one after the other, by POST to a server with the embedded model."""
+    from bench_wer import server
+
+    lengths = {path: json.loads(path.read_text())["duration"] for path in out.rglob("*.json")}
+    longest = sorted(lengths, key=lambda path: -lengths[path])[:most]
+    recordings = [next(folder.glob(f"{path.relative_to(out).with_suffix('')}.*")) for path in longest]
+    before, taken = resource.getrusage(resource.RUSAGE_CHILDREN), 0.0
+    with server() as url:
+        post(url, encoded_second())  # the codecs are loaded
+        idle = time.monotonic()
+        for recording in recordings:
+            post(url, recording.read_bytes())
+        taken = time.monotonic() - idle
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    seconds = sum(lengths[path] for path in longest)
+    return {
+        "post_files": len(longest),
+        "post_seconds_audio": seconds,
+        "post_real_time_factor": seconds / taken,
+        "post_audio_s_a_cpu_s": seconds / cpu,
+    }
+
+
+def encoded_second() -> bytes:
+    from moshi_stt.sample import sample_path
+
+    return Path(sample_path()).read_bytes()
+
+
+def post(url: str, data: bytes) -> None:
+    address = url.replace("ws://", "http://") + DEFAULT_PATH
+    request = urllib.request.Request(address, data, {API_KEY_HEADER: PUBLIC_KEY})
+    with urllib.request.urlopen(request, timeout=3_600) as answer:
+        answer.read()
 
 
 # ---- word error rates ----------------------------------------------------------------------------------------------------
@@ -382,7 +451,7 @@ def measure(args: argparse.Namespace, work: Path) -> dict[str, Any]:
     print(f"{count} files, {hours:.2f} h of audio, made in {time.monotonic() - begun:.0f} s", flush=True)
     if args.embedded:
         result = {"model": "embedded"} | run_loop(run_archive(folder, out, []))
-        return result | direct(folder)
+        return result | direct(folder) | by_post(folder, out)
     import torch
     from random_weights import write_checkpoint, write_toml
 

@@ -173,14 +173,18 @@ class Reference:
         self.mimi.load_state_dict(random_mimi(model_spec(shape).mimi, device), strict=False)
         self.lm = loaders.get_moshi_lm(None, reference_config(shape), device=device, dtype=dtype)
 
-    def times(self, rows: int, steps: int) -> dict[str, float]:
-        """Median milliseconds of Mimi, of the language model, and of both, one after the other."""
+    def times(self, rows: int, steps: int, within_seconds: float = float("inf")) -> dict[str, float]:
+        """Median milliseconds of Mimi, of the language model, and of both, one after the other.
+
+        within_seconds: after so long no further step is timed, however few were; one is.
+        """
         from moshi.models import LMGen
 
         pcm = torch.randn(rows, 1, FRAME_SAMPLES, device=self.device) * 0.2
         generator = LMGen(self.lm, temp=0, temp_text=0, use_sampling=False)
         with torch.no_grad(), self.mimi.streaming(rows), generator.streaming(rows):
             taken = []
+            started = time.perf_counter()
             for turn in range(steps + 4):
                 if turn == 3:
                     self._age()
@@ -193,6 +197,8 @@ class Reference:
                 synchronize(self.device)
                 if turn >= 4:
                     taken.append((1e3 * (between - begun), 1e3 * (time.perf_counter() - between)))
+                    if time.perf_counter() - started > within_seconds:
+                        break
         mimi, lm = np.array(taken).T
         return {"mimi": float(np.median(mimi)), "lm": float(np.median(lm)), "total": float(np.median(mimi + lm))}
 

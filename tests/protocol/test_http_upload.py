@@ -17,8 +17,11 @@ from tests.support.raw_ws import RawClient
 from tests.support.scripted_engine import ScriptedEngine, counting
 from tests.support.serving import DEADLINE, KEY, Running, raw_request, serving, until
 
+from moshi_stt.audio import decode_pool
 from moshi_stt.config import LimitsConfig
 from moshi_stt.constants import API_KEY_HEADER, DEFAULT_PATH, SAMPLE_RATE
+from moshi_stt.engine.engine import NO_EXTRAS, StreamOptions
+from moshi_stt.engine.stream import Stream
 from moshi_stt.server import upload
 
 HEADERS = {API_KEY_HEADER: KEY}
@@ -442,6 +445,71 @@ async def test_channels_are_kept_apart_or_picked() -> None:
         ):
             status, _, said = await post(running, data, query=query)
             assert (status, text in said) == (400, True)
+
+
+class _Counted(ScriptedEngine):
+    """Knows how many streams there were at once."""
+
+    most = 0
+
+    def open(self, *, live: bool = True, options: StreamOptions = NO_EXTRAS) -> Stream:
+        stream = super().open(live=live, options=options)
+        self.most = max(self.most, self.used_slots)
+        return stream
+
+
+@pytest.mark.parametrize(("slots", "at_once"), [(2, 1), (3, 2), (8, 4)])
+async def test_channels_run_at_once_on_the_slots_that_a_file_may_have(slots: int, at_once: int) -> None:
+    """As many as one long recording would take: one where that is all that is left to live streams."""
+    engine = _Counted(counting(2, 3), slots=slots)
+    engine.hold()
+    data = encode(np.stack([noise(1.0, seed=seed) for seed in range(4)], axis=1), SAMPLE_RATE, "wav-float")
+    async with serving(engine) as running:
+        answer = asyncio.create_task(post(running, data, query="?channels=split"))
+        await until(lambda: engine.used_slots == at_once)
+        engine.release()
+        status, _, text = await answer
+    assert (status, engine.most) == (200, at_once)
+    assert sorted({event["channel"] for event in json.loads(text)}) == [1, 2, 3, 4]
+    assert len(json.loads(text)) == 16
+
+
+async def test_one_channel_that_cannot_be_decoded_ends_the_others() -> None:
+    engine = ScriptedEngine(counting(2, 3), slots=8)
+    data = encode(np.stack([noise(4.0, 8_000), noise(4.0, 8_000, seed=1)], axis=1), 8_000)
+    async with serving(engine) as running:
+        status, _, text = await post(running, data[: len(data) // 2], query="?channels=split")
+        assert (status, "cut short" in text) == (400, True)
+        await until(lambda: engine.used_slots == 0)
+    assert not temporary_files()
+
+
+@pytest.mark.skipif(not decode_pool.is_supported(), reason="descriptors cannot be handed to a process here")
+async def test_long_files_of_an_engine_with_many_slots_are_decoded_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first starts the processes; then the words and the faults are the same as from threads. Short ones stay."""
+    monkeypatch.setattr(decode_pool, "usable_cores", lambda: 3)
+    sources: list[str | int] = []
+    pieces = decode_pool.DecodePool.pieces
+
+    def noted(self: decode_pool.DecodePool, source: str | int, *rest: Any) -> Any:
+        sources.append(source)
+        return pieces(self, source, *rest)
+
+    monkeypatch.setattr(decode_pool.DecodePool, "pieces", noted)
+    engine = ScriptedEngine(counting(5, 3), slots=16)
+    stereo = encode(np.stack([noise(100.0, 8_000), noise(100.0, 8_000, seed=1)], axis=1), 8_000, "flac")
+    bodies = [(stereo, ""), (stereo, "?channels=split"), (stereo[: len(stereo) * 4 // 5], "")]
+    async with serving(engine) as running:
+        await until(lambda: running.server.service.decoders.idle(16) is not None)
+        elsewhere = [await post(running, body, query=query) for body, query in bodies]
+        assert len(sources) == 4
+        assert (await post(running, wav(30.0, 8_000)))[0] == 200
+        monkeypatch.setattr(running.server.service.decoders, "idle", lambda slots: None)
+        here = [await post(running, body, query=query) for body, query in bodies]
+        assert len(sources) == 4
+    assert elsewhere == here
+    assert [status for status, _, _ in here] == [200, 200, 400]
+    assert not temporary_files()
 
 
 @pytest.mark.parametrize(("query", "streams"), [("", 3), ("?whole=1", 1), ("?whole=true", 1)])

@@ -33,12 +33,12 @@ def file(path: Path, seconds: float = 30.0, seed: int = 0) -> Path:
     return path
 
 
-async def taken(pool: DecodePool, path: Path, selection: Selection | None = None) -> tuple[list[Piece], Decoded]:
+async def taken(pool: DecodePool, path: Path | int, selection: Selection | None = None) -> tuple[list[Piece], Decoded]:
     """Copies of the pieces, each released at once."""
     decoded = Decoded()
     pieces = []
     async with asyncio.timeout(20):
-        async for piece in pool.pieces(str(path), selection or Selection(), decoded):
+        async for piece in pool.pieces(path if isinstance(path, int) else str(path), selection or Selection(), decoded):
             pieces.append(Piece(piece.pcm.copy(), piece.offset, piece.start, piece.end))
             piece.release()
     return pieces, decoded
@@ -54,6 +54,22 @@ async def test_the_pieces_are_those_of_this_process(pool: DecodePool, tmp_path: 
             assert (piece.offset, piece.start, piece.end) == (other.offset, other.start, other.end)
         assert decoded.seconds == pytest.approx(sum(len(pcm) for pcm in decode_file(path)) / 24_000)
         assert (decoded.fault, decoded.remarks, decoded.silence) == (None, [], "")
+
+
+async def test_an_open_file_is_read_from_its_start_by_several_at_once(pool: DecodePool, tmp_path: Path) -> None:
+    """Whatever its position, which stays where it is; the name may be gone."""
+    path = file(tmp_path / "two.flac", 20.0)
+    expected = [piece.pcm.copy() for piece in cut_pieces(decode_file(path), RULE)]
+    with path.open("rb") as opened:
+        opened.seek(1_000)
+        path.unlink()
+        taken_twice = await asyncio.gather(taken(pool, opened.fileno()), taken(pool, opened.fileno()))
+        assert opened.tell() == 1_000
+    for pieces, decoded in taken_twice:
+        assert decoded.fault is None
+        assert decoded.decode_seconds > 0
+        for piece, pcm in zip(pieces, expected, strict=True):
+            np.testing.assert_array_equal(piece.pcm, pcm)
 
 
 async def test_faults_are_the_files_own(pool: DecodePool, tmp_path: Path) -> None:

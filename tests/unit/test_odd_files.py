@@ -5,6 +5,7 @@ import io
 from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -82,30 +83,36 @@ def make(name: str, pcm: NDArray[np.float32] | None = None, *, path: Path, tags:
     return target.read_bytes()
 
 
-def heard(data: bytes, selection: Selection | None = None) -> tuple[NDArray[np.float32], str, list[str]]:
+def heard(
+    data: bytes, selection: Selection | None = None, source: Callable[[bytes], Any] = io.BytesIO
+) -> tuple[NDArray[np.float32], str, list[str]]:
     """The sound, the fault after it, and the remarks."""
     pieces: list[NDArray[np.float32]] = []
     remarks: list[str] = []
     fault = ""
     try:
-        pieces.extend(decode_file(io.BytesIO(data), selection, remarks))
+        pieces.extend(decode_file(source(data), selection, remarks))
     except AudioError as error:
         fault = str(error)
     return np.concatenate([np.zeros(0, np.float32), *pieces]), fault, remarks
 
 
-def whole(data: bytes, shift: int = 24) -> None:
+def whole(data: bytes, shift: int = 24, source: Callable[[bytes], Any] = io.BytesIO) -> None:
     """Checks that all of the sound is there, and nothing is said. shift: samples by which it may come late."""
-    pcm, fault, _ = heard(data)
+    pcm, fault, _ = heard(data, source=source)
     assert not fault
     assert abs(len(pcm) - SECONDS * 24_000) < 2_400
     assert abs(shift_of(pcm, noise(SECONDS))) <= shift
 
 
+SOURCES = pytest.mark.parametrize("source", [io.BytesIO, Pipe], ids=["file", "pipe"])
+
+
+@SOURCES
 @pytest.mark.parametrize("name", MUXERS)
-def test_a_whole_file_is_whole(name: str, tmp_path: Path) -> None:
+def test_a_whole_file_is_whole(name: str, source: Callable[[bytes], Any], tmp_path: Path) -> None:
     """Of every container here; the tests of cut files would mean nothing without."""
-    whole(make(name, path=tmp_path), shift_in(name))
+    whole(make(name, path=tmp_path), shift_in(name), source)
 
 
 # ---- the given cases -----------------------------------------------------------------------------------------------------
@@ -213,11 +220,14 @@ CUT = [name for name in MUXERS if name not in ("m4a", "mov", "avi", "wma", "tta"
 """Those with their length in front; MP4 and MOV without their index are refused, AVI and WMA say nothing exact."""
 
 
+@SOURCES
 @pytest.mark.parametrize("name", CUT)
 @pytest.mark.parametrize("share", [0.4, 0.9])
-def test_a_cut_file_is_delivered_and_said_to_be_cut(name: str, share: float, tmp_path: Path) -> None:
+def test_a_cut_file_is_delivered_and_said_to_be_cut(
+    name: str, share: float, source: Callable[[bytes], Any], tmp_path: Path
+) -> None:
     data = make(name, noise(10.0, RATE), path=tmp_path)
-    pcm, fault, _ = heard(data[: int(share * len(data))])
+    pcm, fault, _ = heard(data[: int(share * len(data))], source=source)
     assert "cut short" in fault or "damaged" in fault
     assert abs(shift_of(pcm, noise(10.0))) <= shift_in(name)
     assert len(pcm) > (share - 0.35) * 10 * 24_000
@@ -234,8 +244,20 @@ def vbri(data: bytes) -> bytes:
 
 def test_vbri_counts_as_xing_does(tmp_path: Path) -> None:
     data = vbri(make("mp3", noise(10.0, RATE), path=tmp_path))
-    assert "cut short" in heard(data[: len(data) // 2])[1]
-    assert heard(data)[1] == ""
+    for source in (io.BytesIO, Pipe):
+        assert "cut short" in heard(data[: len(data) // 2], source=source)[1]
+        assert heard(data, source=source)[1] == ""
+
+
+def test_a_picture_in_front_does_not_hide_the_length(tmp_path: Path) -> None:
+    """It is longer than what is read of a file at first, and the first thing that comes through a pipe."""
+    data = make("mp3", noise(10.0, RATE), path=tmp_path)
+    size = 300_000
+    digits = bytes(size >> shift & 127 for shift in (21, 14, 7, 0))
+    tagged = b"ID3\x04\0\0" + digits + b"APIC" + bytes(size - 4) + data
+    for source in (io.BytesIO, Pipe):
+        assert "cut short" in heard(tagged[: size + len(data) // 2], source=source)[1]
+        assert heard(tagged, source=source)[1] == ""
 
 
 def patched(data: bytes, at: int, value: bytes) -> bytes:
@@ -274,24 +296,26 @@ def xing(data: bytes) -> int:
     return data.index(b"Info") if b"Info" in data else data.index(b"Xing")
 
 
+@SOURCES
 @pytest.mark.parametrize("what", MISLABELLED)
-def test_a_whole_file_whose_header_is_off_is_whole(what: str, tmp_path: Path) -> None:
+def test_a_whole_file_whose_header_is_off_is_whole(what: str, source: Callable[[bytes], Any], tmp_path: Path) -> None:
     name, change = MISLABELLED[what]
     data = make(name, path=tmp_path)
     changed = change(data)
     assert changed != data
-    whole(changed, 1_200 if what.startswith("rubbish") else 24)  # players too then know nothing of the delay
+    whole(changed, 1_200 if what.startswith("rubbish") else 24, source)  # players too then know nothing of the delay
 
 
 def test_an_ogg_file_without_an_end_gets_a_remark(tmp_path: Path) -> None:
     """A recorder that was switched off: every page is whole, and no header says how many there should be."""
     data = make("opus", noise(10.0, RATE), path=tmp_path)
-    pcm, fault, remarks = heard(data[: data.rindex(b"OggS")])
-    assert not fault
-    assert len(remarks) == 1
-    assert "may be cut short" in remarks[0]
-    assert len(pcm) > 8 * 24_000
-    assert heard(data)[2] == []
+    for source in (io.BytesIO, Pipe):
+        pcm, fault, remarks = heard(data[: data.rindex(b"OggS")], source=source)
+        assert not fault
+        assert len(remarks) == 1
+        assert "may be cut short" in remarks[0]
+        assert len(pcm) > 8 * 24_000
+        assert heard(data, source=source)[2] == []
 
 
 # ---- packets of no bytes -------------------------------------------------------------------------------------------------

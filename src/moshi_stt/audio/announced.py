@@ -4,6 +4,7 @@ Only what says it exactly counts: a number that is an estimate, or "unknown" in 
 sizes count for less than the size of the sound itself: writers get them wrong by a few bytes.
 """
 
+import io
 import os
 import struct
 from collections.abc import Iterator
@@ -18,6 +19,9 @@ _MOST_CHUNKS: Final = 1_000
 _W64_DATA: Final = b"data\xf3\xac\xd3\x11\x8c\xd1\x00\xc0O\x8e\xdb\x8a"
 _MP3_RATES: Final = {3: (44_100, 48_000, 32_000), 2: (22_050, 24_000, 16_000), 0: (11_025, 12_000, 8_000)}
 _OGG_PAGE_BYTES: Final = 65_307
+_PIPE_HEAD_BYTES: Final = 1 << 20
+"""Kept of a pipe: enough for a picture in front of the sound."""
+_PIPE_TAIL_BYTES: Final = 2 * _OGG_PAGE_BYTES
 
 
 @dataclass(frozen=True)
@@ -32,6 +36,46 @@ class Announced:
     seconds: float | None = None
     whole: bool = False
     remark: str = ""
+
+
+class Ends(io.RawIOBase):
+    """Start and end of what went through a pipe, as a file with a hole in it. Reading the hole raises OSError."""
+
+    def __init__(self) -> None:
+        self._head = bytearray()
+        self._tail = bytearray()
+        self.size = 0
+        """Bytes that went through."""
+        self._position = 0
+
+    def add(self, data: bytes) -> None:
+        """What went through next."""
+        self.size += len(data)
+        if (room := _PIPE_HEAD_BYTES - len(self._head)) > 0:
+            self._head += data[:room]
+        self._tail += data
+        if len(self._tail) > 2 * _PIPE_TAIL_BYTES:
+            del self._tail[:-_PIPE_TAIL_BYTES]
+
+    def tell(self) -> int:
+        return self._position
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        self._position = offset + (0, self._position, self.size)[whence]
+        return self._position
+
+    def read(self, size: int = -1) -> bytes:
+        end = self.size if size is None or size < 0 else min(self.size, self._position + size)
+        start, self._position = self._position, max(self._position, end)
+        if end <= len(self._head):
+            return bytes(self._head[start:end])
+        first = self.size - len(self._tail)
+        if start < first and start >= len(self._head):
+            raise OSError("this part of the pipe was not kept")
+        if start < first:  # as much as there is
+            self._position = len(self._head)
+            return bytes(self._head[start:])
+        return bytes(self._tail[start - first : end - first])
 
 
 def announced(file: IO[bytes]) -> Announced:

@@ -9,11 +9,11 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from tempfile import SpooledTemporaryFile
-from typing import IO, Any, Final
+from typing import IO, Any, Final, cast
 
 import av
 
-from moshi_stt.audio.announced import Announced, announced
+from moshi_stt.audio.announced import Announced, Ends, announced
 from moshi_stt.audio.resample import HIGHEST_RATE, LOWEST_RATE
 from moshi_stt.errors import AudioError
 from moshi_stt.signatures import name_of
@@ -42,19 +42,33 @@ class Reader:
     def __init__(self, file: IO[bytes], head: bytes = b"") -> None:
         self._file = file
         self._head = head
-        self.announced = Announced()
-        self.size = 0
+        self._seen = Ends()
+        self._has_ended = False
         self.fault: Exception | None = None
+
+    @property
+    def announced(self) -> Announced:
+        """What the file says of its own completeness. Of a pipe that is known at its end alone."""
+        return announced(cast("IO[bytes]", self._seen)) if self._has_ended else Announced()
+
+    @property
+    def size(self) -> int:
+        """Bytes of the file; of a pipe, those that came."""
+        return self._seen.size
 
     def read(self, size: int) -> bytes:
         if self._head:
             data, self._head = self._head[:size], self._head[size:]
+            self._seen.add(data)
             return data
         try:
-            return self._file.read(size)
+            data = self._file.read(size)
         except Exception as error:
             self.fault = error
             return b""
+        self._has_ended = not data
+        self._seen.add(data)
+        return data
 
 
 class SeekableReader(Reader):
@@ -62,10 +76,25 @@ class SeekableReader(Reader):
 
     def __init__(self, file: IO[bytes]) -> None:
         super().__init__(file)
-        self.announced = announced(file)
+        self._announced = announced(file)
         start = file.tell()
-        self.size = file.seek(0, os.SEEK_END) - start
+        self._size = file.seek(0, os.SEEK_END) - start
         file.seek(start)
+
+    @property
+    def announced(self) -> Announced:
+        return self._announced
+
+    @property
+    def size(self) -> int:
+        return self._size
+
+    def read(self, size: int) -> bytes:
+        try:
+            return self._file.read(size)
+        except Exception as error:
+            self.fault = error
+            return b""
 
     def seek(self, offset: int, whence: int = 0) -> int:
         try:

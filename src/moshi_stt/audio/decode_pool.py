@@ -27,6 +27,7 @@ from moshi_stt.audio.cut import CutRule, Piece
 from moshi_stt.audio.decode_worker import LENGTH, Done, Job, PieceThere, dump
 from moshi_stt.audio.selection import Selection
 from moshi_stt.constants import SAMPLE_RATE
+from moshi_stt.cores import usable_cores
 from moshi_stt.errors import AudioError
 
 log = logging.getLogger(__name__)
@@ -36,10 +37,22 @@ BLOCKS_AHEAD: Final = 3
 
 STOP_SECONDS: Final = 5.0
 
+POOL_SLOTS: Final = 16
+"""From so many slots on, one interpreter cannot decode as fast as the model listens."""
+
+MOST_DECODERS: Final = 8
+
 
 def is_supported() -> bool:
     """Whether this system can hand descriptors to a process that it starts."""
     return os.name == "posix"
+
+
+def decoders_for(slots: int) -> int:
+    """Processes that are worth decoding in for an engine of so many slots; 0 where threads do as well."""
+    if slots < POOL_SLOTS or not is_supported():
+        return 0
+    return min(MOST_DECODERS, usable_cores() - 1)
 
 
 def shared_memory(size: int) -> int:
@@ -62,6 +75,9 @@ class Decoded:
     remarks: list[str] = field(default_factory=list)
     silence: str = ""
     """Why there can be no words in it, where its level says so."""
+    decode_seconds: float = 0.0
+    cut_seconds: float = 0.0
+    """CPU time that it took."""
 
 
 class _Process:
@@ -70,11 +86,21 @@ class _Process:
     def __init__(self) -> None:
         self.process: asyncio.subprocess.Process | None = None
         self.writer: asyncio.StreamWriter | None = None
+        self.files: socket.socket | None = None
+        """Where it gets descriptors of open files."""
         self.messages: asyncio.Queue[PieceThere | Done | None] = asyncio.Queue()
         self.blocks: set[int] = set()
         """In its hands: lent and not written to."""
         self.busy = False
         self.reading: asyncio.Task[None] | None = None
+
+    def hang_up(self) -> None:
+        """Close its sockets: it then ends by itself."""
+        if self.writer is not None:
+            self.writer.close()
+        if self.files is not None:
+            self.files.close()
+        self.writer = self.files = None
 
 
 class DecodePool:
@@ -104,8 +130,7 @@ class DecodePool:
     async def __aexit__(self, *_: object) -> None:
         self._closing = True
         for process in self._processes:
-            if process.writer is not None:
-                process.writer.close()
+            process.hang_up()
         for process in self._processes:
             if process.process is not None:
                 try:
@@ -117,9 +142,15 @@ class DecodePool:
                 await asyncio.gather(process.reading, return_exceptions=True)
         os.close(self._memory)
 
-    async def pieces(self, path: str, selection: Selection, decoded: Decoded) -> AsyncGenerator[Piece, None]:
+    @property
+    def is_idle(self) -> bool:
+        """Whether a process has no file."""
+        return not self._idle.empty()
+
+    async def pieces(self, source: str | int, selection: Selection, decoded: Decoded) -> AsyncGenerator[Piece, None]:
         """The pieces of a file, in order; each must be released. What is wrong with the file is in `decoded` at the end.
 
+        source: a path, or the descriptor of an open file, which is read from its start whatever its position.
         Waits while every process has a file. Whoever stops early should close the generator.
         """
         process = await self._idle.get()
@@ -128,7 +159,10 @@ class DecodePool:
             if process.writer is None:
                 await self._start(process)
             assert process.writer is not None
-            process.writer.write(dump(Job(path, selection, self._rule)))
+            if isinstance(source, int):
+                assert process.files is not None
+                socket.send_fds(process.files, [b"."], [source])  # one at a time fits the socket: this cannot wait
+            process.writer.write(dump(Job(source if isinstance(source, str) else None, selection, self._rule)))
             self._lend(process)
             over = False
             try:
@@ -142,6 +176,7 @@ class DecodePool:
                     elif isinstance(message, Done):
                         decoded.seconds, decoded.fault = message.seconds, message.fault
                         decoded.remarks, decoded.silence = message.remarks, message.silence
+                        decoded.decode_seconds, decoded.cut_seconds = message.decode_seconds, message.cut_seconds
                     else:
                         status = await self._end(process, STOP_SECONDS)
                         decoded.fault = AudioError(f"the process that decodes it has ended ({status})")
@@ -172,15 +207,16 @@ class DecodePool:
 
     async def _start(self, process: _Process) -> None:
         here, there = socket.socketpair()
-        with there:
+        process.files, files = socket.socketpair()
+        with there, files:
             # Not with -m: its messages would be of a module that is called __main__.
             command = ["-c", "from moshi_stt.audio.decode_worker import main; main()"]
-            numbers = [there.fileno(), self._memory, self._block_samples, self._count]
+            numbers = [there.fileno(), files.fileno(), self._memory, self._block_samples, self._count]
             process.process = await asyncio.create_subprocess_exec(
                 sys.executable,
                 *command,
                 *map(str, numbers),
-                pass_fds=(there.fileno(), self._memory),
+                pass_fds=(there.fileno(), files.fileno(), self._memory),
                 stdin=asyncio.subprocess.DEVNULL,
             )
         reader, process.writer = await asyncio.open_connection(sock=here)
@@ -195,9 +231,7 @@ class DecodePool:
         """
         assert process.process is not None
         assert process.reading is not None
-        if process.writer is not None:
-            process.writer.close()
-            process.writer = None
+        process.hang_up()
         try:
             status = await asyncio.wait_for(process.process.wait(), patience)
         except TimeoutError:

@@ -34,10 +34,6 @@ from moshi_stt.errors import AudioError, ConfigError
 from moshi_stt.events import Warning  # noqa: A004 - the event
 from moshi_stt.text.subtitles import TimedWord
 
-POOL_SLOTS = 16
-"""From so many slots on, one interpreter cannot decode as fast as the model listens."""
-
-MOST_DECODERS = 8
 WAITING_FILES = 32
 """Files that are being decoded or wait for a slot, beyond those that have one."""
 
@@ -249,6 +245,8 @@ class InProcess(Transcriber):
     async def __aenter__(self) -> Self:
         await self._engine.start()
         self._stack.push_async_callback(self._engine.stop)
+        from moshi_stt.audio.decode_pool import POOL_SLOTS
+
         try:
             slots = self._engine.total_slots
             if self._engine.cuts_speech:
@@ -268,12 +266,11 @@ class InProcess(Transcriber):
         return self._engine.info.languages
 
     async def _start_pool(self, slots: int) -> None:
-        from moshi_stt.audio.decode_pool import DecodePool, is_supported
+        from moshi_stt.audio.decode_pool import DecodePool, decoders_for
         from moshi_stt.server.runtime import tune_interpreter
 
         tune_interpreter()  # a model thread and an event loop of a thousand streams, as in the server
-        decoders = min(MOST_DECODERS, usable_cores() - 1)
-        if is_supported() and decoders >= 1:
+        if decoders := decoders_for(slots):
             self._pool = await self._stack.enter_async_context(DecodePool(decoders, slots, self._options.cut))
 
     async def __aexit__(

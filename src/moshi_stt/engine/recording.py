@@ -50,14 +50,28 @@ Progress = Callable[[float], None]
 """Called with the seconds of audio done since the last call."""
 
 
+class InFlight:
+    """The streams that run for one recording, or for the channels of one that are run at the same time."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.opening = asyncio.Lock()
+        """Held while one of them waits for a slot: the others then know whether one of them runs."""
+
+
+def _nowhere() -> AsyncIterator[Piece] | None:
+    return None
+
+
 @dataclass(frozen=True)
 class RecordingOptions:
     """How a recording is run.
 
     cut: where a long one is cut; None runs any as one stream. cut_from_seconds: up to this length it is one stream anyway.
     prefix_seconds: silence in front of each stream; None takes what the model needs. stream: the events that are wanted.
-    slot_wait_seconds: how long each of its streams may wait for a slot. keep_free: slots that it leaves to others, as long
-    as one of its streams runs.
+    slot_wait_seconds: how long the first of its streams may wait for a slot. keep_free: slots that it leaves to others, as
+    long as one of its streams runs. elsewhere: decodes and cuts a long one from its start in another process; None where no
+    process is free.
     """
 
     cut: CutRule | None = USUAL_CUT
@@ -66,6 +80,7 @@ class RecordingOptions:
     stream: StreamOptions = WITH_CONFIDENCE
     slot_wait_seconds: float = SLOT_WAIT_SECONDS
     keep_free: int = 0
+    elsewhere: Callable[[], AsyncIterator[Piece] | None] = _nowhere
 
 
 async def transcribe_recording(
@@ -86,14 +101,16 @@ async def recording_events(
     options: RecordingOptions | None = None,
     *,
     on_progress: Progress | None = None,
+    in_flight: InFlight | None = None,
 ) -> AsyncGenerator[RecordingEvent, None]:
     """The words of a recording in order, each as soon as it is final. Close it (`contextlib.aclosing`) to free its slots.
 
+    in_flight: shared by channels that are run at the same time; together they then take slots as one recording does.
     Raises EngineError, NoFreeSlot where no slot came free in time, and whatever iterating `audio` raises.
     """
     options = options or RecordingOptions()
     prefix = engine.info.prefix_silence_seconds if options.prefix_seconds is None else options.prefix_seconds
-    run = _Run(engine, options, prefix, on_progress or _ignore)
+    run = _Run(engine, options, prefix, on_progress or _ignore, in_flight or InFlight())
     if isinstance(audio, AsyncIterator):
         generator = run.in_pieces(audio)
     elif engine.cuts_speech or options.cut is None:
@@ -111,13 +128,15 @@ def _ignore(seconds: float) -> None: ...
 class _Run:
     """One recording under way."""
 
-    def __init__(self, engine: Engine, options: RecordingOptions, prefix_seconds: float, on_progress: Progress) -> None:
+    def __init__(
+        self, engine: Engine, options: RecordingOptions, prefix_seconds: float, on_progress: Progress, in_flight: InFlight
+    ) -> None:
         self._engine = engine
         self._options = options
         self._prefix_seconds = prefix_seconds
         self._prefix = np.zeros(round(prefix_seconds * SAMPLE_RATE), np.float32)
         self._on_progress = on_progress
-        self._in_flight = 0
+        self._in_flight = in_flight
 
     async def as_long_as_it_is(self, audio: Iterator[Pcm], rule: CutRule) -> AsyncGenerator[RecordingEvent, None]:
         """Whole or in pieces, by the length of its audio."""
@@ -131,17 +150,31 @@ class _Run:
             generator = self.whole(_of_list(head))
         else:
             await source.aclose()
-            generator = self.in_pieces(_cut_in_threads(_chained(head, audio), rule))
+            pieces = self._options.elsewhere()
+            generator = self.in_pieces(_cut_in_threads(_chained(head, audio), rule) if pieces is None else pieces)
         async with contextlib.aclosing(generator) as events:
             async for event in events:
                 yield event
+
+    async def _open(self) -> Stream:
+        """One more stream: at once where none of this recording runs, else when more than `keep_free` are free."""
+        running = self._in_flight
+        async with running.opening:
+            stream = await self._engine.open_when_free(
+                SLOT_WAIT_SECONDS if running.count else self._options.slot_wait_seconds,
+                live=False,
+                options=self._options.stream,
+                keep_free=lambda: self._options.keep_free if running.count else 0,
+            )
+            running.count += 1
+        return stream
 
     # ---- one stream --------------------------------------------------------------------------------------------------
 
     async def whole(self, audio: AsyncGenerator[Pcm, None]) -> AsyncGenerator[RecordingEvent, None]:
         """As one stream."""
         first = await anext(audio, None)  # no slot is taken for what cannot be decoded
-        stream = await self._engine.open_when_free(self._options.slot_wait_seconds, live=False, options=self._options.stream)
+        stream = await self._open()
         feeder = asyncio.create_task(self._feed(stream, first, audio))
         feeder.add_done_callback(lambda task: stream.close() if task.cancelled() or task.exception() is not None else None)
         try:
@@ -151,6 +184,7 @@ class _Run:
             await feeder
         finally:
             feeder.cancel()
+            self._in_flight.count -= 1
             stream.close()
             await asyncio.gather(feeder, return_exceptions=True)
             await audio.aclose()
@@ -204,32 +238,21 @@ class _Run:
                 await pieces.aclose()
 
     async def _start(self, piece: Piece) -> "_PieceRun":
-        stream = await self._open(piece)
-        self._in_flight += 1
+        try:
+            stream = await self._open()
+        except BaseException:
+            piece.release()
+            raise
         return _PieceRun(stream, piece, self._prefix, self._has_ended)
 
     def _has_ended(self, piece: Piece) -> None:
-        self._in_flight -= 1
+        self._in_flight.count -= 1
         self._on_progress(max(0.0, min(piece.end, piece.offset + len(piece.pcm) / SAMPLE_RATE) - piece.start))
 
     def _words(self, run: "_PieceRun") -> list[TimedWord]:
         """A piece's words at their times in the recording."""
         shift = run.piece.offset - self._prefix_seconds
         return pair_words(word for event in run.done.result() if (word := moved(event, shift)) is not None)
-
-    async def _open(self, piece: Piece) -> Stream:
-        """A stream for one more piece: at once where none of this recording runs, else when more than `keep_free` are free."""
-        patience = SLOT_WAIT_SECONDS if self._in_flight else self._options.slot_wait_seconds
-        try:
-            return await self._engine.open_when_free(
-                patience,
-                live=False,
-                options=self._options.stream,
-                keep_free=lambda: self._options.keep_free if self._in_flight else 0,
-            )
-        except BaseException:
-            piece.release()
-            raise
 
 
 class _PieceRun:

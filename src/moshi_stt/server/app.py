@@ -357,6 +357,7 @@ class Server:
             watcher.cancel()
         if service.workers is not None:
             await service.workers.stop()
+        await service.decoders.stop()
         for name, engine in self._engines.items():
             try:
                 await engine.stop()

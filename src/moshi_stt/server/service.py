@@ -11,6 +11,7 @@ from moshi_stt.engine.engine import Engine
 from moshi_stt.engine.sharing import ShareableEngine
 from moshi_stt.server.auth import Keys
 from moshi_stt.server.connections import Connections
+from moshi_stt.server.decoders import Decoders
 from moshi_stt.server.doors.door import Handshake, HttpDoor
 from moshi_stt.server.gate import Gate
 from moshi_stt.server.metrics import Metrics
@@ -43,6 +44,7 @@ class Service:
     failure: str | None = None
     """Why `/health` is red."""
     stopping: bool = False
+    decoders: Decoders = field(default_factory=Decoders)
     workers: WorkerPool | None = None
     """Who else carries WebSockets."""
 

@@ -1,29 +1,33 @@
 """POST: a whole file in, its words out as the door writes them.
 
-The body goes to a temporary file, is decoded in a thread a few seconds at a time, and takes a slot like any stream, after the
-live ones. Where moshi-server answers 500, the status here says whose fault it is (docs/operations.md).
+The body goes to a temporary file and takes slots like any stream, after the live ones. It is decoded in a thread, a few seconds
+at a time; a long one for an engine of many slots in another process. Where moshi-server answers 500, the status here says whose
+fault it is (docs/operations.md).
 """
 
 import asyncio
 import hashlib
 import logging
 import tempfile
+import threading
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Generator, Iterator
 from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager, closing, contextmanager
 from dataclasses import replace
-from typing import IO
+from typing import IO, TYPE_CHECKING
 
 import numpy as np
 from aiohttp import hdrs, web
 from numpy.typing import NDArray
 
+from moshi_stt.audio.cut import Piece
+from moshi_stt.audio.file_view import view_of
 from moshi_stt.audio.level import LevelMeter
 from moshi_stt.audio.live import PcmFormat, PcmInput
 from moshi_stt.audio.selection import Selection
 from moshi_stt.config import LimitsConfig
 from moshi_stt.constants import SAMPLE_RATE
-from moshi_stt.engine.recording import USUAL_CUT, RecordingEvent, RecordingOptions, in_thread, recording_events
+from moshi_stt.engine.recording import USUAL_CUT, InFlight, RecordingEvent, RecordingOptions, in_thread, recording_events
 from moshi_stt.errors import AudioError, EngineError, NoFreeSlot
 from moshi_stt.events import EndWord, Word
 from moshi_stt.server.doors.door import (
@@ -42,6 +46,9 @@ from moshi_stt.server.handshake import handshake_of, refused
 from moshi_stt.server.service import Served, Service
 from moshi_stt.server.timers import total_sentence
 
+if TYPE_CHECKING:
+    from moshi_stt.audio.decode_pool import Decoded, DecodePool
+
 log = logging.getLogger(__name__)
 
 BUFFER_BYTES = 1 << 20
@@ -52,6 +59,9 @@ CUT_FROM_SECONDS = 60.0
 
 KEPT_FREE = 4
 """One slot in so many is kept for live streams, as long as one of a file's pieces runs."""
+
+CHANNELS_AT_ONCE = 8
+"""Of a file whose channels are kept apart. Each holds up to a minute of audio while it waits for a slot."""
 
 RATE_SECONDS = 30.0
 """Time after which a body must have come at the least rate."""
@@ -182,25 +192,39 @@ async def _whole_answer(door: FileDoor, options: FileOptions, transcript: Transc
 async def _answer_split(
     service: Service, served: Served, door: FileDoor, options: FileOptions, source: "_Decoded"
 ) -> web.Response:
-    """Each channel by itself, one after the other: the file is read once for each."""
-    channels = []
-    for number in range(1, await in_thread(source.count_channels) + 1):
-        source.begin(number)
-        async with aclosing(_events(service, served, options, source)) as events:
-            channels.append([event async for event in events if isinstance(event, Word | EndWord)])
-    return await _whole_answer(door, options, Transcript([], source.seconds, tuple(channels)))
+    """Each channel by itself, some at the same time, each reading the file for itself."""
+    in_flight, at_once = InFlight(), asyncio.Semaphore(CHANNELS_AT_ONCE)
+    sources = [source.channel(number) for number in range(1, await in_thread(source.count_channels) + 1)]
+
+    async def words(channel: _Decoded) -> list[Word | EndWord]:
+        async with at_once, aclosing(_events(service, served, options, channel, in_flight)) as events:
+            with closing(channel):
+                return [event async for event in events if isinstance(event, Word | EndWord)]
+
+    tasks = [asyncio.create_task(words(channel)) for channel in sources]
+    try:
+        channels = await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+    return await _whole_answer(door, options, Transcript([], sources[0].seconds, tuple(channels)))
 
 
-def _events(service: Service, served: Served, options: FileOptions, source: "_Decoded") -> AsyncGenerator[RecordingEvent, None]:
+def _events(
+    service: Service, served: Served, options: FileOptions, source: "_Decoded", in_flight: InFlight | None = None
+) -> AsyncGenerator[RecordingEvent, None]:
     """The recording's words, in order."""
+    slots = served.engine.total_slots
     recording = RecordingOptions(
         cut=None if options.whole else USUAL_CUT,
         cut_from_seconds=CUT_FROM_SECONDS,
         stream=options.stream,
         slot_wait_seconds=service.config.limits.slot_wait_seconds,
-        keep_free=max(1, served.engine.total_slots // KEPT_FREE),
+        keep_free=max(1, slots // KEPT_FREE),
+        elsewhere=lambda: source.elsewhere(service.decoders.idle(slots)),
     )
-    return recording_events(served.engine, source, recording)
+    return recording_events(served.engine, source, recording, in_flight=in_flight)
 
 
 async def _wait_started(service: Service) -> None:
@@ -353,16 +377,30 @@ async def _write(file: IO[bytes], data: bytearray) -> None:
 
 
 class _Decoded:
-    """A file's audio, float32 (S,) at 24 kHz. Iterated in threads; `seconds` so far."""
+    """A file's audio, float32 (S,) at 24 kHz, from its start. Iterated in threads; `seconds` so far."""
 
-    def __init__(self, file: IO[bytes], most_seconds: float, selection: Selection, raw: PcmFormat | None) -> None:
-        """raw: the file is samples alone. Raises _TooLong, while iterating, beyond most_seconds."""
+    def __init__(
+        self,
+        file: IO[bytes],
+        most_seconds: float,
+        selection: Selection,
+        raw: PcmFormat | None,
+        lock: "threading.Lock | None" = None,
+    ) -> None:
+        """raw: the file is samples alone. lock: of all that read it. Raises _TooLong, while iterating, beyond most_seconds."""
         self._file = file
+        self._lock = lock or threading.Lock()
+        self._view = view_of(file, self._lock)
         self._raw = raw
         self._most_seconds = most_seconds
         self._selection = selection
         self._pieces: Iterator[NDArray[np.float32]] | None = None
         self._meter = LevelMeter()
+        self._elsewhere: Decoded | None = None
+
+    def channel(self, number: int) -> "_Decoded":
+        """One of its channels alone, from the start."""
+        return _Decoded(self._file, self._most_seconds, replace(self._selection, channels=number), self._raw, self._lock)
 
     def count_channels(self) -> int:
         """Channels of the track. Raises AudioError."""
@@ -370,40 +408,58 @@ class _Decoded:
             return self._raw.channels
         from moshi_stt.audio.decode import probe
 
-        return probe(self._file, self._selection.track).channels
-
-    def begin(self, channel: int) -> None:
-        """Start again, with this channel alone."""
-        self.close()
-        self._file.seek(0)
-        self._selection = replace(self._selection, channels=channel)
-        self._pieces = None
-        self._meter = LevelMeter()
+        return probe(self._view, self._selection.track).channels
 
     def __iter__(self) -> Iterator[NDArray[np.float32]]:
         return self
 
     def __next__(self) -> NDArray[np.float32]:
         if self._pieces is None and self._raw is not None:
-            self._pieces = _raw_pieces(self._file, self._raw, self._selection.channels)
+            self._pieces = _raw_pieces(self._view, self._raw, self._selection.channels)
         elif self._pieces is None:
             from moshi_stt.audio.decode import decode_file  # loads the codecs: not before the first file
 
-            self._pieces = decode_file(self._file, self._selection)
+            self._pieces = decode_file(self._view, self._selection)
         pcm = next(self._pieces)
         self._meter.hear(pcm)
-        if self.seconds > self._most_seconds:
-            raise _TooLong(f"the recording is longer than {self._most_seconds:g} s (max_audio_seconds): send it in parts")
+        self._check_length(self.seconds)
         return pcm
+
+    def _check_length(self, seconds: float) -> None:
+        if seconds > self._most_seconds:
+            raise _TooLong(f"the recording is longer than {self._most_seconds:g} s (max_audio_seconds): send it in parts")
+
+    def elsewhere(self, pool: "DecodePool | None") -> AsyncGenerator[Piece, None] | None:
+        """All of it again, decoded and cut by a process of the pool; None where it has to go on here."""
+        if pool is None or self._raw is not None:
+            return None
+        self.close()
+        return self._pieces_of(pool)
+
+    async def _pieces_of(self, pool: "DecodePool") -> AsyncGenerator[Piece, None]:
+        from moshi_stt.audio.decode_pool import Decoded
+
+        decoded = self._elsewhere = Decoded()
+        async with aclosing(pool.pieces(self._file.fileno(), self._selection, decoded)) as pieces:
+            async for piece in pieces:
+                decoded.seconds = piece.offset + len(piece.pcm) / SAMPLE_RATE
+                try:
+                    self._check_length(decoded.seconds)
+                except _TooLong:
+                    piece.release()
+                    raise
+                yield piece
+        if decoded.fault is not None:
+            raise decoded.fault
 
     @property
     def seconds(self) -> float:
-        return self._meter.samples / SAMPLE_RATE
+        return self._meter.samples / SAMPLE_RATE if self._elsewhere is None else self._elsewhere.seconds
 
     @property
     def silence(self) -> str:
         """Why there can be no words, where the level says so."""
-        return self._meter.reason()
+        return self._meter.reason() if self._elsewhere is None else self._elsewhere.silence
 
     def close(self) -> None:
         if isinstance(self._pieces, Generator):
