@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from tests.support.graphs import NoGraphs
 from tests.support.triton_twins import DEVICE, QUIET, kernels_run, torch  # noqa: F401
 
 from moshi_stt.models.spec import Condition, ConditionerSpec, LMSpec, MimiSpec, ModelSpec
@@ -12,7 +13,7 @@ from moshi_stt.models.torch_impl.build import Options, make_state, plain_backend
 from moshi_stt.models.torch_impl.cuda.backend import CudaBackend
 from moshi_stt.models.torch_impl.cuda.lm import FusedLM
 from moshi_stt.models.torch_impl.cuda.mimi import PRECISIONS, FusedMimi
-from moshi_stt.models.torch_impl.graphs import CudaGraphs, NoGraphs
+from moshi_stt.models.torch_impl.graphs import CudaGraphs
 from moshi_stt.models.torch_impl.loader import allocate_lm
 from moshi_stt.models.weights import mimi_table
 
@@ -123,12 +124,9 @@ def test_a_slot_goes_on_in_another() -> None:
         return list(out[0].tolist())
 
     step(2, frames[0], fresh=True)
-    saved = ours.save(2)
     ours.copy(2, 5)
     alone = [step(2, frame) for frame in frames[1:]]
     assert [step(5, frame) for frame in frames[1:]] == alone
-    ours.restore(0, saved)
-    assert [step(0, frame) for frame in frames[1:]] == alone
 
 
 class Recorder:

@@ -123,22 +123,6 @@ def test_absurd_samples_do_not_last(backend: Any, audio: list[np.ndarray]) -> No
     assert said == expected
 
 
-def test_save_and_restore(backend: Any, audio: list[np.ndarray]) -> None:
-    """A stream goes on in another slot, after others have used both, as if nothing had happened."""
-    expected = alone(backend, audio[2], 0)
-    half = FRAMES // 2
-    for n in range(half):
-        step_rows(backend, [audio[2][n]], [5], [n == 0])
-    saved = backend.save(5)
-    poison(backend)
-    backend.restore(9, saved)
-    rest = []
-    for n in range(half, FRAMES):
-        output = step_rows(backend, [audio[2][n]], [9], [False])
-        rest.append((int(output.text_token[0]), float(output.logprob[0]), tuple(output.pause[0])))
-    assert rest == expected[half:]
-
-
 @pytest.mark.parametrize("frames", [3, 30])
 def test_copy(backend: Any, audio: list[np.ndarray], frames: int) -> None:
     """A copied slot goes on by itself, and so does the one it was copied from: with rings part filled, and full."""

@@ -112,9 +112,9 @@ def test_report(small: Checkpoint) -> None:
     assert report is not None
     assert (report.device, report.dtype, backend.slots) == ("cpu (2 threads)", "f32", 3)
     lm, mimi = small_tensors(small.spec)
-    assert report.lm_parameters == sum(tensor.size for tensor in lm.values())
     assert report.weight_bytes == 4 * sum(tensor.size for tensor in (*lm.values(), *mimi.values()))
-    rings = small.spec.lm.kv_bytes(4) + 2 * 2 * 20 * 32 * 4
+    lm_spec = small.spec.lm
+    rings = 4 * (2 * lm_spec.layers * lm_spec.context * lm_spec.dim + 2 * 2 * 20 * 32)
     assert rings < report.slot_bytes < rings + 30_000
     backend.warm_up()
     backend.close()

@@ -246,7 +246,7 @@ def test_report(small: Checkpoint) -> None:
     assert (report.device.split()[0], report.dtype, backend.slots, backend.pause_heads) == ("mlx", "f32", 4, 4)
     spec = small.spec
     conv = sum(conv.context * conv.channels_in for conv in spec.mimi.convs)
-    rings = spec.lm.kv_bytes(4) + 2 * spec.mimi.layers * spec.mimi.context * spec.mimi.dim * 4
+    rings = 4 * sum(2 * part.layers * part.context * part.dim for part in (spec.lm, spec.mimi))
     assert report.slot_bytes == rings + 4 * conv
     notes = " / ".join(report.notes)
     assert "threads = 3" in notes

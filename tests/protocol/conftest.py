@@ -6,9 +6,17 @@ from tests.support.engines import Kind
 from tests.support.frameworks import need
 from tests.support.loops import Loops, loops_of
 
+from moshi_stt.server import gate
+
 
 def pytest_asyncio_loop_factories(config: pytest.Config, item: pytest.Item) -> Loops:
     return loops_of(item)
+
+
+@pytest.fixture(autouse=True)
+def quick_refusals(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The answer to a wrong key does not take a second."""
+    monkeypatch.setattr(gate, "WRONG_KEY_SECONDS", 0.01)
 
 
 @pytest.fixture(params=["batch", "segment", "torch", "mlx"], scope="session")

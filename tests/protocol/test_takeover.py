@@ -131,6 +131,7 @@ async def client_words(client: Client):  # type: ignore[no-untyped-def]
 async def test_one_that_fails_its_self_test_takes_nothing(tmp_path: Path) -> None:
     """In one process: the check raises, and the socket stays where it was."""
     from tests.support.scripted_engine import ScriptedEngine
+    from tests.support.serving import raw_request
 
     from moshi_stt.config_load import embedded_config
     from moshi_stt.errors import EngineError
@@ -151,7 +152,8 @@ async def test_one_that_fails_its_self_test_takes_nothing(tmp_path: Path) -> Non
         with pytest.raises(EngineError, match="the self-test failed"):
             await new.start()
         assert not handing.done()
-        assert old.listening
+        answer = await raw_request(old.port, b"GET /health HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+        assert answer.status == 200
     finally:
         handing.cancel()
         await asyncio.gather(handing, return_exceptions=True)

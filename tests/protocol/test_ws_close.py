@@ -347,7 +347,7 @@ async def test_websocket_opened_while_the_model_loads_waits_for_its_ready() -> N
     server = Server(server_config(), {"asr": engine}, "127.0.0.1", 0)
     starting = asyncio.create_task(server.start())
     try:
-        await until(lambda: server.listening)
+        await until(lambda: server.port)
         async with await RawClient.connect(server.port) as client:
             client.silence(1920)
             client.marker(1)

@@ -22,7 +22,7 @@ PATH = "/v0/plain?greeting=hi"
 HEADERS = {"x-plain-key": KEY}
 
 
-@pytest.fixture(params=["main process", "socket processes"])
+@pytest.fixture(params=["main process", pytest.param("socket processes", marks=pytest.mark.slow)])
 def place(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Callable[[], Any]:
     """A server whose WebSockets are carried there."""
 

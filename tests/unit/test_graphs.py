@@ -8,8 +8,10 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed")
 
+from tests.support.graphs import NoGraphs  # noqa: E402
+
 from moshi_stt.constants import FRAME_SAMPLES  # noqa: E402
-from moshi_stt.models.torch_impl.graphs import GraphRunner, NoGraphs, bucket_sizes  # noqa: E402
+from moshi_stt.models.torch_impl.graphs import GraphRunner, bucket_sizes  # noqa: E402
 
 SCRATCH = 99
 

@@ -147,6 +147,7 @@ def test_an_interrupted_transfer_goes_on(hub: LocalHub) -> None:
     assert hub.asked("GET", "/storage/") == [None, "bytes=100000-", "bytes=200000-"]
 
 
+@pytest.mark.slow
 def test_a_transfer_that_ended_goes_on_in_the_next_call(hub: LocalHub) -> None:
     """So too after the process has gone: what had come is kept beside the blobs."""
     hub.cut_after, hub.cuts = 120_000, 1

@@ -141,6 +141,7 @@ def test_files_that_once_failed(name: str, shared: Path) -> None:
         assert np.sqrt(np.mean(pcm**2)) > 0.01
 
 
+@pytest.mark.slow
 def test_files_that_once_failed_give_their_words(shared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """With the embedded model, through `transcribe`: the words, the complaint, and the status."""
     if missing_packages(EMBEDDED_PACKAGES):

@@ -23,7 +23,7 @@ from moshi_stt.engine.recording import RecordingOptions, recording_events, trans
 from moshi_stt.engine.stream import Stream
 from moshi_stt.errors import AudioError, EngineError
 from moshi_stt.events import Word
-from moshi_stt.text.merge import merge_words
+from moshi_stt.text.merge import WordMerger
 from moshi_stt.text.subtitles import TimedWord
 
 RULE = CutRule(earliest=6.0, latest=10.0, before=3.0, after=1.5)
@@ -297,4 +297,6 @@ def word(text: str, middle: float) -> TimedWord:
     ],
 )
 def test_words_at_a_cut(earlier: list[TimedWord], later: list[TimedWord], expected: str) -> None:
-    assert " ".join(merged.text for merged in merge_words([0.0, 10.0], [earlier, later])) == expected
+    merger = WordMerger()
+    merged = [*merger.add(0.0, earlier), *merger.add(10.0, later), *merger.finish()]
+    assert " ".join(found.text for found in merged) == expected

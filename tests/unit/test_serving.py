@@ -30,7 +30,8 @@ async def test_it_serves_while_the_block_runs(config: ServerConfig | str | None,
 
     async with moshi_stt.Server(config, port=0, force_cpu=True) as server:
         assert await asyncio.to_thread(health, server.port) == "ready"
-    assert not server.listening
+    with pytest.raises(ConnectionRefusedError):
+        await asyncio.open_connection("127.0.0.1", server.port)
     assert asked == [(load_config("embedded").config, True)]
 
 

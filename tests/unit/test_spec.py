@@ -97,14 +97,12 @@ def test_published_1b() -> None:
     assert spec.lm == ONE_B
     assert (spec.mimi.codebooks, spec.delay_frames, spec.prefix_silence_seconds) == (32, 6, 0.0)
     assert (spec.lm.head_dim, spec.lm.start_token, spec.lm.pad_code) == (128, 8_000, 2_048)
-    assert spec.lm.kv_bytes(2) == 98_304_000, "93.75 MiB a slot in bf16 (contract section 5.2)"
 
 
 def test_published_2_6b_from_json() -> None:
     spec = spec_from_module(module(model=None, type="PyBatchedAsr", asr_delay_in_tokens=32), JSON)
     assert (spec.lm.layers, spec.lm.heads, spec.lm.head_dim, spec.lm.text_card) == (48, 32, 64, 4_000)
     assert (spec.lm.context, spec.lm.extra_heads, spec.delay_frames, spec.prefix_silence_seconds) == (375, 0, 32, 1.0)
-    assert spec.lm.kv_bytes(2) == 147_456_000, "140.6 MiB a slot"
 
 
 def test_2_6b_from_toml_knows_its_silence() -> None:

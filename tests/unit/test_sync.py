@@ -107,6 +107,7 @@ def test_turns_are_asked_for_besides_what_the_url_asks() -> None:
 
 
 def test_url_and_key_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("moshi_stt.server.gate.WRONG_KEY_SECONDS", 0.01)
     with scripted(counting(3)) as url:
         monkeypatch.setenv("MOSHI_STT_URL", url)
         assert [word.text for word in transcribe(np.tile(FRAME, 10))] == ["w0", "w1", "w2"]

@@ -61,11 +61,6 @@ class OggReader:
         self._offset = 0  # bytes of the stream before the buffer, for error messages
         self._partial: dict[int, bytearray] = {}  # serial -> packet that goes on in its next page
 
-    @property
-    def pending_bytes(self) -> int:
-        """Bytes of a page that is not yet whole."""
-        return len(self._buffer)
-
     def packets(self, data: bytes) -> Iterator[Packet]:
         """Every packet that `data` completes. Exhaust the iterator before the next call.
 

@@ -1,4 +1,4 @@
-"""Ogg-Opus in any pieces in, 24 kHz mono PCM out, and the way back for clients. Knows nothing of messages or streams.
+"""Ogg-Opus in any pieces in, 24 kHz mono PCM out, and the way back for clients.
 
 Each packet goes to libopus (through sphn or PyAV) on its own, so the output does not depend on how the bytes were cut, and a
 packet's length is known from its first bytes before anything is decoded (RFC 6716 section 3.1, RFC 7845).
@@ -13,9 +13,6 @@ from numpy.typing import NDArray
 from moshi_stt.audio.ogg import MAX_PACKET_BYTES, OggReader, Packet, encode_page
 from moshi_stt.constants import SAMPLE_RATE
 from moshi_stt.errors import AudioError
-
-MAX_MESSAGE_SECONDS = 600
-"""What one `feed` may decode to. `pieces` has no such limit: it holds one piece at a time."""
 
 _PIECE_SAMPLES = SAMPLE_RATE
 _GRANULE_RATE = 48_000  # granule positions and pre-skip count samples at this rate, whatever the stream's own
@@ -94,27 +91,6 @@ class OpusStream:
         if held:
             yield np.concatenate(held)
         self._check()
-
-    def feed(self, data: bytes | bytearray | memoryview) -> NDArray[np.float32]:
-        """Decode the next bytes: float32 (S,) at 24 kHz mono.
-
-        Raises AudioError; where good audio came before the fault, returns it, sets `failure`, and raises at the next call.
-        """
-        held: list[NDArray[np.float32]] = []
-        samples = 0
-        try:
-            for piece in self.pieces(data):
-                held.append(piece)
-                samples += len(piece)
-                if samples > MAX_MESSAGE_SECONDS * SAMPLE_RATE:
-                    self.failure = AudioError(
-                        f"one message decodes to more than {MAX_MESSAGE_SECONDS} s of audio: send it in several"
-                    )
-                    break
-        except AudioError:
-            if not held:
-                raise
-        return np.concatenate(held) if held else _EMPTY
 
     def finish(self) -> NDArray[np.float32]:
         """No more bytes. Nothing is held back, so the array is empty. Raises AudioError where no audio stream ever began."""

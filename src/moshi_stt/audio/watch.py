@@ -58,17 +58,13 @@ def _lag_weights() -> NDArray[np.float32]:
 _LAG_WEIGHTS = _lag_weights()
 
 
-def pitch(block: NDArray[np.float32]) -> float | None:
-    """Fundamental frequency in Hz (40 to 800) of float32 (1920,), by autocorrelation; None where it is not voiced."""
-    return _pitch_of(_power(block))
-
-
 def _power(block: NDArray[np.float32]) -> NDArray[np.float32]:
     spectrum = np.fft.rfft(block * _WINDOW, _FFT)
     return (spectrum.real**2 + spectrum.imag**2).astype(np.float32)
 
 
 def _pitch_of(power: NDArray[np.float32]) -> float | None:
+    """Fundamental frequency in Hz (40 to 800) of a block's power, by autocorrelation; None where it is not voiced."""
     band = np.zeros_like(power)
     band[_PITCH_BAND] = power[_PITCH_BAND]
     correlation = np.fft.irfft(band)

@@ -15,7 +15,6 @@ class LoadReport:
     device: str
     dtype: str
     """Of the language model; Mimi is float32."""
-    lm_parameters: int
     weight_bytes: int
     """Weights on the device, both models."""
     slot_bytes: int

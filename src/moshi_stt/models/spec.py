@@ -156,10 +156,6 @@ class LMSpec:
         """Audio id fed to every codebook at a stream's first step."""
         return self.audio_card
 
-    def kv_bytes(self, element_bytes: int) -> int:
-        """K and V of one slot in bytes."""
-        return 2 * self.layers * self.context * self.dim * element_bytes
-
 
 @dataclass(frozen=True)
 class ModelSpec:

@@ -1,7 +1,7 @@
 """The one table of tensor names and shapes, and what a safetensors file must hold. Data and checks; knows no framework.
 
 Canonical names are those of the published PyTorch and candle files (contract sections 6.1 to 6.3). A file is in one of two
-namings, `file` or `mlx`; the names inside Kyutai's PyTorch module, which no file has, are `module_name`.
+namings, `file` or `mlx`.
 Every tensor of a file is either needed exactly once, or ignored by a rule below that says why; any other is an error: a
 tensor that this program does not know means a model that it would compute wrongly. (moshi-server ignores such tensors.)
 """
@@ -50,12 +50,6 @@ class Param:
     mlx_shape: tuple[int, ...]
     aliases: tuple[str, ...] = ()
     """Names that older exports use for the same tensor."""
-
-    @property
-    def module_name(self) -> str:
-        """The name inside Kyutai's PyTorch module."""
-        name = self.name.replace(".self_attn.in_proj_weight", ".self_attn.in_projs.0.weight")
-        return name.replace(".self_attn.out_proj.weight", ".self_attn.out_projs.0.weight")
 
     def names(self, naming: Naming) -> tuple[str, ...]:
         return (self.mlx_name,) if naming == "mlx" else (self.name, *self.aliases)
@@ -290,11 +284,6 @@ class Plan:
     @property
     def packed(self) -> bool:
         return any(source.packing for source in self.sources)
-
-    @property
-    def parameters(self) -> int:
-        """Numbers in the needed tensors."""
-        return sum(math.prod(source.param.shape) for source in self.sources)
 
 
 def plan_lm(path: Path, spec: LMSpec) -> tuple[Plan, int]:

@@ -249,11 +249,6 @@ class Server:
         self._failed = asyncio.Event()
 
     @property
-    def listening(self) -> bool:
-        """Whether connections are taken."""
-        return bool(self._runner.sites) and not self.service.stopping
-
-    @property
     def port(self) -> int:
         """The port listened on, known from the start on; the one asked for may have been 0."""
         return self._port

@@ -41,13 +41,6 @@ class WordMerger:
         return rest
 
 
-def merge_words(starts: Sequence[float], words: Sequence[Sequence[TimedWord]]) -> list[TimedWord]:
-    """The words of all pieces; see `WordMerger.add` for what they are."""
-    merger = WordMerger()
-    merged = [word for start, heard in zip(starts, words, strict=True) for word in merger.add(start, heard)]
-    return merged + merger.finish()
-
-
 def _disagreements(
     earlier: Sequence[TimedWord], later: Sequence[TimedWord], cut: float
 ) -> tuple[list[TimedWord], list[TimedWord]]:

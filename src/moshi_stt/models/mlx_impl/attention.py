@@ -8,7 +8,6 @@ but the later one of a pair. An assignment into a ring that nothing else refers 
 Axes: B row, T position, H head, D dim.
 """
 
-import copy
 from collections.abc import Sequence
 
 import mlx.core as mx
@@ -51,10 +50,6 @@ class Ring:
     def held(self, positions: int) -> int:
         """Entries that a stream of so many positions can see."""
         return min(positions, self.context)
-
-    def copy(self, source: int, target: int) -> None:
-        """Both slots refer to the same numbers until one of them is written to."""
-        self.entries[target] = copy.copy(self.entries[source])
 
     def _with_room(self, slot: int, count: int) -> mx.array:
         """The slot's ring with room for `count` entries at least."""

@@ -12,7 +12,6 @@ The last slot is scratch, for rows that pad a step to a fixed number of rows.
 
 import copy
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 import mlx.core as mx
 import numpy as np
@@ -26,16 +25,6 @@ from moshi_stt.models.mlx_impl.mimi import MimiEncoder, MimiState
 from moshi_stt.models.mlx_impl.sampling import choose
 from moshi_stt.models.report import LOUDEST, LoadReport
 from moshi_stt.models.spec import ModelSpec
-
-
-class SavedSlot(NamedTuple):
-    """Everything that a slot's stream depends on."""
-
-    frames: int
-    text: int
-    codes: NDArray[np.int64]
-    conv: mx.array
-    rings: list[mx.array | None]
 
 
 @dataclass
@@ -153,25 +142,13 @@ class MLXBackend:
 
     def copy(self, source: int, target: int) -> None:
         """Make slot `target`'s state what slot `source`'s is; they go their own ways from there."""
-        self.restore(target, self.save(source))
-
-    def save(self, slot: int) -> SavedSlot:
-        """Everything a slot's stream depends on. It shares memory with the slot until the slot is stepped."""
         state = self.state
+        for array in (state.frames, state.text, state.codes):
+            array[target] = array[source]
         with mx.stream(self.device):
-            rings = [copy.copy(ring.entries[slot]) for ring in state.rings]
-            return SavedSlot(
-                int(state.frames[slot]), int(state.text[slot]), state.codes[slot].copy(), state.mimi.conv[slot], rings
-            )
-
-    def restore(self, slot: int, saved: SavedSlot) -> None:
-        """Make a slot's stream go on from where `save` was called, of this slot or another."""
-        state = self.state
-        state.frames[slot], state.text[slot], state.codes[slot] = saved.frames, saved.text, saved.codes
-        with mx.stream(self.device):
-            state.mimi.conv[slot] = saved.conv
-            for ring, entries in zip(state.rings, saved.rings, strict=True):
-                ring.entries[slot] = copy.copy(entries)
+            state.mimi.conv[target] = state.mimi.conv[source]
+            for ring in state.rings:  # shared until one of the two is written to
+                ring.entries[target] = copy.copy(ring.entries[source])
             mx.eval(state.mimi.conv)
 
     # ---- one step ----------------------------------------------------------------------------------------------------

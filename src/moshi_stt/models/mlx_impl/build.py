@@ -69,7 +69,6 @@ def load_backend(
     report = LoadReport(
         device=device_name(target),
         dtype=f"{scheme}, {DTYPE_NAMES[dtype]}" if scheme else DTYPE_NAMES[dtype],
-        lm_parameters=lm_plan.parameters,
         weight_bytes=size,
         slot_bytes=state.slot_bytes(),
         load_seconds=time.perf_counter() - start,

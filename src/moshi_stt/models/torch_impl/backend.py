@@ -122,16 +122,6 @@ class SlotBackend:
         with torch.inference_mode():
             self.state.copy(source, target, self.spec.mimi.positions_per_frame)
 
-    def save(self, slot: int) -> dict[str, Tensor]:
-        """A copy of everything a slot's stream depends on, on the host, by name."""
-        return {name: tensor[slot].to("cpu", copy=True) for name, tensor in self.state.named.items()}
-
-    def restore(self, slot: int, saved: dict[str, Tensor]) -> None:
-        """Make a slot's stream go on from where `save` was called, of this slot or another of a backend of this class."""
-        with torch.inference_mode():
-            for name, tensor in self.state.named.items():
-                tensor[slot].copy_(saved[name])
-
     def fill_context(self) -> None:
         """Make every slot's stream one whose context is full, of anything: for measuring. The state is undefined then."""
         self.state.frames.fill_(max(self.spec.lm.context, self.spec.mimi.context))

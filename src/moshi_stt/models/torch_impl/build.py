@@ -89,7 +89,6 @@ def load_backend(
     report = LoadReport(
         device=device_name(target) if beside is None else f"cpu ({beside})",
         dtype=f"{scheme}, {DTYPE_NAMES[dtype]}" if scheme else DTYPE_NAMES[dtype],
-        lm_parameters=lm_plan.parameters,
         weight_bytes=weight_bytes,
         slot_bytes=state.slot_bytes(),
         load_seconds=0.0,

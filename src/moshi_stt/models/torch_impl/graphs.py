@@ -87,19 +87,6 @@ class CudaGraphs:
         return torch.empty(count, dtype=torch.uint8, pin_memory=True)
 
 
-class NoGraphs:
-    """A stand-in where there are no graphs: runs the function itself."""
-
-    def capture(self, run: Callable[[], None], *, brief: bool) -> Callable[[], None]:
-        return run
-
-    def host(self, count: int) -> Tensor:
-        return torch.empty(count, dtype=torch.uint8)
-
-    def seconds(self) -> float | None:
-        return None
-
-
 class _Bucket(NamedTuple):
     output: NDArray[np.float32]
     """(n, width), on the host."""

@@ -1,4 +1,4 @@
-"""Rotary positions that stay exact for streams of months. Knows nothing of models or rings.
+"""Rotary positions that stay exact for streams of months.
 
 The angle p * theta of a large position p has no precision left in float32 (tenths of a radian at p = 10 000 000), and
 some devices have no float64. So p is split, p = high * 2**14 + low, and the cosines and sines of both parts, computed on the
@@ -11,8 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 SPLIT_BITS = 14
-POSITIONS = 1 << (2 * SPLIT_BITS)
-"""Positions a table reaches: 248 days of language model steps (12.5 Hz), 124 days of Mimi's (25 Hz); then it starts over."""
+"""Twice as many bits of positions are reached: 248 days of language model steps (12.5 Hz), 124 days of Mimi's (25 Hz)."""
 
 
 class RotaryTable:

@@ -171,11 +171,6 @@ class CudaBackend(SlotBackend):
         super().copy(source, target)
         self._settle()
 
-    def restore(self, slot: int, saved: dict[str, Tensor]) -> None:
-        """See `SlotBackend.restore`."""
-        super().restore(slot, saved)
-        self._settle()
-
     def fill_context(self) -> None:
         """See `SlotBackend.fill_context`."""
         super().fill_context()

@@ -72,11 +72,6 @@ def attempt(name: str, kernel: Callable[[], None], plain: Callable[[], None]) ->
         plain()
 
 
-def replaced() -> dict[str, str]:
-    """The kernels that PyTorch's own operations stand for in this process, each with the reason."""
-    return dict(_replaced)
-
-
 def device_of(tensor: Tensor) -> AbstractContextManager[object]:
     """Make the tensor's GPU the current one; nothing on the CPU, where only Triton's interpreter runs kernels."""
     if tensor.is_cuda and tensor.get_device() != torch.cuda.current_device():
