@@ -46,9 +46,8 @@ class Gate:
         self.origins = Origins(limits.allowed_origins)
         self._waiting: Counter[str] = Counter()
         self._wrong: Counter[str] = Counter()
-        self._wrong_logged = float("-inf")
-        self._exhausted_logged = float("-inf")
-        self._origins_logged: dict[str, float] = {}
+        self._logged: dict[str, float] = {}
+        """When what was logged last."""
         self._by_key: Counter[str] = Counter()
         self._by_address: Counter[str] = Counter()
 
@@ -102,8 +101,7 @@ class Gate:
         if not nearly_exhausted():
             return False
         self._metrics.refusals.labels("descriptors").inc()
-        if self._now() - self._exhausted_logged >= LOG_SECONDS:
-            self._exhausted_logged = self._now()
+        if self._log_is_due("descriptors"):
             log.error("file descriptors are used up: new clients are refused. Raise the limit of open files (ulimit -n)")
         return True
 
@@ -120,10 +118,7 @@ class Gate:
             return
         self._metrics.refusals.labels("origin").inc()
         shown = normal_origin(origin or "") or "null"
-        if self._now() - self._origins_logged.get(shown, float("-inf")) >= LOG_SECONDS:
-            if len(self._origins_logged) >= MOST_REMEMBERED:
-                self._origins_logged.clear()
-            self._origins_logged[shown] = self._now()
+        if self._log_is_due(f"origin {shown}"):
             setting = f'[moshi_stt] allowed_origins = ["{shown}"]'
             log.warning("%s: a web page at %s was refused. To allow it, configure %s", request.peer, shown, setting)
         raise door.refusal("origin", f"web pages at {shown} may not use this server: see allowed_origins")
@@ -131,8 +126,7 @@ class Gate:
     def _note_wrong(self, address: str) -> None:
         if len(self._wrong) < MOST_REMEMBERED:
             self._wrong[address] += 1
-        if self._now() - self._wrong_logged >= LOG_SECONDS:
-            self._wrong_logged = self._now()
+        if self._log_is_due("keys"):
             most, count = self._wrong.most_common(1)[0]
             log.warning(
                 "%d requests with a wrong or missing API key since the last such line, from %d addresses; most from %s (%d)",
@@ -142,6 +136,16 @@ class Gate:
                 count,
             )
             self._wrong.clear()
+
+    def _log_is_due(self, what: str) -> bool:
+        """Whether this was not logged for LOG_SECONDS; then it counts as logged now."""
+        now = self._now()
+        if now - self._logged.get(what, float("-inf")) < LOG_SECONDS:
+            return False
+        if len(self._logged) >= MOST_REMEMBERED:
+            self._logged.clear()
+        self._logged[what] = now
+        return True
 
     def _left(self, key: str, address: str) -> None:
         for counter, name in ((self._by_key, key), (self._by_address, address)):
