@@ -9,15 +9,15 @@ Prints a table and, as its last line, one JSON document.
 """
 
 import argparse
-import json
 import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import report
 import torch
 from bench_neighbours import load
-from bench_step import fill, machine
+from bench_step import fill, measured_on
 
 FRAME_SAMPLES = 1_920
 
@@ -84,18 +84,14 @@ def main() -> None:
         values = list(counts.values())
         ratios = ", ".join(f"{value / values[0]:.2f}" for value in values)
         print(f"{part:16}" + "".join(f"{value:14.1f}" for value in values) + f"   {ratios}")
-    document = {
-        "benchmark": "cpu rows",
-        **machine(torch.device("cpu")),
+    result = {
+        **measured_on(torch.device("cpu")),
         "quantize": args.quantize,
         "kv": args.kv,
         "threads": backend.report.device,
         "ms": table,
     }
-    text = json.dumps(document)
-    if args.out:
-        args.out.write_text(text + "\n")
-    print(text)
+    report.finish("cpu rows", result, args.out)
 
 
 if __name__ == "__main__":

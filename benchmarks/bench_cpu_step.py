@@ -22,11 +22,9 @@ import itertools
 import json
 import math
 import os
-import platform
 import re
 import shutil
 import socket
-import subprocess
 import sys
 import tempfile
 import time
@@ -35,6 +33,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
+import report
 
 FRAME_SAMPLES = 1_920
 LOAD_SECONDS = 900
@@ -422,21 +421,17 @@ def main() -> None:
     bandwidth = read_bandwidth()
     print(table(results, bandwidth))
     print(f"one core reads {bandwidth:.1f} GB/s of memory")
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
-    document = {
-        "benchmark": "cpu_step",
-        "machine": f"{platform.machine()} {platform.system()}, {os.cpu_count()} cores",
+    result = {
         "device": "cpu",
         "weights": "random",
         "checkpoint": args.checkpoint.name,
-        "commit": commit.stdout.strip(),
         "threads": args.threads,
         "slots": args.slots,
         "full_context": args.full_context,
         "read_gb_per_s": bandwidth,
         "results": results,
     }
-    print(json.dumps(document))
+    report.finish("cpu_step", result)
 
 
 if __name__ == "__main__":

@@ -11,14 +11,15 @@ half to report; --pieces of each language are heard at most. The last line is on
 
 import argparse
 import csv
-import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from bench_wer import machine, read_pcm
+import report
+from bench_wer import read_pcm
 from embedded_sounds import Sound, at_level, without_voice
 from embedded_trace import metered, trace
+from report import EMBEDDED
 
 from moshi_stt.audio.decode import read_file
 from moshi_stt.constants import SAMPLE_RATE
@@ -106,7 +107,7 @@ def main() -> None:
     print(f"sound without speech: {len(sounds)} warnings in {args.minutes:g} minutes; {', '.join(sounds) or 'none'}")
     result["sounds"] = {"minutes": args.minutes, "warned": len(sounds)}
     recogniser.save()
-    print(json.dumps({"benchmark": "embedded_language", **machine(), "part": args.part, "seed": args.seed, "result": result}))
+    report.finish("embedded_language", {**EMBEDDED, "part": args.part, "seed": args.seed, "result": result})
 
 
 if __name__ == "__main__":

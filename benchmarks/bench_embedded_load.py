@@ -10,18 +10,16 @@ Prints a table and, as its last line, one JSON document.
 
 import argparse
 import asyncio
-import json
-import os
-import platform
 import resource
-import subprocess
 import time
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import report
 from numpy.typing import NDArray
+from report import EMBEDDED
 
 from moshi_stt.audio.decode import read_file
 from moshi_stt.constants import FRAME_SAMPLES, FRAME_SECONDS, SAMPLE_RATE
@@ -120,10 +118,10 @@ async def bench(args: argparse.Namespace) -> None:
         alone = await one(engine, audios[index], time.monotonic(), False)
         different += alone.events != outcomes[index].events
     await engine.stop()
-    report(args, engine, outcomes, memory, wall, cpu, different)
+    show(args, engine, outcomes, memory, wall, cpu, different)
 
 
-def report(
+def show(
     args: argparse.Namespace,
     engine: SegmentEngine,
     outcomes: list[Outcome],
@@ -138,14 +136,7 @@ def report(
     lags = [lag for outcome in outcomes for lag in outcome.lags] if args.paced else []
     half = len(memory) // 2 or 1
     result = {
-        "benchmark": "embedded_load",
-        "machine": platform.platform(),
-        "cores": os.cpu_count(),
-        "device": "cpu",
-        "weights": "embedded (moonshine tiny-en)",
-        "commit": subprocess.run(
-            ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent
-        ).stdout.strip(),
+        **EMBEDDED,
         "streams": args.streams,
         "seconds_each": args.seconds,
         "paced": args.paced,
@@ -163,7 +154,7 @@ def report(
     }
     for key, value in result.items():
         print(f"{key:<26}{value}")
-    print(json.dumps(result))
+    report.finish("embedded_load", result)
 
 
 def main() -> None:

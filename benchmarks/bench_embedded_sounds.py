@@ -20,12 +20,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from bench_wer import Recording, errors, machine, normalise, read_folder
+import report
+from bench_wer import Recording, normalise, read_folder
 from embedded_sounds import Sound, babbles, in_noise, lone_words, onsets, without_voice
 from embedded_trace import MeteredRecogniser, metered, trace
+from report import EMBEDDED
 
 from moshi_stt.constants import SAMPLE_RATE
 from moshi_stt.events import Word
+from moshi_stt.text.word_errors import word_errors
 
 DOUBTFUL = 0.5
 """Words of a confidence below this are marked as doubtful: more likely wrong than right."""
@@ -138,7 +141,7 @@ class Bench:
             pieces = [(piece, sure) for text, sure in words for piece in normalise(text)]
             heard = [piece for piece, _ in pieces]
             reference_words += len(recording.reference)
-            wrong_words += errors(recording.reference, heard)
+            wrong_words += word_errors(recording.reference, heard)
             for right, (_, sure) in zip(hits(recording.reference, heard), pieces, strict=True):
                 sent[right] += 1
                 plain[right] += sure >= DOUBTFUL
@@ -189,12 +192,9 @@ def main() -> None:
             bench.noisy(recordings[:: args.every], name, float(decibels))
         recogniser.save()
     recogniser.close()
-    document = {"benchmark": "embedded_sounds", **machine(), "seed": args.seed, "result": bench.result}
-    if args.save:
-        kept = json.loads(args.save.read_text()) if args.save.exists() else {"result": {}, "texts": {}}
-        document["result"] = kept["result"] | bench.result
-        args.save.write_text(json.dumps({**document, "texts": kept["texts"] | bench.texts}, indent=1) + "\n")
-    print(json.dumps(document))
+    earlier = json.loads(args.save.read_text()) if args.save and args.save.exists() else {"result": {}, "texts": {}}
+    result = {**EMBEDDED, "seed": args.seed, "result": earlier["result"] | bench.result}
+    report.finish("embedded_sounds", result, args.save, texts=earlier["texts"] | bench.texts)
 
 
 if __name__ == "__main__":

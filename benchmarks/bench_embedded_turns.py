@@ -18,9 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from bench_wer import machine, read_folder
+import report
+from bench_wer import read_folder
 from embedded_sounds import Sound
 from embedded_trace import metered, trace
+from report import EMBEDDED
 
 from moshi_stt.constants import FRAME_SECONDS, SAMPLE_RATE
 from moshi_stt.engine.pauses import HORIZONS_SECONDS
@@ -177,7 +179,7 @@ def main() -> None:
                 args.save.write_text("".join(json.dumps({k: v for k, v in row.items() if k != "steps"}) + "\n" for row in rows))
     if args.calibration:
         print("\n".join(calibration(spans)))
-    print(json.dumps({"benchmark": "embedded_turns", **machine(), "seed": args.seed, "spans": args.spans, "result": result}))
+    report.finish("embedded_turns", {**EMBEDDED, "seed": args.seed, "spans": args.spans, "result": result})
 
 
 if __name__ == "__main__":

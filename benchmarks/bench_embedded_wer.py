@@ -16,10 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from bench_wer import Recording, direct, errors, machine, normalise, read_folder, read_pcm
+import report
+from bench_wer import Recording, direct, normalise, read_folder, read_pcm
 from embedded_trace import metered, queue_lags, trace
+from report import EMBEDDED
 
 from moshi_stt.models.embedded import load_embedded
+from moshi_stt.text.word_errors import word_errors
 
 DRAWS, SEED = 10_000, 1
 STREAMS = (1, 4, 8, 12)
@@ -61,7 +64,7 @@ def main() -> None:
     recogniser.save()
     recogniser.close()
     words = [len(recording.reference) for recording in recordings]
-    wrong = [errors(r.reference, normalise(item.text)) for r, item in zip(recordings, traces, strict=True)]
+    wrong = [word_errors(r.reference, normalise(item.text)) for r, item in zip(recordings, traces, strict=True)]
     lags = [lag for item in traces for lag in item.lags]
     speech = [item for item, recording in zip(traces, recordings, strict=True) if item.seconds < 2 * len(recording.reference)]
     result: dict[str, Any] = {"files": len(recordings), "words": sum(words), "wer": 100 * sum(wrong) / sum(words)}
@@ -75,22 +78,19 @@ def main() -> None:
         result[f"streams_{streams}"] = {"p50": float(np.median(late)), "p95": float(np.percentile(late, 95)), "cores": cores}
     if not args.no_direct:
         model = load_embedded(1)
-        alone = [errors(r.reference, normalise(direct(model, r.pcm))) for r in recordings]
+        alone = [word_errors(r.reference, normalise(direct(model, r.pcm))) for r in recordings]
         model.close()
         result["wer_direct"] = 100 * sum(alone) / sum(words)
     if args.before:
         old = json.loads(args.before.read_text())
-        before = [errors(r.reference, normalise(old["texts"][r.name])) for r in recordings]
+        before = [word_errors(r.reference, normalise(old["texts"][r.name])) for r in recordings]
         loss, low, high = loss_interval(words, before, wrong)
         result |= {"wer_before": 100 * sum(before) / sum(words), "loss": loss, "loss_low": low, "loss_high": high}
         result["before"] = old["result"]
     for key, value in result.items():
         print(f"{key:<24}{value:.3f}" if isinstance(value, float) else f"{key:<24}{json.dumps(value)}")
-    document = {"benchmark": "embedded_wer", **machine(), "result": result}
-    if args.save:
-        texts = {recording.name: item.text for recording, item in zip(recordings, traces, strict=True)}
-        args.save.write_text(json.dumps({**document, "texts": texts}, indent=1) + "\n")
-    print(json.dumps(document))
+    texts = {recording.name: item.text for recording, item in zip(recordings, traces, strict=True)}
+    report.finish("embedded_wer", {**EMBEDDED, "result": result}, args.save, texts=texts)
 
 
 if __name__ == "__main__":

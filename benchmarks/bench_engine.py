@@ -17,7 +17,6 @@ Prints a table and, as its last line, one JSON document. Random weights say noth
 import argparse
 import asyncio
 import base64
-import json
 import pickle
 import random
 import socket
@@ -30,6 +29,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import report
 from numpy.typing import NDArray
 
 from moshi_stt.constants import FRAME_SAMPLES, FRAME_SECONDS
@@ -424,13 +424,13 @@ def main() -> None:
     parser.add_argument("--old", action="store_true")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    from bench_step import machine
+    from bench_step import measured_on
 
     from moshi_stt.models.torch_impl.device import choose_device
 
     device, _ = choose_device(args.device)
     tune_interpreter()
-    result = {"benchmark": "engine", **machine(device), **asyncio.run(measure(args, device))}
+    result = {**measured_on(device), **asyncio.run(measure(args, device))}
     print(f"{args.streams} live streams of {args.shape}, {args.kv} K/V, {args.seconds:g} s on {result['device']}")
     print(
         f"{result['frames']} frames in {result['steps']} steps of {result['rows_a_step']} rows; model busy {result['busy']:.0%}"
@@ -438,10 +438,7 @@ def main() -> None:
     for name in ("step_ms", "lag_ms"):
         print(f"{name:8} " + "  ".join(f"{key} {value:.2f}" for key, value in result[name].items()))
     print(f"late {result['late']}, lost {result['lost']}, refused {result['refused']}, errors {result['errors']}")
-    document = json.dumps(result)
-    if args.out:
-        args.out.write_text(document + "\n")
-    print(document)
+    report.finish("engine", result, args.out)
 
 
 if __name__ == "__main__":

@@ -9,16 +9,13 @@ than its backend) and the event loop (feed of one frame, delivery, take). Prints
 
 import argparse
 import asyncio
-import json
-import platform
-import subprocess
 import sys
 import time
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
+import report
 from numpy.typing import NDArray
 
 from moshi_stt.constants import FRAME_SAMPLES
@@ -119,11 +116,6 @@ async def measure(rows: int, seconds: float) -> dict[str, float]:
     }
 
 
-def commit() -> str:
-    done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
-    return done.stdout.strip()
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--rows", default="1,8,64,256,1024", help="row counts, comma between them")
@@ -136,12 +128,7 @@ def main() -> None:
         results.append(result)
         share = rows * (result["model_thread_us"] + result["event_loop_us"]) / 80_000
         print(f"{rows:>6} {result['model_thread_us']:>22.2f} {result['event_loop_us']:>20.2f} {share:>18.1%}")
-    machine = f"{platform.system()} {platform.machine()}, Python {platform.python_version()}"
-    print(
-        json.dumps(
-            {"benchmark": "engine_overhead", "machine": machine, "device": "none", "commit": commit(), "results": results}
-        )
-    )
+    report.finish("engine_overhead", {"device": "none", "results": results})
 
 
 if __name__ == "__main__":

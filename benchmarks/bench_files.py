@@ -27,7 +27,6 @@ import json
 import logging
 import multiprocessing
 import os
-import platform
 import resource
 import shutil
 import subprocess
@@ -42,12 +41,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import report
 from file_stages import Stages
 from numpy.typing import NDArray
 
 from moshi_stt.constants import API_KEY_HEADER, DEFAULT_PATH, PUBLIC_KEY, SAMPLE_RATE
 from moshi_stt.cores import usable_cores
 from moshi_stt.server.runtime import run as run_loop
+from moshi_stt.text.word_errors import word_errors
 
 FORMATS = {
     "mp3": ("mp3", "libmp3lame", "fltp"),
@@ -381,7 +382,7 @@ def post(url: str, data: bytes) -> None:
 def compare(ours: Path, theirs: Path, audio: Path) -> dict[str, Any]:
     """Word error rates of two folders of transcripts, and the difference with its 95 % interval, by a bootstrap over files."""
     from bench_wer import direct as call_directly
-    from bench_wer import errors, normalise, read_pcm
+    from bench_wer import normalise, read_pcm
 
     from moshi_stt.models.embedded import load_embedded
 
@@ -394,7 +395,7 @@ def compare(ours: Path, theirs: Path, audio: Path) -> dict[str, Any]:
         expected, stem = normalise(row["transcript"]), Path(row["file"]).stem
         heard = [normalise(json.loads((folder / f"{stem}.json").read_text("utf-8"))["text"]) for folder in (ours, theirs)]
         heard.append(normalise(call_directly(recogniser, read_pcm(audio / row["file"]))))
-        counts.append([len(expected), *(errors(expected, each) for each in heard)])
+        counts.append([len(expected), *(word_errors(expected, each) for each in heard)])
         print(f"{row['file']:<28}{counts[-1][0]:>7}{counts[-1][1]:>7}{counts[-1][2]:>8}{counts[-1][3]:>8}")
     table = np.array(counts)
     total = table.sum(axis=0)
@@ -408,11 +409,6 @@ def compare(ours: Path, theirs: Path, audio: Path) -> dict[str, Any]:
 
 
 # ---- the report ----------------------------------------------------------------------------------------------------------
-
-
-def machine() -> dict[str, Any]:
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
-    return {"machine": platform.platform(), "cores": usable_cores(), "commit": commit.stdout.strip()}
 
 
 def main() -> None:
@@ -431,7 +427,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, metavar="FILE")
     args = parser.parse_args()
     logging.disable(logging.WARNING)  # a turn that files make long disturbs nobody
-    result: dict[str, Any] = {"benchmark": "files", **machine()}
+    result: dict[str, Any] = {"usable_cores": usable_cores()}
     if args.wer:
         result |= compare(args.wer, args.against, args.audio or args.against)
     else:
@@ -439,9 +435,7 @@ def main() -> None:
             result |= measure(args, Path(made))
     for key, value in result.items():
         print(f"{key:<32}{value:.4g}" if isinstance(value, float) else f"{key:<32}{value}")
-    if args.out:
-        args.out.write_text(json.dumps(result) + "\n")
-    print(json.dumps(result))
+    report.finish("files", result, args.out)
 
 
 def measure(args: argparse.Namespace, work: Path) -> dict[str, Any]:
@@ -462,9 +456,7 @@ def measure(args: argparse.Namespace, work: Path) -> dict[str, Any]:
     engine = {"device": device, "kv_dtype": args.kv}
     flags = ["--config", str(write_toml(args.shape, checkpoint, slots=args.slots, engine=engine))]
     result = {"model": f"random weights of the {args.shape}"} | run_loop(run_archive(folder, out, flags))
-    print(json.dumps(result), flush=True)  # what follows may take longer than there is time
-    if args.out:
-        args.out.write_text(json.dumps(result) + "\n")
+    report.finish("files", result, args.out)  # what follows may take longer than there is time
     result |= run_alone(folder, out, flags)
     return result | (reference(args.shape, device) if args.reference else {})
 

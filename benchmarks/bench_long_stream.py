@@ -8,15 +8,13 @@ its last line, one JSON document; exits 1 when the last tenth's memory is above 
 """
 
 import argparse
-import json
 import os
-import platform
-import subprocess
 import sys
 import time
 from pathlib import Path
 
 import numpy as np
+import report
 from bench_neighbours import load
 
 from moshi_stt.constants import FRAME_RATE, FRAME_SAMPLES
@@ -50,20 +48,16 @@ def main() -> int:
         parts.append({"hours": (tenth + 1) * args.hours / 10, "step_ms": median, "p99_ms": p99, "resident_mb": resident_mb()})
         print(f"{parts[-1]['hours']:9.2f}{median:9.2f}{p99:9.2f}{parts[-1]['resident_mb']:11.1f}", flush=True)
     grown = parts[-1]["resident_mb"] - parts[1]["resident_mb"]
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
-    document = {
-        "benchmark": "long_stream",
-        "machine": f"{platform.machine()} {platform.system()}, {os.cpu_count()} cores",
+    result = {
         "device": "cpu",
         "weights": "random",
         "checkpoint": args.checkpoint.name,
         "dtype": args.dtype,
-        "commit": commit.stdout.strip(),
         "frames": 10 * part,
         "grown_mb": grown,
         "parts": parts,
     }
-    print(json.dumps(document))
+    report.finish("long_stream", result)
     return 1 if grown > 16 else 0
 
 

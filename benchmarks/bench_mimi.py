@@ -17,7 +17,6 @@ import argparse
 import importlib.metadata
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -27,6 +26,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import report
 from numpy.typing import NDArray
 
 FRAME_SAMPLES = 1_920
@@ -255,19 +255,14 @@ def main() -> None:
     weights = args.checkpoint / "mimi.safetensors" if args.checkpoint.is_dir() else args.checkpoint
     results = run(args, weights)
     print(table(results))
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
-    document = {
-        "benchmark": "mimi",
-        "machine": f"{platform.machine()} {platform.system()}, {os.cpu_count()} cores",
+    result = {
         "device": "cpu",
         "weights": f"{weights.parent.name}/{weights.name}",
         "codebooks": args.codebooks,
         "sound": "noise" if args.speech is None else "speech",
-        "commit": commit.stdout.strip(),
         "results": results,
     }
-    print(f"{document['machine']}, commit {document['commit']}, weights {document['weights']}")
-    print(json.dumps(document))
+    report.finish("mimi", result)
 
 
 if __name__ == "__main__":

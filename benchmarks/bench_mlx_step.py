@@ -9,17 +9,13 @@ count: at rest, after the first frame, and with one stream at its full context. 
 """
 
 import argparse
-import json
-import os
-import platform
-import subprocess
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
+import report
 
 from moshi_stt.constants import FRAME_SAMPLES
 from moshi_stt.models.affine import choose_packing
@@ -154,18 +150,14 @@ def main() -> None:
         times = [*result["slots_ms"].values(), *result["rows_ms"].values()]
         sizes = [str(result[name]) for name in ("rest_mb", "first_frame_mb", "full_stream_mb")]
         print(f"{scheme:8}" + "".join(f"{ms:10.1f}" for ms in times) + "   " + ", ".join(sizes), flush=True)
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
-    document = {
-        "benchmark": "mlx_step",
-        "machine": f"{platform.machine()} {platform.system()}, {os.cpu_count()} cores",
+    result = {
         "device": device_name(device),
         "mlx": mx.__version__,
         "shape": args.shape,
         "weights": "random",
-        "commit": commit.stdout.strip(),
         "results": results,
     }
-    print(json.dumps(document))
+    report.finish("mlx_step", result)
 
 
 if __name__ == "__main__":

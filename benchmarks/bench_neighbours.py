@@ -17,10 +17,6 @@ accuracy.
 """
 
 import argparse
-import json
-import os
-import platform
-import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -29,6 +25,7 @@ from typing import Any
 
 import msgspec
 import numpy as np
+import report
 import torch
 from numpy.typing import NDArray
 
@@ -219,26 +216,15 @@ def main() -> None:
     if (args.checkpoint is None) == (args.shape is None):
         parser.error("a CHECKPOINT, or --shape")
     result = crowds(args) if args.shape else neighbours(args)
-    here = Path(__file__).parent
-    commit = (
-        os.environ.get("COMMIT")
-        or subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=here).stdout
-    )
     name = torch.cuda.get_device_name() if args.device.startswith("cuda") else args.device
     document = {
-        "benchmark": "neighbours",
-        "machine": f"{platform.machine()} {platform.system()}, {os.cpu_count()} cores",
         "device": name,
         "weights": "random",
         "checkpoint": args.shape or args.checkpoint.name,
         "torch": torch.__version__,
-        "commit": commit.strip(),
         **result,
     }
-    text = json.dumps(document)
-    if args.out:
-        args.out.write_text(text + "\n")
-    print(text)
+    report.finish("neighbours", document, args.out)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,6 @@ import asyncio
 import base64
 import json
 import os
-import platform
 import statistics
 import struct
 import subprocess
@@ -30,6 +29,7 @@ from typing import Any
 
 import door_costs
 import numpy as np
+import report
 import uvloop
 
 from moshi_stt import protocol
@@ -393,24 +393,7 @@ def main() -> None:
             f"door {name:17} {door['us_per_message']:7.1f} µs for 80 ms without socket and engine, "
             f"{door['messages_per_second']:9,.0f} a second and core, {share:5.2f} of native"
         )
-    commit = subprocess.run(
-        ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
-    ).stdout.strip()
-    machine = f"{platform.machine()} {platform.system()}, {os.cpu_count()} cores"
-    print(
-        json.dumps(
-            {
-                "benchmark": "protocol",
-                "machine": machine,
-                "device": "cpu",
-                "weights": "none",
-                "commit": commit,
-                "framing": framing,
-                "doors": doors,
-                "rows": rows,
-            }
-        )
-    )
+    report.finish("protocol", {"device": "cpu", "weights": "none", "framing": framing, "doors": doors, "rows": rows})
 
 
 if __name__ == "__main__":

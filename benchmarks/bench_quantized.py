@@ -23,9 +23,7 @@ import argparse
 import asyncio
 import csv
 import difflib
-import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -36,7 +34,8 @@ from typing import Any, NamedTuple
 
 import msgspec
 import numpy as np
-from bench_wer import errors, normalise, read_pcm
+import report
+from bench_wer import normalise, read_pcm
 from numpy.typing import NDArray
 
 from moshi_stt.config import EngineConfig, KyutaiModule, LimitsConfig
@@ -47,6 +46,7 @@ from moshi_stt.engines import build_engine, framework_of
 from moshi_stt.events import Word
 from moshi_stt.models.spec import MimiSpec, ModelSpec, lm_spec_from_json
 from moshi_stt.text.tokenizer import TextTokenizer
+from moshi_stt.text.word_errors import word_errors
 from moshi_stt.text.words import WordAssembler
 
 SOUNDS = {".wav", ".flac", ".mp3", ".ogg", ".opus", ".m4a", ".raw"}
@@ -264,7 +264,7 @@ def wer(args: argparse.Namespace) -> dict[str, Any]:
     results = []
     for scheme in args.schemes.split(","):
         texts, took, info = asyncio.run(transcribe_all(with_scheme(module, scheme, args.device), [pcm for _, pcm, _ in speech]))
-        wrong = [errors(reference, normalise(text)) for (_, _, reference), text in zip(speech, texts, strict=True)]
+        wrong = [word_errors(reference, normalise(text)) for (_, _, reference), text in zip(speech, texts, strict=True)]
         result = {
             "scheme": scheme,
             "wer": 100 * sum(wrong) / max(1, total),
@@ -300,14 +300,7 @@ def main() -> None:
             command.add_argument("--verbose", action="store_true", help="print what was heard")
     args = parser.parse_args()
     result = {"agreement": agreement, "wer": wer}[args.command](args)
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
-    document = {
-        "benchmark": f"quantized_{args.command}",
-        "machine": f"{platform.machine()} {platform.system()}, {os.cpu_count()} cores",
-        "commit": commit.stdout.strip(),
-        **result,
-    }
-    print(json.dumps(document))
+    report.finish(f"quantized_{args.command}", result)
 
 
 if __name__ == "__main__":

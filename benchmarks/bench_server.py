@@ -36,6 +36,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import report
 
 FRAME_SECONDS = 0.08
 FRAME_SAMPLES = 1_920
@@ -275,7 +276,7 @@ def search(args: argparse.Namespace, folder: Path) -> None:
 
 
 def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    from bench_step import machine
+    from bench_step import measured_on
     from random_weights import write_toml
 
     from moshi_stt.models.torch_impl.device import choose_device
@@ -301,7 +302,7 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     total = {key: sum(part[key] for part in found) for key in found[0] if key not in ("lags", "errors", "worst_send_delay_ms")}
     return {
         "benchmark": "server",
-        **machine(device),
+        **measured_on(device),
         "shape": args.shape,
         "kv": args.kv,
         "seconds": args.seconds,
@@ -369,10 +370,7 @@ def main() -> None:
     print("lag ms   " + "  ".join(f"{key} {value:.1f}" for key, value in result["lag_ms"].items()) + f"; late {result['late']}")
     print(f"cores: worker, {result['processes']} further processes: {result['server_cores']}; GB: {result['server_gb']}")
     print(f"ready in {result['ready_seconds']} s")
-    document = json.dumps(result)
-    if args.out:
-        args.out.write_text(document + "\n")
-    print(document)
+    report.finish("server", result, args.out)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ table and, as its last line, one JSON document.
 """
 
 import argparse
-import json
 import os
 import re
 import tempfile
@@ -18,8 +17,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import report
 from bench_server import Server, prepare
-from bench_step import machine
+from bench_step import measured_on
 
 
 def start(config: Path, folder: Path, cache: str, on_gpu: bool) -> dict[str, Any]:
@@ -69,10 +69,8 @@ def main() -> None:
             print(f"{name}: ready after {found[name]['ready_seconds']} s")
             for seconds, line in found[name]["lines"]:
                 print(f"   {seconds:6.2f} s  {line}")
-    document = json.dumps({"benchmark": "start", **machine(device), "shape": args.shape, "slots": args.slots, "starts": found})
-    if args.out:
-        args.out.write_text(document + "\n")
-    print(document)
+    result = {**measured_on(device), "shape": args.shape, "slots": args.slots, "starts": found}
+    report.finish("start", result, args.out)
 
 
 if __name__ == "__main__":

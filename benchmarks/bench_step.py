@@ -18,16 +18,13 @@ compares: the arithmetic of two programs.
 
 import argparse
 import gc
-import json
-import os
-import platform
-import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import report
 import torch
 from random_weights import SHAPES, model_spec, random_lm, random_mimi
 
@@ -384,18 +381,9 @@ def show(result: dict[str, Any]) -> None:
         print("   by level: " + " ".join(f"{100 * share:.1f}" for share in found["codes_by_level"]))
 
 
-def machine(device: torch.device) -> dict[str, Any]:
-    """Where and of what this was measured."""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
-    return {
-        "device": device_name(device),
-        "machine": platform.machine(),
-        "cores": os.cpu_count(),
-        "torch": torch.__version__,
-        "weights": "random",
-        "context": "full",
-        "commit": os.environ.get("COMMIT", commit),
-    }
+def measured_on(device: torch.device) -> dict[str, Any]:
+    """What is measured, and on which device."""
+    return {"device": device_name(device), "torch": torch.__version__, "weights": "random", "context": "full"}
 
 
 def main() -> None:
@@ -412,16 +400,13 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     device, _ = choose_device(args.device)
-    result: dict[str, Any] = {"benchmark": "step", "shape": args.shape, **machine(device), "reference": {}, "ours": {}}
+    result: dict[str, Any] = {"shape": args.shape, **measured_on(device), "reference": {}, "ours": {}}
     if args.times:
         result |= measure(args, device)
     if args.agreement:
         result["agreement"] = agreement(args.shape, device)
     show(result)
-    document = json.dumps(result)
-    if args.out:
-        args.out.write_text(document + "\n")
-    print(document)
+    report.finish("step", result, args.out)
 
 
 if __name__ == "__main__":

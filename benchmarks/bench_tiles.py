@@ -11,16 +11,16 @@ line, one JSON document.
 """
 
 import argparse
-import json
 import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import report
 import torch
 import torch.nn.functional as F
-from bench_step import machine, time_call
+from bench_step import measured_on, time_call
 
 from moshi_stt.models.torch_impl.cuda import conv as convs
 from moshi_stt.models.torch_impl.cuda.compile import Compiler, finish
@@ -255,7 +255,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     device = torch.device("cuda")
-    result = {"benchmark": "tiles", **machine(device), **measure(args, device)}
+    result = {**measured_on(device), **measure(args, device)}
     for line in result["products"]:
         tile = line.get("tile") or line.get("chosen")
         said = line.get("error") or f"{line['us']:8.2f} us, bits {'same' if line['bits'] else 'DIFFER'}"
@@ -263,10 +263,7 @@ def main() -> None:
               + (f", library {line['library_us']:.2f}" if "library_us" in line else ""))  # fmt: skip
     for name, said in result["mimi"].items():
         print(f"{name}: {said}")
-    document = json.dumps(result)
-    if args.out:
-        args.out.write_text(document + "\n")
-    print(document)
+    report.finish("tiles", result, args.out)
 
 
 if __name__ == "__main__":

@@ -17,12 +17,12 @@ import csv
 import importlib.util
 import itertools
 import json
-import platform
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import report
 from numpy.typing import NDArray
 
 from moshi_stt.audio.decode import read_file
@@ -166,7 +166,7 @@ def main() -> None:
         row = [result[who][name] for who in ("model", "silence_only")]
         shown = ["–" if value is None else f"{value * 100:.1f} %" if unit == "%" else f"{value:.3f} s" for value in row]
         print(f"{name.replace('_', ' '):24}{shown[0]:>12}{shown[1]:>14}")
-    print(json.dumps({"machine": platform.machine(), "seed": args.seed, "recordings": len(sources), **result}))
+    report.finish("turns", {"seed": args.seed, "recordings": len(sources), **result})
 
 
 if __name__ == "__main__":

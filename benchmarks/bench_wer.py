@@ -14,9 +14,6 @@ through a server in a process of its own, over the WebSocket, in 80 ms messages 
 import argparse
 import asyncio
 import csv
-import json
-import os
-import platform
 import re
 import socket
 import subprocess
@@ -30,7 +27,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import report
 from numpy.typing import NDArray
+from report import EMBEDDED
 
 from moshi_stt.audio.decode import read_file
 from moshi_stt.audio.resample import StreamingResampler
@@ -40,6 +39,7 @@ from moshi_stt.engine.recogniser import RECOGNISER_RATE
 from moshi_stt.events import EndWord, Marker, Word
 from moshi_stt.models.embedded import EmbeddedRecogniser, load_embedded
 from moshi_stt.models.pronounce import spoken_forms
+from moshi_stt.text.word_errors import word_errors
 
 RAW_RATE = 16_000
 """Of headerless files: 16-bit mono."""
@@ -84,16 +84,6 @@ def normalise(text: str) -> list[str]:
     pieces = re.split(r"[\s\-—–/]+", text.replace("’", "'"))
     words = [word.replace("'", "") for piece in pieces for word in spoken_forms(piece)]
     return [LETTERS.get(word, word) for word in words if word]
-
-
-def errors(reference: Sequence[str], heard: Sequence[str]) -> int:
-    """Substitutions, insertions and deletions between two lists of words."""
-    row = list(range(len(heard) + 1))
-    for index, word in enumerate(reference, 1):
-        diagonal, row[0] = row[0], index
-        for column, other in enumerate(heard, 1):
-            diagonal, row[column] = row[column], min(row[column] + 1, row[column - 1] + 1, diagonal + (word != other))
-    return row[-1]
 
 
 # ---- the model called directly ---------------------------------------------------------------------------------------
@@ -185,18 +175,6 @@ async def all_through(url: str, recordings: Sequence[Recording], paced: bool, st
 # ---- the report ------------------------------------------------------------------------------------------------------
 
 
-def machine() -> dict[str, object]:
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
-    return {
-        "machine": platform.platform(),
-        "processor": platform.processor() or platform.machine(),
-        "cores": os.cpu_count(),
-        "device": "cpu",
-        "weights": "embedded (moonshine tiny-en)",
-        "commit": commit.stdout.strip(),
-    }
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
@@ -214,7 +192,7 @@ def main() -> None:
     totals, seconds = np.zeros(3, int), 0.0
     for recording, alone, served in zip(recordings, whole, heard, strict=True):
         counts = np.array(
-            [len(recording.reference), *(errors(recording.reference, normalise(t)) for t in (alone, served.text))]
+            [len(recording.reference), *(word_errors(recording.reference, normalise(t)) for t in (alone, served.text))]
         )
         totals += counts
         seconds += len(recording.pcm) / SAMPLE_RATE
@@ -226,10 +204,10 @@ def main() -> None:
     lags = [lag for served in heard for lag in served.lags]
     p50, p95 = (float(value) for value in np.percentile(lags, [50, 95])) if lags else (None, None)
     print(f"{'all':<28}{seconds:>8.1f}{totals[0]:>7}{wer[0]:>7.2f}%{wer[1]:>7.2f}%" + (f"{p50:9.2f}{p95:7.2f}" if lags else ""))
-    result = {"benchmark": "wer", **machine(), "files": len(recordings), "words": int(totals[0]), "seconds": round(seconds, 1)}
+    result = {**EMBEDDED, "files": len(recordings), "words": int(totals[0]), "seconds": round(seconds, 1)}
     result |= {"wer_direct": round(wer[0], 2), "wer_server": round(wer[1], 2), "streams": args.streams}
     result |= {"lag_p50_s": p50 and round(p50, 3), "lag_p95_s": p95 and round(p95, 3)}
-    print(json.dumps(result))
+    report.finish("wer", result)
 
 
 if __name__ == "__main__":

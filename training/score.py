@@ -52,16 +52,6 @@ def word_ids(tokens: Sequence[int]) -> list[tuple[int, ...]]:
     return found
 
 
-def edits(said: Sequence[object], heard: Sequence[object]) -> int:
-    """Substitutions, deletions and insertions between two word lists."""
-    row = list(range(len(heard) + 1))
-    for i, a in enumerate(said, 1):
-        before, row[0] = row[0], i
-        for j, b in enumerate(heard, 1):
-            before, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, before + (a != b))
-    return row[-1]
-
-
 def pairs(said: Sequence[str], heard: Sequence[str]) -> list[tuple[int, int]]:
     """(i, j): the heard word j stands for the said word i, in the alignment of the fewest edits."""
     costs = [list(range(len(heard) + 1))]

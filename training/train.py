@@ -16,11 +16,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from moshi_stt.text.word_errors import word_errors
 from training.clips import read_shards
 from training.compose import Bank, Mix, Plan, Planner, changed, render
 from training.model import Output, Shape, SmallModel
 from training.quantise import Codes
-from training.score import edits, greedy, word_ids
+from training.score import greedy, word_ids
 from training.tokenizer import load, pieces_of
 from training.voices import RATE, Clip
 
@@ -234,7 +235,7 @@ def validate(
     wrong = total = 0
     for row, truth in zip(greedy(model, inputs).tolist(), plan.tokens.tolist(), strict=True):
         said = word_ids(truth)
-        wrong, total = wrong + edits(said, word_ids(row)), total + len(said)
+        wrong, total = wrong + word_errors(said, word_ids(row)), total + len(said)
     return wrong / max(1, total)
 
 

@@ -1,7 +1,6 @@
 """Does a loaded engine recognise speech, here and now: shipped recordings with known words and times, speed, memory."""
 
 import asyncio
-import difflib
 import re
 import sys
 import time
@@ -15,6 +14,7 @@ from moshi_stt.engine.engine import Engine
 from moshi_stt.engine.recording import RecordingOptions, transcribe_recording
 from moshi_stt.errors import MoshiSttError
 from moshi_stt.text.subtitles import TimedWord
+from moshi_stt.text.word_errors import word_errors
 
 MOST_WRONG = 0.2
 """Share of the words that may be wrong: a working model has none or one."""
@@ -74,12 +74,6 @@ def letters(text: str) -> list[str]:
     return re.findall(r"[^\W_]+", plain)
 
 
-def wrong_words(expected: list[str], found: list[str]) -> int:
-    """Words missing, added or replaced."""
-    matcher = difflib.SequenceMatcher(None, expected, found, autojunk=False)
-    return sum(max(i2 - i1, j2 - j1) for tag, i1, i2, j1, j2 in matcher.get_opcodes() if tag != "equal")
-
-
 async def check_engine(engine: Engine, judge_words: bool) -> list[Check]:
     """Run the recordings of the languages that a started engine knows; all of them where it does not say.
 
@@ -120,7 +114,7 @@ def _check_words(recording: Recording, words: list[TimedWord], judge: bool) -> C
     if not judge:
         return Check(recording.name, None, f"not judged, as these are not published weights; heard: {said[:200] or 'nothing'}")
     expected = letters(recording.text)
-    wrong = wrong_words(expected, letters(said))
+    wrong = word_errors(expected, letters(said))
     text = f"{len(expected) - min(wrong, len(expected))} of {len(expected)} words right"
     if wrong > MOST_WRONG * len(expected):
         return Check(recording.name, False, f"{text}; heard: {said[:200] or 'nothing'}; expected: {recording.text}")

@@ -14,6 +14,7 @@ from moshi_stt.audio.resample import StreamingResampler
 from moshi_stt.config_load import embedded_config
 from moshi_stt.engine.recording import transcribe_recording
 from moshi_stt.engines import build_engines
+from moshi_stt.text.word_errors import word_errors
 from moshi_stt.text.word_lists import plain
 
 RATE = 8_000
@@ -43,16 +44,6 @@ def at_24_khz(data: bytes, encoding: str) -> NDArray[np.float32]:
     return np.concatenate([*(piece for (piece,) in conversion.feed(data)), *conversion.flush()])
 
 
-def errors(reference: list[str], words: list[str]) -> int:
-    """Least number of words to change, leave out or put in."""
-    row = list(range(len(words) + 1))
-    for index, wanted in enumerate(reference, 1):
-        previous, row[0] = row[0], index
-        for column, word in enumerate(words, 1):
-            previous, row[column] = row[column], min(row[column] + 1, row[column - 1] + 1, previous + (wanted != word))
-    return row[-1]
-
-
 def words_of(text: str) -> list[str]:
     return [word for part in text.replace("-", " ").split() if (word := plain(part))]
 
@@ -73,7 +64,7 @@ async def test_g711_is_within_one_word_in_a_hundred_of_linear(shared: Path) -> N
             forms = {"linear16": samples.tobytes(), "mulaw": encode(samples, MULAW), "alaw": encode(samples, ALAW)}
             for name, data in forms.items():
                 heard = await transcribe_recording(engine, [at_24_khz(data, name)])
-                wrong[name] += errors(reference, words_of(" ".join(word.text for word in heard)))
+                wrong[name] += word_errors(reference, words_of(" ".join(word.text for word in heard)))
     finally:
         await engine.stop()
     print(f"{count} words; word errors {wrong}")

@@ -15,7 +15,6 @@ import pytest
 from numpy.typing import NDArray
 from tests.support.frameworks import need
 from tests.support.serving import serving
-from training.score import edits
 from training.servers import Session, send
 
 from moshi_stt.audio.decode import read_file
@@ -23,6 +22,7 @@ from moshi_stt.config import KyutaiModule
 from moshi_stt.config_load import load_config
 from moshi_stt.engine.engine import Engine
 from moshi_stt.engines import build_engine
+from moshi_stt.text.word_errors import word_errors
 
 FOLDER = Path(__file__).parents[1] / "data" / "phrases"
 GOLDENS: dict[str, dict[str, Any]] = json.loads((FOLDER / "moshi_server.json").read_text(encoding="utf-8"))
@@ -65,7 +65,7 @@ async def test_words_times_and_pauses_are_those_of_moshi_server(framework: str) 
 def test_most_of_it_was_said() -> None:
     said = [word for text in SAID.values() for word in text.split()]
     words = [text for golden in GOLDENS.values() for text, _, _ in golden["words"]]
-    assert edits(said, words) <= 0.15 * len(said)
+    assert word_errors(said, words) <= 0.15 * len(said)
 
 
 async def test_chunks_slots_and_neighbours_do_not_matter() -> None:

@@ -14,7 +14,8 @@ from moshi_stt.config import KyutaiModule
 from moshi_stt.config_load import load_config
 from moshi_stt.constants import SAMPLE_RATE
 from moshi_stt.data import data_file
-from moshi_stt.selftest import RECORDINGS, Check, check_engine, letters, passed, wrong_words
+from moshi_stt.selftest import RECORDINGS, Check, check_engine, letters, passed
+from moshi_stt.text.word_errors import word_errors
 
 
 def test_the_embedded_model_passes(capsys: pytest.CaptureFixture[str]) -> None:
@@ -59,9 +60,9 @@ def test_the_recordings_hold_what_their_times_say(recording: object) -> None:
 
 def test_words_are_compared_without_case_accents_and_punctuation() -> None:
     assert letters("Où l'Été, cold-hearted!") == ["ou", "l", "ete", "cold", "hearted"]
-    assert wrong_words(["a", "b", "c"], ["a", "b", "c"]) == 0
-    assert wrong_words(["a", "b", "c"], ["a", "x", "c", "d"]) == 2
-    assert wrong_words(["a", "b"], []) == 2
+    assert word_errors(["a", "b", "c"], ["a", "b", "c"]) == 0
+    assert word_errors(["a", "b", "c"], ["a", "x", "c", "d"]) == 2
+    assert word_errors(["a", "b"], []) == 2
 
 
 def test_only_published_weights_are_known_to_understand() -> None:
