@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from moshi_stt import packed
+from moshi_stt.engine.commands import Audio, Mark, Reset
 from moshi_stt.errors import ProtocolError
 from moshi_stt.events import AnyEvent, Error, Step
 from moshi_stt.signatures import name_of_message
@@ -32,29 +33,14 @@ MAX_KEYS: Final = 1_024
 """Most keys of one message, ignored ones included."""
 
 
-class Init(msgspec.Struct, frozen=True, gc=False):
-    """Start the model's state again."""
-
-
-class Audio(msgspec.Struct, frozen=True, eq=False, gc=False):
-    """pcm: float32 (S,), 24 kHz mono, S ≥ 0, writable and aliased by nothing. Values are as sent: NaN and inf may be there."""
-
-    pcm: NDArray[np.float32]
-
-
 class OggOpus(msgspec.Struct, frozen=True, gc=False):
     """data: the next bytes of an Ogg stream that carries Opus, cut anywhere."""
 
     data: bytes
 
 
-class MarkerRequest(msgspec.Struct, frozen=True, gc=False):
-    """Ask for `Marker(id)` after everything sent before. id: any int64."""
-
-    id: int
-
-
-Inbound = Init | Audio | OggOpus | MarkerRequest
+Inbound = Audio | Mark | Reset | OggOpus
+"""What a client may say: a command (`Init` is `Reset`), or bytes of which audio is still to be made."""
 
 
 def _plain(value: object) -> object:
@@ -125,6 +111,7 @@ _ONE_OF_TAGS: Final = f"one of {', '.join(_TAGS)}"
 def decode(message: bytes) -> Inbound:
     """One binary message of a client (contract sections 2.2 and 2.3).
 
+    The samples of an `Audio` are writable and aliased by nothing; their values are as sent: NaN and inf may be there.
     Raises ProtocolError, and nothing else whatever the bytes are: close code 1007 for a message that is no document or whose
     field is not what it must be, 1003 for a kind of message that is not taken, 1008 for absurd depth or number of keys.
     """
@@ -206,7 +193,7 @@ class _Document:
         name = self._name(tag)
         field = _FIELDS[name]
         if field is None:
-            return Init()
+            return Reset()
         values = [value for key, value in fields if key in (field, 0)]  # 0: the index of the only field
         if not values:
             raise ProtocolError(f"{name} has no `{field.decode()}`{_its_keys(fields)}", MALFORMED)
@@ -222,7 +209,7 @@ class _Document:
         expected = 1 if _FIELDS[name] is None else 2
         if count != expected:
             raise ProtocolError(f"{name} as an array has {expected} elements, got {count:,}", MALFORMED)
-        return Init() if expected == 1 else self._inbound(name, *self._skip())
+        return Reset() if expected == 1 else self._inbound(name, *self._skip())
 
     def _name(self, tag: tuple[int, int]) -> str:
         value = packed.scalar_at(self._message, *tag)
@@ -243,7 +230,7 @@ class _Document:
         if not isinstance(value, int) or value >= 1 << 63:
             shown = packed.show(self._message, start, end)
             raise ProtocolError(f"Marker.id must be an integer from -2^63 to 2^63 - 1, got {shown}", MALFORMED)
-        return MarkerRequest(value)
+        return Mark(value)
 
 
 def _its_keys(fields: list[tuple[bytes | int, tuple[int, int]]]) -> str:

@@ -6,10 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from moshi_stt.engine.commands import Audio, Mark
 from moshi_stt.events import AnyEvent, EndWord, Error, Marker, Ready, Step, Word
 from moshi_stt.protocol import (
-    Audio,
-    MarkerRequest,
     OggOpus,
     decode,
     decode_event,
@@ -68,12 +67,12 @@ AUDIO_FIELD = "92 ca3f000000 cabe800000"
 def test_golden_audio_is_read(golden: str) -> None:
     inbound = decode(bytes.fromhex(golden))
     assert isinstance(inbound, Audio)
-    assert inbound.pcm.dtype == np.float32
-    assert inbound.pcm.tolist() == [0.5, -0.25]
+    assert inbound.samples.dtype == np.float32
+    assert inbound.samples.tolist() == [0.5, -0.25]
 
 
 def test_golden_marker_and_opus_are_read() -> None:
-    assert decode(bytes.fromhex(MARKER + "05")) == MarkerRequest(5)
+    assert decode(bytes.fromhex(MARKER + "05")) == Mark(5)
     golden_opus = "82 a474797065 a74f67674f707573 a464617461 93 4f 67 ccff"
     assert decode(bytes.fromhex(golden_opus)) == OggOpus(bytes([79, 103, 255]))
 

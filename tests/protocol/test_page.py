@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from moshi_stt import protocol
+from moshi_stt.engine.commands import Audio, Mark
 from moshi_stt.events import EndWord, Error, Marker, Ready, Step, Word
 from moshi_stt.server.static import PACKAGED
 from moshi_stt.text import subtitles
@@ -48,12 +49,12 @@ def test_page_encodes_what_the_server_decodes() -> None:
         console.log(JSON.stringify([audio(0, 0.5, -0.25, 1e-9), audio(), hex(encodeMarker(7))]));
     """)
     decoded = protocol.decode(bytes.fromhex(audio))
-    assert isinstance(decoded, protocol.Audio)
-    np.testing.assert_array_equal(decoded.pcm, np.float32([0, 0.5, -0.25, 1e-9]))
+    assert isinstance(decoded, Audio)
+    np.testing.assert_array_equal(decoded.samples, np.float32([0, 0.5, -0.25, 1e-9]))
     silence = protocol.decode(bytes.fromhex(empty))
-    assert isinstance(silence, protocol.Audio)
-    assert len(silence.pcm) == 0
-    assert protocol.decode(bytes.fromhex(marker)) == protocol.MarkerRequest(7)
+    assert isinstance(silence, Audio)
+    assert len(silence.samples) == 0
+    assert protocol.decode(bytes.fromhex(marker)) == Mark(7)
 
 
 def test_page_decodes_every_message_of_the_server() -> None:

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
 from moshi_stt import events, packed
+from moshi_stt.engine.commands import Audio, Mark, Reset
 from moshi_stt.errors import ProtocolError
 from moshi_stt.events import (
     Ack,
@@ -30,10 +31,7 @@ from moshi_stt.events import (
 )
 from moshi_stt.protocol import (
     MAX_KEYS,
-    Audio,
     Inbound,
-    Init,
-    MarkerRequest,
     OggOpus,
     decode,
     decode_event,
@@ -61,13 +59,13 @@ def raw_map(*pairs: tuple[bytes, bytes]) -> bytes:
 def plain(inbound: Inbound) -> tuple[str, object]:
     """Comparable, samples as a list of float32 values."""
     if isinstance(inbound, Audio):
-        assert inbound.pcm.dtype == np.float32
-        assert inbound.pcm.ndim == 1
-        assert inbound.pcm.flags.writeable
-        return "Audio", inbound.pcm.tolist()
+        assert inbound.samples.dtype == np.float32
+        assert inbound.samples.ndim == 1
+        assert inbound.samples.flags.writeable
+        return "Audio", inbound.samples.tolist()
     if isinstance(inbound, OggOpus):
         return "OggOpus", inbound.data
-    return ("Marker", inbound.id) if isinstance(inbound, MarkerRequest) else ("Init", None)
+    return ("Marker", inbound.id) if isinstance(inbound, Mark) else ("Init", None)
 
 
 TYPE, AUDIO, PCM, HALF = pack("type"), pack("Audio"), pack("pcm"), pack([0.5])
@@ -147,7 +145,7 @@ NAN_PCM = pack({"type": "Audio", "pcm": [math.nan, 1]})
 def test_nan_is_passed_on() -> None:
     inbound = decode(NAN_PCM)
     assert isinstance(inbound, Audio)
-    assert np.isnan(inbound.pcm[0])
+    assert np.isnan(inbound.samples[0])
 
 
 REFUSED: dict[str, tuple[bytes, int, str]] = {
@@ -265,7 +263,7 @@ def test_errors_echo_little_and_only_printable_ascii(content: str) -> None:
 
 def test_largest_key_count_is_accepted() -> None:
     message = pack({f"k{n}": n for n in range(MAX_KEYS - 1)} | {"type": "Init"})
-    assert decode(message) == Init()
+    assert decode(message) == Reset()
 
 
 @pytest.mark.parametrize("count", [0, 1, 15, 16, 1_920, 65_535, 65_536, 70_000])
@@ -274,7 +272,7 @@ def test_audio_of_any_length_survives(count: int, as_bin: bool) -> None:
     pcm = np.random.default_rng(count).standard_normal(count).astype(np.float32)
     inbound = decode(encode_audio(pcm, as_bin))
     assert isinstance(inbound, Audio)
-    np.testing.assert_array_equal(inbound.pcm, pcm)
+    np.testing.assert_array_equal(inbound.samples, pcm)
 
 
 @pytest.mark.parametrize("count", [0, 1, 255, 256, 65_535, 65_536])
@@ -290,14 +288,14 @@ def test_long_mixed_arrays_are_read_in_pieces() -> None:
     pcm = [0.5] * chunk + [0] * (chunk + 7) + [0.25, 1] * chunk + [-0.125] * chunk
     inbound = decode(pack({"type": "Audio", "pcm": pcm}))
     assert isinstance(inbound, Audio)
-    assert inbound.pcm.tolist() == pcm
+    assert inbound.samples.tolist() == pcm
 
 
 def test_samples_are_not_aliased_to_the_message() -> None:
     message = encode_audio([0.5, 0.25], as_bin=True)
     inbound = decode(message)
     assert isinstance(inbound, Audio)
-    inbound.pcm[:] = 9
+    inbound.samples[:] = 9
     assert message == encode_audio([0.5, 0.25], as_bin=True)
 
 
@@ -305,7 +303,7 @@ def test_samples_are_not_aliased_to_the_message() -> None:
 def test_any_samples_survive(pcm: np.ndarray, as_bin: bool) -> None:
     inbound = decode(encode_audio(pcm, as_bin))
     assert isinstance(inbound, Audio)
-    np.testing.assert_array_equal(inbound.pcm, pcm)
+    np.testing.assert_array_equal(inbound.samples, pcm)
 
 
 @given(
@@ -316,12 +314,12 @@ def test_any_numbers_are_read_as_float32(numbers: list[float], single: bool) -> 
     assert isinstance(inbound, Audio)
     with np.errstate(over="ignore"):
         expected = np.array([float(number) for number in numbers], np.float64).astype(np.float32)
-    np.testing.assert_array_equal(inbound.pcm, expected)
+    np.testing.assert_array_equal(inbound.samples, expected)
 
 
 @given(INT64)
 def test_any_marker_survives_both_ways(id: int) -> None:
-    assert decode(encode_marker(id)) == MarkerRequest(id)
+    assert decode(encode_marker(id)) == Mark(id)
     assert encode(Marker(id)) == encode_marker(id) == pack({"type": "Marker", "id": id})
     assert decode_event(encode(Marker(id))) == Marker(id)
 
@@ -333,7 +331,7 @@ def test_client_refuses_what_cannot_be_sent() -> None:
         encode_audio(np.zeros((2, 2), np.float32))
     with pytest.raises(ValueError, match="beyond 64 bits"):
         encode(Step(1 << 64, (), 0))
-    assert decode(encode_init()) == Init()
+    assert decode(encode_init()) == Reset()
 
 
 FLOAT32 = st.floats(width=32, allow_nan=False)

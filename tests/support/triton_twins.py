@@ -38,7 +38,7 @@ def kernels_run() -> "Iterator[None]":
 
     launch._replaced.clear()
     yield
-    assert not launch.replaced()
+    assert not launch._replaced
 
 
 def poisoned(*shape: int, dtype: "torch.dtype" = torch.float32) -> "torch.Tensor":

@@ -12,7 +12,7 @@ from moshi_stt.audio.selection import Selection, read_channels, read_number
 from moshi_stt.audio.watch import AudioWatch
 from moshi_stt.config import ServerConfig
 from moshi_stt.constants import API_KEY_HEADER, API_KEY_QUERY, FRAME_SAMPLES
-from moshi_stt.engine.commands import Audio, Mark, Reset
+from moshi_stt.engine.commands import Audio
 from moshi_stt.engine.engine import StreamOptions
 from moshi_stt.engine.turns import TurnDetector
 from moshi_stt.errors import AudioError, ProtocolError
@@ -183,13 +183,11 @@ class KyutaiSession(Session):
             return ()
         assert isinstance(message, bytes)
         inbound = protocol.decode(message)
-        if type(inbound) is protocol.Audio:
-            return (self._feed(inbound.pcm),)
-        if type(inbound) is protocol.OggOpus:
+        if isinstance(inbound, protocol.OggOpus):
             return self._decode_opus(inbound.data)
-        if type(inbound) is protocol.MarkerRequest:
-            return (Mark(inbound.id),)
-        return (Reset(),)
+        if type(inbound) is Audio:
+            self._hear(inbound.samples)
+        return (inbound,)
 
     def end_of_input(self) -> Iterable[Action]:
         if self._opus is None:
@@ -199,7 +197,7 @@ class KyutaiSession(Session):
         except AudioError as error:
             raise ProtocolError(f"OggOpus: {error}", protocol.MALFORMED) from None
         if len(pcm):
-            yield self._feed(pcm)
+            yield self._hear(pcm)
 
     def send(self, event: AnyEvent, channel: int = 0) -> Sequence[Message]:
         if type(event) is Word:
@@ -221,11 +219,12 @@ class KyutaiSession(Session):
             self._opus = OpusStream()
         try:
             for pcm in self._opus.pieces(data):
-                yield self._feed(pcm)
+                yield self._hear(pcm)
         except AudioError as error:
             raise ProtocolError(f"OggOpus: {error}", protocol.MALFORMED) from None
 
-    def _feed(self, pcm: NDArray[np.float32]) -> Audio:
+    def _hear(self, pcm: NDArray[np.float32]) -> Audio:
+        """Check and mend the samples, in place."""
         with np.errstate(all="ignore"):
             energy = float(np.dot(pcm, pcm))
         if not energy <= LOUDEST * LOUDEST:  # neither is NaN
