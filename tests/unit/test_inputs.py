@@ -65,6 +65,7 @@ def test_order_is_kept_through_a_lack_of_room() -> None:
     queue.put("5 6")
     queue.put(END_OF_INPUT)
     assert (sink.taken, queue.ended) == ([1, 2], False)
+    assert queue.waiting_bytes == 4
     sink.room = 2
     queue.resume()
     assert sink.taken == [1, 2, 3, 4]
@@ -74,6 +75,7 @@ def test_order_is_kept_through_a_lack_of_room() -> None:
     assert sink.taken == [1, 2, 3, 4, 5, 6, 99]
     assert queue.ended
     assert not queue.blocked
+    assert queue.waiting_bytes == 0
 
 
 def test_a_violation_is_raised_when_its_turn_has_come() -> None:
@@ -99,7 +101,7 @@ def test_what_a_message_raises_comes_out() -> None:
 
 
 def test_an_action_may_find_less_room_than_it_needs() -> None:
-    """The rest that was handed back is offered again."""
+    """The rest that was handed back is offered again, and counted while it waits."""
     taken: list[int] = []
 
     def act(action: Action) -> Action | None:
@@ -115,7 +117,7 @@ def test_an_action_may_find_less_room_than_it_needs() -> None:
 
     queue = InputQueue(One(), act, lambda: None, lambda error: None)
     queue.put("x")
-    assert queue.blocked
+    assert queue.waiting_bytes == 4 * 90
     queue.resume()
     queue.resume()
     assert taken == [60, 60, 30]

@@ -554,6 +554,12 @@ class Connection(asyncio.Protocol):
         """Whether the socket is not read now, or has no more to say: only a look at it tells whether the client is there."""
         return self._state < State.CLOSING and (not self._reading or self._eof)
 
+    @property
+    def held_bytes(self) -> int:
+        """Bytes held for this connection on both sides of its streams: read and not fed, written and not sent."""
+        unsent = self._transport.get_write_buffer_size() if self._transport is not None else 0
+        return self._framing.pending_bytes + self._queue.waiting_bytes + unsent
+
     def fileno(self) -> int:
         """The socket's descriptor, -1 when there is none."""
         sock = self._transport.get_extra_info("socket") if self._transport is not None else None

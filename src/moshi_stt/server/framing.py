@@ -61,6 +61,11 @@ class Framing(ABC):
         """A message as it goes on the socket."""
 
     @property
+    @abstractmethod
+    def pending_bytes(self) -> int:
+        """Bytes held of what is not whole yet."""
+
+    @property
     def broken(self) -> bool:
         """Whether the client broke it, so that its answer to our Close cannot be read."""
         return False

@@ -81,6 +81,12 @@ class InputQueue:
         return self._work is not None
 
     @property
+    def waiting_bytes(self) -> int:
+        """Bytes held in memory."""
+        rest = self._rest.command if type(self._rest) is Feed else self._rest
+        return self._items.memory_bytes + (rest.samples.nbytes if type(rest) is Audio else 0)
+
+    @property
     def spooled_bytes(self) -> int:
         """Bytes held in the spool."""
         return self._items.spooled_bytes

@@ -134,6 +134,11 @@ class Spool:
         return self._reserved
 
     @property
+    def memory_bytes(self) -> int:
+        """Of them, those in memory."""
+        return len(self._unwritten) + len(self._partial) + sum(map(len, self._ready))
+
+    @property
     def is_empty(self) -> bool:
         return not self._reserved
 
@@ -276,6 +281,11 @@ class Backlog(Generic[T]):
 
     def __bool__(self) -> bool:
         return bool(self._front or self._rear or self.spooled_bytes)
+
+    @property
+    def memory_bytes(self) -> int:
+        """Bytes held in memory."""
+        return self._bytes + (self._spool.memory_bytes if self._spool is not None else 0)
 
     @property
     def spooled_bytes(self) -> int:

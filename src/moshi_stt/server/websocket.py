@@ -45,6 +45,10 @@ class WebSocketFraming(Framing):
         self._broken = False
 
     @property
+    def pending_bytes(self) -> int:
+        return len(self._protocol.reader.buffer) + len(self._fragments or b"")
+
+    @property
     def broken(self) -> bool:
         return self._broken
 

@@ -30,6 +30,10 @@ class WyomingFraming(Framing):
         """Bytes of `_held` that have no newline."""
         self._over = False
 
+    @property
+    def pending_bytes(self) -> int:
+        return len(self._held)
+
     def feed(self, data: bytes) -> Sequence[Frame]:
         if self._over:
             return ()
