@@ -16,6 +16,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -34,8 +35,8 @@ SECONDS = 900
 PASSED_ON = re.compile(r"(?i)(https?|no|all)_proxy|(PIP|UV)_\w*(INDEX|CERT)\w*|SSL_CERT_(FILE|DIR)|REQUESTS_CA_BUNDLE")
 """Variables by which a machine reaches its package index: the only ones of this environment that the newcomer has too."""
 
-COMMAND = re.compile(r"(moshi-(stt|server)|scripts/\w+\.sh|export) ?")
-"""What an inline command begins with."""
+COMMAND = re.compile(r"moshi-(stt|server) \w|scripts/\w+\.sh|export ")
+"""What an inline command begins with; a program's name alone is none."""
 
 RECORDING = "interview.m4a"
 """What README calls the reader's own recording."""
@@ -69,7 +70,7 @@ def steps(page: str) -> Iterator[Step]:
                 yield Step(line, "address", found["address"].strip("<>"))
         else:
             code = " ".join(found["code"].strip("`").split())
-            if COMMAND.match(code) and ": command not found" not in code:
+            if COMMAND.match(code):
                 yield Step(line, "command", code)
 
 
@@ -100,7 +101,7 @@ def reasons(page: str) -> dict[str, str]:
 def as_printed(shown: str, came: str) -> bool:
     """Whether output is what README shows; a line `…` stands for any lines."""
     pattern = "".join(r"(?:.*\n)*?" if line == "…" else re.escape(line) + r"\n" for line in shown.splitlines())
-    return re.fullmatch(pattern + r"(?:.*\n)*" if "…" in shown else pattern, came) is not None
+    return re.fullmatch(pattern, came) is not None
 
 
 # ---- following it --------------------------------------------------------------------------------------------------------
@@ -112,6 +113,7 @@ class Newcomer:
     def __init__(self, folder: Path, uv: bool, port: int) -> None:
         self.checkout, self.home, self.port = folder / "moshi-stt", folder / "home", port
         self.home.mkdir()
+        self.seconds = 0.0
         self.env = {name: value for name, value in os.environ.items() if PASSED_ON.fullmatch(name)}
         self.env |= {"HOME": str(self.home), "PATH": self.path(folder / "bin", uv), "LANG": "C.UTF-8"}
         self.env["TMPDIR"] = str(folder)
@@ -128,7 +130,7 @@ class Newcomer:
 
     def type(self, command: str) -> str:
         """Run a command in a new shell of the checkout and return its standard output. Raises NotAsPrinted where it fails."""
-        own = command.replace(str(PORT), str(self.port))
+        begun, own = time.monotonic(), command.replace(str(PORT), str(self.port))
         if own.startswith("scripts/install.sh") and self.port != PORT:
             own += f" --port {self.port}"
         # A login shell without /etc/profile, which would set PATH.
@@ -139,6 +141,7 @@ class Newcomer:
         )  # fmt: skip
         if done.returncode > (command in ANSWERS) or "Traceback" in done.stderr:
             raise NotAsPrinted(f"status {done.returncode}\n{done.stdout}{done.stderr}")
+        self.seconds = time.monotonic() - begun
         return done.stdout.replace(str(self.port), str(PORT))
 
     def obey(self, output: str) -> None:
@@ -195,6 +198,8 @@ def follow(newcomer: Newcomer, page: str) -> int:
             print(f"    FAILED: {error}")
             continue
         print("".join(f"    {line}\n" for line in came.splitlines()[-12:]), end="")
+        if newcomer.seconds >= 10:
+            print(f"    ({newcomer.seconds:.0f} s)")
         if step.shown and not as_printed(step.shown, came):
             wrong += 1
             print(f"    NOT AS PRINTED. README shows:\n{step.shown}")
