@@ -73,6 +73,29 @@ def test_without_the_package_every_file_is_named_and_nothing_said_to_be_tried(
     assert not hub.requests
 
 
+@pytest.mark.parametrize("flag", [[], ["--config"], ["--model"]])
+def test_all_that_would_be_fetched_is_listed_before_the_hub_is_asked(
+    hub: LocalHub, capsys: pytest.CaptureFixture[str], flag: list[str]
+) -> None:
+    """F9: a hub that does not answer used to leave the user with the name of the first file."""
+    hub.status = 503
+    assert main(["download", "--dry-run", *flag, "stt-1b-en_fr"]) == 1
+    shown = capsys.readouterr()
+    assert all(f"hf://{REPO}/{name} (0.1 MB)" in shown.out for name in NAMES)
+    assert "the hub answered 503" in shown.err
+
+
+def test_the_size_of_weights_that_are_published_under_another_name(hub: LocalHub, capsys: pytest.CaptureFixture[str]) -> None:
+    """The 2.6B's candle repository: its weights are those of the PyTorch one, whose size is written down."""
+    hub.status = 503
+    assert main(["download", "--dry-run", "stt-2.6b-en"]) == 1
+    printed = capsys.readouterr().out
+    assert "to fetch: about 5.62 GB into" in printed
+    assert "stt-2.6b-en-candle/model.safetensors (about 5,234.3 MB)" in printed
+    assert main(["configs"]) == 0
+    assert "about 5.6 GB" in capsys.readouterr().out
+
+
 def test_what_cannot_be_had(hub: LocalHub, capsys: pytest.CaptureFixture[str]) -> None:
     del hub.files[(REPO, NAMES[2])]
     assert main(["download", "stt-1b-en_fr"]) == 1

@@ -50,9 +50,11 @@ def facts(module: Module) -> tuple[str, str, str, str]:
         return "some phrases, for tests", delay, "nothing", "any CPU, and PyTorch or MLX"
     names = {"en": "English", "fr": "French"}
     languages = ", ".join(names.get(code, code) for code in languages_of(module.lm_model_file))
-    files = [parse_reference(name) for name in (module.lm_model_file, module.text_tokenizer_file, module.audio_tokenizer_file)]
-    sizes = [file.known.bytes if file is not None and file.known else None for file in files]
-    size = "not stated" if None in sizes else f"{sum(size for size in sizes if size) / 1e9:.1f} GB"
+    names_of_files = (module.lm_model_file, module.text_tokenizer_file, module.audio_tokenizer_file)
+    files = [file for name in names_of_files if (file := parse_reference(name)) is not None]
+    sizes = [file.expected_bytes for file in files]
+    about = "" if all(file.known for file in files) else "about "
+    size = "not stated" if None in sizes else f"{about}{sum(size for size in sizes if size) / 1e9:.1f} GB"
     needs = "GPU, Apple silicon or a fast CPU" if "1b" in module.lm_model_file else "GPU or Apple silicon"
     return languages, delay, size, needs
 

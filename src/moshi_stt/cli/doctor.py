@@ -14,6 +14,7 @@ import sys
 from collections.abc import Iterator
 from typing import Any, Literal, NamedTuple
 
+from moshi_stt.cli.arguments import port_number
 from moshi_stt.constants import DEFAULT_PORT
 from moshi_stt.errors import MoshiSttError
 from moshi_stt.install import install_command, requirements
@@ -34,7 +35,7 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
         help="name what is missing on this machine",
         description="Name what is missing on this machine. Exit status 1 where the server could not do its work.",
     )
-    parser.add_argument("-p", "--port", type=int, default=DEFAULT_PORT, help="port to look at (default %(default)s)")
+    parser.add_argument("-p", "--port", type=port_number, default=DEFAULT_PORT, help="port to look at (default %(default)s)")
     return parser
 
 

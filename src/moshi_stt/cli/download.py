@@ -26,9 +26,9 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
         "configs",
         nargs="*",
         metavar="CONFIG",
-        default=[DEFAULT],
         help=f"name of a shipped configuration (see `moshi-stt configs`), or a TOML file (default {DEFAULT})",
     )
+    parser.add_argument("--config", "--model", dest="named", action="append", default=[], metavar="CONFIG", help="the same")
     parser.add_argument(
         "--dry-run", action="store_true", help="say what would be fetched, ask the hub for it, and fetch nothing"
     )
@@ -39,25 +39,44 @@ def run(args: argparse.Namespace) -> int:
     """Fetch, and print where each file is. Raises ConfigError, CheckpointError or DownloadError."""
     from moshi_stt.models.hub import cache_folder, find_cached, parse_reference, remote_size, resolve
 
-    references = list(dict.fromkeys(name for config in args.configs for name in named_files(config)))
+    configs = [*args.configs, *args.named] or [DEFAULT]
+    references = list(dict.fromkeys(name for config in configs for name in named_files(config)))
     if not references:
         print("nothing to fetch: the model of this configuration comes with moshi-stt")
         return 0
     missing = [file for name in references if (file := parse_reference(name)) is not None and find_cached(file) is None]
     if missing:
         require_hub_package(missing)
-        sizes = [file.known.bytes if file.known and not args.dry_run else remote_size(file) for file in missing]
-        check_space(sum(sizes), cache_folder())
-        print(f"to fetch: {sum(sizes) / 1e9:.2f} GB into {cache_folder()}", flush=True)
-        for file, size in zip(missing, sizes, strict=True):
-            print(f"  {file} ({size / 1e6:,.1f} MB)", flush=True)
+        print(f"to fetch: {total(missing)} into {cache_folder()}")
+        print("\n".join(f"  {file} ({size(file)})" for file in missing), flush=True)
+        asked = [file for file in missing if args.dry_run or file.known is None]
+        sizes = {file: remote_size(file) if file in asked else file.known.bytes if file.known else 0 for file in missing}
+        check_space(sum(sizes.values()), cache_folder())
     if args.dry_run:
-        if not missing:
+        if missing:
+            print(f"the hub has them: {sum(sizes.values()) / 1e9:.2f} GB; nothing was fetched")
+        else:
             print("nothing to fetch: every file is on this machine")
         return 0
     for reference in references:
         print(f"{reference}\n  {resolve(reference)}", flush=True)
     return 0
+
+
+def size(file: "HubFile") -> str:
+    """A file's size, as far as it is known before the hub is asked."""
+    if file.expected_bytes is None:
+        return "size unknown"
+    return f"{'' if file.known else 'about '}{file.expected_bytes / 1e6:,.1f} MB"
+
+
+def total(files: "Sequence[HubFile]") -> str:
+    """The size of all of them."""
+    known = [file.expected_bytes for file in files if file.expected_bytes is not None]
+    if not known:
+        return f"{len(files)} files of unknown size"
+    exact = all(file.known for file in files)
+    return f"{'' if exact else 'about '}{sum(known) / 1e9:.2f} GB" + (" and more" if len(known) < len(files) else "")
 
 
 def require_hub_package(missing: "Sequence[HubFile]") -> None:
@@ -68,10 +87,14 @@ def require_hub_package(missing: "Sequence[HubFile]") -> None:
 
     if importlib.util.find_spec("huggingface_hub") is not None:
         return
-    addresses = "".join(f"\n  {address(file)}" for file in missing)
+    addresses = "".join(f"\n  {address(file)} ({size(file)})" for file in missing)
     raise DownloadError(
-        f"the huggingface_hub package is not installed, so nothing was tried. {len(missing)} files are missing:"
-        f"{addresses}\n  cache:   {cache_folder()}\n  to do:   {install_command('torch', ['huggingface_hub'])}"
+        "the huggingface_hub package is not installed, so nothing was tried. "
+        f"{len(missing)} files are missing, {total(missing)}:{addresses}\n"
+        f"  cache:   {cache_folder()}\n"
+        f"  to do:   {install_command('torch', ['huggingface_hub'])}\n"
+        "  by hand: fetch these on a machine that can, and write their paths into a configuration of your own in place of "
+        "hf://… (moshi-stt configs NAME > my.toml)"
     )
 
 

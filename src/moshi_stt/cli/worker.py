@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 
+from moshi_stt.cli.arguments import port_number
 from moshi_stt.config import (
     MOST_SOCKET_PROCESSES,
     EngineConfig,
@@ -42,7 +43,7 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     )
     parser.add_argument("-a", "--addr", default="0.0.0.0", metavar="IP", help="address to listen on (default 0.0.0.0)")
     parser.add_argument(
-        "-p", "--port", type=_port, default=DEFAULT_PORT, metavar="N", help="port, 0 for a free one (default 8080)"
+        "-p", "--port", type=port_number, default=DEFAULT_PORT, metavar="N", help="port, 0 for a free one (default 8080)"
     )
     parser.add_argument("--cpu", action="store_true", help="run the models on the CPU, whatever else is there")
     parser.add_argument(
@@ -141,12 +142,6 @@ async def self_test(module: Module, engine: "Engine") -> None:
     failed = [f"{found.what}: {found.text}" for found in checks if found.passed is False]
     if failed:
         raise EngineError(f"module {module.name} failed its self-test ({'; '.join(failed)})")
-
-
-def _port(text: str) -> int:
-    if not text.isdecimal() or int(text) > 65_535:
-        raise argparse.ArgumentTypeError(f"{text} is not a port: expected 0 to 65535")
-    return int(text)
 
 
 def _batch_size(text: str) -> int:

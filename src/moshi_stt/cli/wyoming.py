@@ -17,7 +17,7 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     )
     parser.add_argument("--uri", default=DEFAULT_URI, metavar="URI", help=f"address to listen on (default {DEFAULT_URI})")
     parser.add_argument(
-        "--config", metavar="FILE", help="TOML file, or the name of a shipped one (default: the embedded model)"
+        "--config", "--model", metavar="FILE", help="TOML file, or the name of a shipped one (default: the embedded model)"
     )
     parser.add_argument("--debug", action="store_true", help="log more")
     return parser

@@ -100,6 +100,13 @@ class HubFile:
             return None
         return published.files.get(self.path)
 
+    @property
+    def expected_bytes(self) -> int | None:
+        """The published size; where it is not written down, that of the same weights in Kyutai's other naming."""
+        twin = PUBLISHED.get(self.repo.removesuffix("-candle"))
+        found = self.known or (twin.files.get(self.path) if twin else None)
+        return found.bytes if found else None
+
 
 def parse_reference(text: str) -> HubFile | None:
     """An `hf://` name taken apart; None for a path. Raises CheckpointError where names are missing.
