@@ -117,6 +117,22 @@ def test_names_stay_when_others_come(readers: list[Reader], tmp_path: Path) -> N
     assert (results["talk.txt"], results["talk.aiff.txt"]) == ("w0 w1\n", "w0\n")
 
 
+@pytest.mark.parametrize("manifest", [True, False])
+def test_another_folder_into_the_same_output_takes_no_place(readers: list[Reader], tmp_path: Path, manifest: bool) -> None:
+    """A recording of the same name used to count as done, with the transcript of the other one for its own."""
+    one, two, out = tmp_path / "2024", tmp_path / "2025", tmp_path / "out"
+    for folder, data in ((one, sound()), (two, encode(written(TIMES[:1], 1.0), 24_000, "wav-float"))):
+        folder.mkdir()
+        (folder / "talk.wav").write_bytes(data)
+    assert main(["transcribe", "-r", str(one), "-o", str(out)]) == 0
+    if not manifest:
+        (out / "manifest.jsonl").unlink()
+    for _ in range(2):
+        assert main(["transcribe", "-r", str(two), "-o", str(out)]) == 0
+        results = files(out)
+        assert (results["talk.txt"], results["talk.wav.txt"]) == ("w0 w1\n", "w0\n")
+
+
 def test_what_fails_and_what_is_damaged_is_listed_and_gives_status_1(
     readers: list[Reader], archive: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -120,6 +120,29 @@ def test_files_of_one_stem_keep_apart(engine: list[Module], recording: Recording
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["talk.aif.txt", "talk.float.txt", "talk.wav.txt"]
 
 
+def test_a_result_in_a_folder_is_not_overwritten_unasked(
+    engine: list[Module], recording: Recording, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The recording of another folder has the same name: its transcript used to take the place of the first one's."""
+    one, out = recording("talk.wav"), tmp_path / "out"
+    other = tmp_path / "other" / "talk.wav"
+    other.parent.mkdir()
+    other.write_bytes(recording("short.wav", TIMES[:1]).read_bytes())
+    assert main(["transcribe", str(one), "-o", f"{out}/"]) == 0
+    with pytest.raises(SystemExit) as raised:
+        main(["transcribe", str(other), "-o", f"{out}/"])
+    assert raised.value.code == 2
+    said = capsys.readouterr().err
+    assert f"{out / 'talk.txt'} is there already" in said
+    assert "--overwrite" in said
+    assert "--skip-existing" in said
+    assert (out / "talk.txt").read_text() == "w0 w1 w2\n"
+    assert main(["transcribe", str(other), "-o", str(out), "--skip-existing"]) == 0
+    assert (out / "talk.txt").read_text() == "w0 w1 w2\n"
+    assert main(["transcribe", str(other), "-o", str(out), "--overwrite"]) == 0
+    assert (out / "talk.txt").read_text() == "w0\n"
+
+
 def test_a_file_that_fails_does_not_stop_the_others(
     engine: list[Module], recording: Recording, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

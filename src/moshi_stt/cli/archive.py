@@ -144,16 +144,22 @@ def read_list(path: Path) -> list[str]:
 # ---- where results go ----------------------------------------------------------------------------------------------------
 
 
-def plan(paths: Sequence[str], roots: Sequence[Path], out: Path, formats: Sequence[str], past: "Manifest") -> list[Item]:
+def plan(
+    paths: Sequence[str], roots: Sequence[Path], out: Path, formats: Sequence[str], past: "Manifest", reuse: bool = False
+) -> list[Item]:
     """Mirror the recordings below `out`.
 
     roots: folders that were named; what lies below one keeps its path from there, under the folder's own name where there
-    are several. A result is called as its recording without the suffix, or with it where another has that name already.
+    are several. A result is called as its recording without the suffix, or with it where another has that name already: one of
+    these, one that the manifest names, or, where there is no manifest, any file that is there. reuse: such a file counts as
+    the result of the recording of its name.
     """
     taken = {str(out / MANIFEST).casefold()}
     stems = {path: past.stems[path] for path in paths if path in past.stems}
-    for stem in stems.values():
+    for stem in past.stems.values():
         taken |= _names(out / stem, formats)
+    if not past.lines and not reuse and out.is_dir():
+        taken |= {path.casefold() for path in walk(out)}
     for path in sorted(set(paths) - set(stems)):  # not in the order of their coming, which an earlier run may have shuffled
         stems[path] = _free_stem(_mirrored(Path(path), roots), out, formats, taken)
         taken |= _names(out / stems[path], formats)

@@ -45,7 +45,9 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     )
     existing = parser.add_mutually_exclusive_group()
     existing.add_argument("--skip-existing", action="store_true", help="leave out what has a result already")
-    existing.add_argument("--overwrite", action="store_true", help="with -r: do everything again")
+    existing.add_argument(
+        "--overwrite", action="store_true", help="write results again that are there; with -r: do everything again"
+    )
     parser.add_argument("--manifest", metavar="FILE", help="read FILEs from a list, or from an earlier run's manifest.jsonl")
     parser.add_argument(
         "--channels", type=_channels, default="mix", metavar="mix|split|N", help="mix them, keep each apart, or take one"
@@ -156,6 +158,13 @@ def plan_outputs(args: argparse.Namespace, names: Sequence[str]) -> list[dict[st
     for path in paths:
         if path.exists() and any(path.samefile(recording) for recording in recordings):
             args.parser.error(f"--output {path} would overwrite the recording")
+    there = [path for path in paths if path.exists()]
+    if there and target.is_dir() and not (args.overwrite or args.skip_existing):
+        others = f" and {len(there) - 1} more" if len(there) > 1 else ""
+        args.parser.error(
+            f"{there[0]}{others} is there already, perhaps from another recording of that name: "
+            "--overwrite writes it again, --skip-existing keeps it"
+        )
     return outputs
 
 
@@ -305,7 +314,7 @@ class _Archive(_Files):
         listed = [Path(name).parent for name in read_list(Path(args.manifest))] if args.manifest else []
         folders = [Path(name) for name in args.files if Path(name).is_dir()]
         roots = folders or ([Path(os.path.commonpath([each.absolute() for each in listed]))] if listed else [])
-        super().__init__(args, plan(paths, roots, out, args.format, self._manifest))
+        super().__init__(args, plan(paths, roots, out, args.format, self._manifest, args.skip_existing or args.overwrite))
         self._kept = 0
         self._done = 0
         self._seconds = 0.0
