@@ -42,3 +42,5 @@ try:
     asyncio.run(main(*sys.argv[1:]))
 except (MoshiSttError, OSError) as error:
     sys.exit(f"Error: {error}")
+except KeyboardInterrupt:
+    sys.exit(130)

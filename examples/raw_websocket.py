@@ -49,3 +49,5 @@ try:
     asyncio.run(main(*sys.argv[1:]))
 except (OSError, EOFError, wave.Error, websockets.WebSocketException) as error:
     sys.exit(f"Error: {error or type(error).__name__}")
+except KeyboardInterrupt:
+    sys.exit(130)

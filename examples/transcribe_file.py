@@ -16,3 +16,5 @@ try:
         print(f"{word.start:7.2f}  {word.text}", flush=True)
 except (MoshiSttError, OSError) as error:
     sys.exit(f"Error: {error}")
+except KeyboardInterrupt:
+    sys.exit(130)

@@ -16,3 +16,5 @@ try:
         print(f"{utterance.start:7.2f} to {utterance.end:.2f}  {utterance.text}", flush=True)
 except (MoshiSttError, OSError) as error:
     sys.exit(f"Error: {error}")
+except KeyboardInterrupt:
+    sys.exit(130)

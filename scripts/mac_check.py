@@ -155,7 +155,7 @@ def microphone() -> str:
 
 
 def process_name() -> str:
-    """`pgrep moshi-server` finds a server, as users of moshi-server's guide type it."""
+    """`top -pid $(pgrep moshi-server)` shows a server, as users of moshi-server's guide type it."""
     program = Path(sys.executable).with_name("moshi-server")
     server = subprocess.Popen([program, "worker", "--addr", "127.0.0.1", "--port", "0", "--silent"])
     try:
@@ -163,7 +163,12 @@ def process_name() -> str:
         while time.monotonic() < deadline and server.poll() is None:
             found = subprocess.run(["pgrep", "moshi-server"], capture_output=True, text=True, check=False).stdout.split()
             if str(server.pid) in found:
-                return f"process {server.pid} found"
+                mac = sys.platform == "darwin"
+                show = ["top", "-l", "1", "-stats", "pid,command,cpu,mem", "-pid"] if mac else ["top", "-b", "-n", "1", "-p"]
+                shown = subprocess.run([*show, str(server.pid)], capture_output=True, text=True, check=False, timeout=60)
+                lines = [line for line in shown.stdout.splitlines() if line.split()[:1] == [str(server.pid)]]
+                assert lines, f"pgrep finds it, but `{' '.join(show)}` does not show it: {shown.stderr or shown.stdout}"
+                return f"pgrep finds it, and top shows: {' '.join(lines[0].split())}"
             time.sleep(0.5)
         raise AssertionError("pgrep moshi-server does not find it; use pgrep -f 'moshi-server worker'")
     finally:
@@ -205,4 +210,7 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit(130)

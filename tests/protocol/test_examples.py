@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import signal
 import sys
 from pathlib import Path
 
@@ -53,6 +54,60 @@ async def test_five_minutes_by_curl(minutes: Path) -> None:
         code, out, err = await run("sh", str(EXAMPLES / "post.sh"), str(minutes), running.http)
     assert (code, err) == (0, "")
     assert [event["text"] for event in json.loads(out) if event["type"] == "Word"] == WORDS
+
+
+PROGRAMS = [*sorted(EXAMPLES.glob("*.py")), ROOT / "test_client.py"]
+
+
+async def interrupted(program: asyncio.subprocess.Process) -> None:
+    """Ctrl-C ends it with status 130 and not a word."""
+    program.send_signal(signal.SIGINT)
+    async with asyncio.timeout(SECONDS):
+        _, err = await program.communicate()
+    assert (program.returncode, err.decode()) == (130, "")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Ctrl-C is another thing there")
+@pytest.mark.parametrize("path", PROGRAMS, ids=lambda path: path.name)
+async def test_ctrl_c_while_a_server_does_not_answer(path: Path, minutes: Path) -> None:
+    called = asyncio.Event()
+
+    async def silent(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        called.set()
+        await reader.read()
+        writer.close()
+
+    async with await asyncio.start_server(silent, "127.0.0.1", 0) as server:
+        program = await start(path, minutes, server.sockets[0].getsockname()[1])
+        async with asyncio.timeout(SECONDS):
+            await called.wait()
+        await interrupted(program)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Ctrl-C is another thing there")
+@pytest.mark.parametrize("path", [path for path in PROGRAMS if path.name != "utterances.py"], ids=lambda path: path.name)
+async def test_ctrl_c_among_the_words(path: Path, minutes: Path) -> None:
+    async with serving(ScriptedEngine(counting(len(WORDS)), step_seconds=0.2)) as running:
+        program = await start(path, minutes, running.port)
+        assert program.stdout is not None
+        async with asyncio.timeout(SECONDS):
+            while b"w" not in await program.stdout.read(1):
+                assert program.returncode is None
+        await interrupted(program)
+
+
+async def start(path: Path, recording: Path, port: int) -> asyncio.subprocess.Process:
+    url = f"ws://127.0.0.1:{port}"
+    arguments = ["--url", url] if path.name == "test_client.py" else [url]
+    return await asyncio.create_subprocess_exec(
+        sys.executable,
+        "-u",
+        str(path),
+        str(recording),
+        *arguments,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+    )
 
 
 @pytest.mark.parametrize("example", sorted(path.name for path in EXAMPLES.iterdir() if path.suffix in (".py", ".sh")))

@@ -1,5 +1,6 @@
 """The parts of the browser page that can be run without a browser, by Node where there is one."""
 
+import asyncio
 import json
 import random
 import re
@@ -10,8 +11,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tests.support.scripted_engine import ScriptedEngine, counting
+from tests.support.serving import serving
 
-from moshi_stt import protocol
+from moshi_stt import Client, protocol
 from moshi_stt.engine.commands import Audio, Mark
 from moshi_stt.events import EndWord, Error, Marker, Ready, Step, Word
 from moshi_stt.server.static import PACKAGED
@@ -190,6 +193,32 @@ def test_page_gives_up_where_trying_again_cannot_help() -> None:
         "lost": "tries again",
         "shutting down": "tries again",
     }
+
+
+async def test_page_says_why_a_connection_was_refused() -> None:
+    """A wrong path used to be answered with a question about the key. The same for a wrong key, a full server, and none."""
+
+    async def reason(port: int, path: str, key: str) -> Any:
+        return await asyncio.to_thread(
+            run,
+            f"""
+            globalThis.document = {{ baseURI: "http://127.0.0.1:{port}/" }};
+            const {{ whyRefused }} = await import({module("server.js")});
+            console.log(JSON.stringify(await whyRefused({json.dumps(path)}, {json.dumps(key)})));
+            """,
+        )
+
+    async with serving(ScriptedEngine(counting(1), slots=1)) as running:
+        wrong_path = await reason(running.port, "/api/asr-steaming", "public_token")
+        assert wrong_path == (
+            "The server has no path /api/asr-steaming. It serves /api/asr-streaming: choose one in the settings."
+        )
+        assert "does not accept this key" in await reason(running.port, "/api/asr-streaming", "wrong")
+        async with Client(running.ws) as client:
+            assert isinstance(await anext(aiter(client)), Ready)
+            assert "All streams of the server are in use" in await reason(running.port, "/api/asr-streaming", "public_token")
+        port = running.port
+    assert await reason(port, "/api/asr-streaming", "public_token") == "The server does not answer. Is it running?"
 
 
 def test_page_warns_of_sound_that_is_too_quiet_or_too_loud() -> None:

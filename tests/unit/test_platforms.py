@@ -60,6 +60,7 @@ def test_nothing_prints_a_command_that_installs_somebody_elses_package() -> None
     wrong = []
     for path in [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("src/**/*.py"), *ROOT.glob("scripts/**/*.*")]:
         text = path.read_text(encoding="utf-8", errors="replace")
+        assert ".venv/bin/pip" not in text, f"{path}: an environment that uv made has no pip in it"
         if re.search(r"pip install[^\n`]*['\" ]moshi-stt(\[|['\"`\s]|$)", text):
             wrong.append(str(path.relative_to(ROOT)))
     assert wrong == []

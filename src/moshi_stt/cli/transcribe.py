@@ -275,7 +275,7 @@ class _Files:
         """What is odd about a recording and no fault."""
         remarks = list(result.source.remarks)
         if not result.words:
-            remarks.append(f"no words: {result.source.silence or 'nothing was heard that this model takes for speech'}")
+            remarks.append(f"no words: {result.source.silence or 'nothing was heard that this model understands'}")
         for remark in remarks:
             print(f"Warning: {as_text(result.item.path)}: {remark}", file=sys.stderr)
 

@@ -178,7 +178,7 @@ async def _transcribe(
         words = sum(isinstance(event, Word) for event in said)
         log.info("POST %s: ended: door=%s audio_seconds=%.1f words=%d", handshake.peer, door.name, source.seconds, words)
         if not words:
-            log.info("POST %s: no words: %s", handshake.peer, source.silence or "nothing that this model takes for speech")
+            log.info("POST %s: no words: %s", handshake.peer, source.silence or "nothing that this model understands")
         transcript = Transcript([event for event in said if isinstance(event, Word | EndWord)], source.seconds)
         return await _whole_answer(door, options, transcript)
 
