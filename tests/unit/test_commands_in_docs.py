@@ -31,7 +31,7 @@ pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="the commands ar
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 WHOLE = [ROOT / "README.md", ROOT / "docs" / "use.md"]
-"""Pages with one program, which is run here."""
+"""Pages whose programs are run here."""
 
 SHELL = ("", "sh", "bash", "console")
 PROGRAMS = {
@@ -176,9 +176,17 @@ def test_a_page_with_python_is_run_by_a_test(path: Path) -> None:
     assert any(path.name in file.read_text(encoding="utf-8") for file in files if file.name != Path(__file__).name)
 
 
-@pytest.mark.parametrize("path", WHOLE, ids=lambda path: path.name)
-async def test_the_program_of_a_page_runs(path: Path, folder: Path) -> None:
-    (program,) = [text for language, text in blocks(path) if language == "python"]
+PROGRAMS_OF_PAGES = [
+    pytest.param(text, id=f"{path.name}-{number}")
+    for path in WHOLE
+    for number, text in enumerate(text for language, text in blocks(path) if language == "python")
+]
+
+
+@pytest.mark.parametrize("program", PROGRAMS_OF_PAGES)
+async def test_a_program_of_a_page_runs(program: str, folder: Path) -> None:
+    if needed := re.match(r"# pip install (\w+)", program):
+        pytest.importorskip(needed[1], reason=f"{needed[1]} is not installed: pip install -e '.[clients]'")
     async with serving(ScriptedEngine(counting(5))) as running:
         text = program.replace("127.0.0.1:8080", f"127.0.0.1:{running.port}")
         done = await asyncio.to_thread(
