@@ -4,6 +4,7 @@ A row is some seconds of turns by one voice or several: strings of digits, phras
 time of every word and every pause is known exactly. `changed` gives each row a room, a bandwidth, noise and a level.
 """
 
+import math
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -82,6 +83,10 @@ class _Row:
     said: list[tuple[str, float, float]] = field(default_factory=list)
 
 
+ENGINES = {"espeak": 4.0, "hibari": 1.5, "flite": 1.0, "festival": 1.0, "pico": 1.5, "shifted:human": 4.0}
+"""How often a synthetic voice of this engine speaks; of others, 1."""
+
+
 @dataclass(frozen=True)
 class Mix:
     """How often what is drawn."""
@@ -94,6 +99,14 @@ class Mix:
     """Rows in which nobody speaks to us."""
     split: float = 0.3
     """Phrases that get a pause inside."""
+    engines: bool = False
+    """An engine is drawn first, then one of its voices; else each voice is as likely, and most are espeak-ng's."""
+    babble: float = 0.0
+    """Rows in which many voices say the vocabulary at once, and nobody to us: no words are to be heard."""
+    turns: float | None = None
+    """How often a phrase is the end of a turn, with 2 s of pause or more; the other pauses are like those of people who think:
+    log-normal, half a second in the median. None: pauses that are drawn evenly.
+    """
 
 
 class Planner:
@@ -109,7 +122,11 @@ class Planner:
         self._classes = {word: i + 1 for i, word in enumerate(sorted(pieces_of))}
         voices = bank.voices
         self._human = [voice for voice in voices["digit"] if voice.startswith("human:")]
-        self._synthetic = [voice for voice in voices["digit"] if not voice.startswith("human:")]
+        self._synthetic = {kind: [voice for voice in found if not voice.startswith("human:")] for kind, found in voices.items()}
+        self._by_engine: dict[str, dict[str, list[str]]] = {kind: {} for kind in voices}
+        for kind, found in self._synthetic.items():
+            for voice in found:
+                self._by_engine[kind].setdefault(voice.rpartition(":")[0], []).append(voice)
 
     @property
     def word_classes(self) -> int:
@@ -131,8 +148,11 @@ class Planner:
     def _row(self, number: int, seconds: float) -> "_Row":
         rng, mix = self._random, self._mix
         row = _Row(number, seconds)
-        if rng.random() < mix.empty:
+        drawn = rng.random()
+        if drawn < mix.empty:
             return row
+        if drawn < mix.empty + mix.babble:
+            return self._babble(row)
         now = rng.choice((0.0, rng.uniform(0, 0.6), rng.uniform(0.3, 2.5)))
         kind = self._kind()
         while now < seconds - 0.5:
@@ -144,7 +164,32 @@ class Planner:
                 now = self._digits(row, now, voice, speed, gain)
             else:
                 now = self._phrase(row, now, rng.choice(self._bank.groups[kind][voice]), speed, gain)
-            now += rng.uniform(0.1, 0.8) if rng.random() < 0.2 else rng.uniform(0.8, 4.0)
+            now += self._pause_after()
+        return row
+
+    def _pause_after(self) -> float:
+        """Seconds between a phrase and the next one."""
+        rng, turns = self._random, self._mix.turns
+        if turns is None:
+            return rng.uniform(0.1, 0.8) if rng.random() < 0.2 else rng.uniform(0.8, 4.0)
+        return rng.uniform(2.0, 6.0) if rng.random() < turns else self._hesitation()
+
+    def _pause_inside(self) -> float:
+        return self._random.uniform(0.2, 1.5) if self._mix.turns is None else self._hesitation()
+
+    def _hesitation(self) -> float:
+        return min(3.0, max(0.1, self._random.lognormvariate(math.log(0.5), 0.6)))
+
+    def _babble(self, row: "_Row") -> "_Row":
+        """Six to twelve voices over one another, all about as loud. The words are in no target."""
+        rng = self._random
+        for _ in range(rng.randint(6, 12)):
+            now, gain = rng.uniform(0.0, 1.0), 10 ** (rng.uniform(-4, 0) / 20)
+            while now < row.seconds - 0.5:
+                kind = self._kind()
+                clip = rng.choice(self._bank.groups[kind][self._voice(kind)])
+                now = self._phrase(row, now, clip, rng.uniform(0.85, 1.18), gain) + rng.uniform(0.0, 0.4)
+        row.said = []
         return row
 
     def _kind(self) -> str:
@@ -154,11 +199,14 @@ class Planner:
         return kind if self._bank.voices[kind] else "digit"
 
     def _voice(self, kind: str) -> str:
-        rng = self._random
-        if kind != "digit":
-            return rng.choice(self._bank.voices[kind])
-        human = self._human and (rng.random() < self._mix.human or not self._synthetic)
-        return rng.choice(self._human if human else self._synthetic)
+        rng, synthetic = self._random, self._synthetic[kind]
+        if kind == "digit" and self._human and (rng.random() < self._mix.human or not synthetic):
+            return rng.choice(self._human)
+        if not self._mix.engines:
+            return rng.choice(synthetic)
+        engines = self._by_engine[kind]
+        (engine,) = rng.choices(list(engines), [ENGINES.get(name, 1.0) for name in engines])
+        return rng.choice(engines[engine])
 
     def _digits(self, row: "_Row", now: float, voice: str, speed: float, gain: float) -> float:
         rng = self._random
@@ -179,7 +227,7 @@ class Planner:
         parts = [(begin, words[cut].start, words[:cut]), (words[cut].start, end, words[cut:])] if cut else [(begin, end, words)]
         for i, (a, b, inside) in enumerate(parts):
             if i:
-                now += rng.uniform(0.2, 1.5)
+                now += self._pause_inside()
             if now + (b - a) / speed > row.seconds:
                 return row.seconds
             row.pieces.append(Piece(row.number, clip, a, b - a, now, speed, gain))

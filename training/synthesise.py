@@ -1,6 +1,8 @@
-"""Speaks the vocabulary with every synthetic voice there is, into shards of clips. Seeded; what is there already is kept.
+"""Speaks the vocabulary with every synthetic voice there is, into shards of clips. Seeded.
 
-python -m training.synthesise OUT --engines espeak,flite,festival,hibari --seed 1 [--scale 0.1]
+python -m training.synthesise OUT --engines espeak,flite,festival,hibari,pico,shifted --seed 1 [--scale 0.1]
+
+`shifted` comes last: it makes other timbres of the clips that are in OUT by then, people's too.
 """
 
 import argparse
@@ -10,7 +12,7 @@ from itertools import islice
 from pathlib import Path
 
 from training.alignment import Reading, align, reading_of
-from training.clips import write_shard
+from training.clips import read_shards, write_shard
 from training.vocabulary import DIGITS, ENGLISH, FRENCH
 from training.voices import (
     ESPEAK_ENGLISH,
@@ -18,11 +20,14 @@ from training.voices import (
     ESPEAK_VARIANTS,
     FESTIVAL,
     FLITE,
+    PICO,
     Clip,
     Espeak,
     Hibari,
     festival,
     flite,
+    pico,
+    shift,
 )
 
 SHARD = 100
@@ -67,6 +72,44 @@ def hibari_clips(rng: random.Random, scale: float) -> Iterator[Clip]:
         yield align(hibari.say(text, rng.uniform(0.75, 1.3)), _reading(espeak, text, "en-us"))
 
 
+def pico_clips(rng: random.Random, scale: float) -> Iterator[Clip]:
+    espeak = Espeak()
+    for language in PICO:
+        phrases = FRENCH if language == "fr-FR" else ENGLISH
+        digits = () if language == "fr-FR" else DIGITS * max(1, round(8 * scale))
+        for text in [*digits, *phrases * max(1, round(2 * scale))]:
+            clip = pico(text, language, rng.randint(70, 130), rng.randint(75, 130))
+            yield align(clip, _reading(espeak, text, "fr-fr" if clip.language == "fr" else "en-us"))
+
+
+def shifted_clips(rng: random.Random, scale: float, clips: Path) -> Iterator[Clip]:
+    """Clips of training voices with other pitches and formants; of people's most, of espeak-ng's, which are many, few."""
+    spoken = [clip for part in sorted(clips.iterdir()) if part.name in SHIFTS for clip in read_shards(part)]
+    spoken = [clip for clip in spoken if clip.words and not clip.held_out and rng.random() < scale * _shift_share(clip)]
+    rng.shuffle(spoken)
+    for clip in spoken:
+        first = rng.randrange(len(TIMBRES))
+        yield from shift(clip, [(which, *TIMBRES[which]) for which in (first, (first + 5) % len(TIMBRES))])
+
+
+def _shift_share(clip: Clip) -> float:
+    return 0.12 if clip.voice.startswith("espeak:") else 1.0
+
+
+SHIFTS = ("human-train", "hibari", "flite", "festival", "pico", "espeak")
+TIMBRES = tuple(
+    (pitch, formants)
+    for formants, pitches in (
+        (0.85, (0.6, 0.8, 1.0)),
+        (0.93, (0.75, 0.95, 1.2)),
+        (1.08, (0.85, 1.1, 1.5)),
+        (1.17, (1.0, 1.3, 1.8)),
+    )
+    for pitch in pitches
+)
+"""Pitch and formants of the voices that are made of each voice, as factors."""
+
+
 def _reading(espeak: Espeak, text: str, accent: str) -> Reading:
     return reading_of(espeak.say(text, accent, "", 150, 50, 50))
 
@@ -74,7 +117,7 @@ def _reading(espeak: Espeak, text: str, accent: str) -> Reading:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--engines", default="espeak,flite,festival,hibari")
+    parser.add_argument("--engines", default="espeak,flite,festival,hibari,pico,shifted")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--scale", type=float, default=1.0)
     args = parser.parse_args()
@@ -82,13 +125,19 @@ def main() -> None:
         synthesise(args.out, engine, args.seed, args.scale)
 
 
-ENGINES = {"espeak": espeak_clips, "flite": flite_clips, "festival": festival_clips, "hibari": hibari_clips}
+ENGINES = {
+    "espeak": espeak_clips,
+    "flite": flite_clips,
+    "festival": festival_clips,
+    "hibari": hibari_clips,
+    "pico": pico_clips,
+}
 
 
 def synthesise(out: Path, engine: str, seed: int, scale: float) -> int:
     """All clips of one engine into `out`/ENGINE. Returns how many there are."""
     rng = random.Random(f"{seed} {engine}")
-    clips = ENGINES[engine](rng, scale)
+    clips = shifted_clips(rng, scale, out) if engine == "shifted" else ENGINES[engine](rng, scale)
     count, number = 0, 0
     while shard := list(islice(clips, SHARD)):
         write_shard(out / engine / f"{number:04}", shard)

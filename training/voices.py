@@ -10,7 +10,7 @@ import random
 import subprocess
 import tempfile
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -113,6 +113,9 @@ HELD_OUT_KOKORO = ("af_bella", "am_liam", "bf_lily", "bm_lewis")
 HELD_OUT_OTHERS = ("flite:rms", "festival:cmu_us_slt_arctic_hts", "flite:slt")
 FLITE = ("kal16", "awb", "rms", "slt")
 FESTIVAL = ("kal_diphone", "ked_diphone", "cmu_us_slt_arctic_hts")
+PICO = ("en-US", "en-GB", "fr-FR")
+SHIFTED = "shifted:"
+"""How the name of a voice begins that `shift` made of another one."""
 
 
 class Timed(NamedTuple):
@@ -140,7 +143,7 @@ class Clip:
 
 
 def is_held_out(voice: str) -> bool:
-    engine, _, name = voice.partition(":")
+    engine, _, name = voice.removeprefix(SHIFTED).partition(":")
     if engine == "espeak":
         return name.partition("+")[2] in HELD_OUT_VARIANTS
     if engine == "kokoro":
@@ -251,11 +254,20 @@ def festival(texts: Sequence[str], voice: str, stretch: float) -> list[Clip]:
         return [_from_file(out, text, f"festival:{voice}") for text, out in zip(texts, outs, strict=True)]
 
 
-def _from_file(path: Path, text: str, voice: str) -> Clip:
+def pico(text: str, language: str, speed: int, pitch: int) -> Clip:
+    """SVOX Pico, one voice for each language of `PICO`. speed and pitch in percent of the voice's own."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "out.wav"
+        said = f'<speed level="{speed}"><pitch level="{pitch}">{text}</pitch></speed>'
+        subprocess.run(["pico2wave", "-l", language, "-w", str(out), said], check=True, capture_output=True, timeout=60)
+        return _from_file(out, text, f"pico:{language}", language[:2])
+
+
+def _from_file(path: Path, text: str, voice: str, language: str = "en") -> Clip:
     import soundfile
 
     samples, rate = soundfile.read(path, dtype="float32")
-    return Clip(resampled(samples, rate), text, (), voice, "en")
+    return Clip(resampled(samples, rate), text, (), voice, language)
 
 
 # ---- hibari and Kokoro: networks -------------------------------------------------------------------------------------------
@@ -299,6 +311,33 @@ def mixed_voice(rng: random.Random, names: Sequence[str], held_out: Sequence[str
     first, second = rng.sample(names, 2)
     share = rng.uniform(0.3, 0.7)
     return [(first, share), (second, 1 - share)]
+
+
+# ---- new timbres: WORLD, a vocoder ----------------------------------------------------------------------------------------
+
+
+def shift(clip: Clip, variants: Sequence[tuple[int, float, float]]) -> Iterator[Clip]:
+    """The clip as other people might say it, at the same times.
+
+    variants: (number in the voice's name, pitch and formants as factors) of each.
+    """
+    import pyworld
+
+    samples = clip.samples.astype(np.float64)
+    pitch, times = pyworld.dio(samples, RATE)
+    pitch = pyworld.stonemask(samples, pitch, times, RATE)
+    envelope = pyworld.cheaptrick(samples, pitch, times, RATE)
+    breath = pyworld.d4c(samples, pitch, times, RATE)
+    bins = np.arange(envelope.shape[1])
+    for number, higher, wider in variants:
+        source = np.minimum(bins / wider, bins[-1])
+        below = source.astype(int)
+        above, part = np.minimum(below + 1, bins[-1]), source - below
+        warped = np.exp((1 - part) * np.log(envelope[:, below]) + part * np.log(envelope[:, above]))
+        sound = pyworld.synthesize(pitch * higher, np.ascontiguousarray(warped), breath, RATE)[: len(samples)].astype(
+            np.float32
+        )
+        yield Clip(sound, clip.text, clip.words, f"{SHIFTED}{clip.voice}~{number}", clip.language)
 
 
 # ---- sound -----------------------------------------------------------------------------------------------------------------
