@@ -114,12 +114,11 @@ def _gathered(ring: Tensor, scales: Tensor | None, slots: Tensor, dtype: torch.d
 def ring_attention_rows(q: Tensor, k: Tensor, v: Tensor, ring: Ring, positions: Tensor, slots: Tensor) -> Tensor:
     """As `ring_attention`, for tensors on the CPU; of fp8 rings it knows nothing."""
     steps, context = q.shape[1], ring.k.shape[2]
+    index = (positions[:, None] + torch.arange(steps)) % context  # (B, T)
+    ring.k[slots[:, None], :, index] = k.to(ring.k.dtype)
+    ring.v[slots[:, None], :, index] = v.to(ring.v.dtype)
     rows = []
     for row, (slot, position) in enumerate(zip(slots.tolist(), positions.tolist(), strict=True)):
-        for step in range(steps):
-            index = (position + step) % context
-            ring.k[slot, :, index] = k[row, step]
-            ring.v[slot, :, index] = v[row, step]
         held = min(position + steps, context)
         keys, values = ring.k[slot, None, :, :held], ring.v[slot, None, :, :held]  # (1, H, held, D)
         if not (ring.k.dtype is torch.bfloat16 and ATTENDS_NARROW):

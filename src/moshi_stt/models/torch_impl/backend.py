@@ -10,6 +10,7 @@ codes  (slots, K) int64    codes of the last frame
 The last slot of every tensor is scratch, for rows that pad a step to a fixed number of rows.
 """
 
+import time
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -22,8 +23,9 @@ from moshi_stt.engine.backend import StepOutput, StepRecorder
 from moshi_stt.errors import ConfigError
 from moshi_stt.models.report import LOUDEST, LoadReport
 from moshi_stt.models.spec import ModelSpec
-from moshi_stt.models.torch_impl.beside import Beside, in_turn
+from moshi_stt.models.torch_impl.beside import Beside, RowShare
 from moshi_stt.models.torch_impl.device import device_name
+from moshi_stt.models.torch_impl.linear import PackedLinear
 from moshi_stt.models.torch_impl.lm import LanguageModel, LMState
 from moshi_stt.models.torch_impl.mimi import MimiEncoder, MimiState
 from moshi_stt.models.torch_impl.sampling import choose
@@ -150,6 +152,10 @@ class TorchBackend(SlotBackend):
         self.lm = lm
         self.mimi = mimi
         self._beside = beside
+        self._share = RowShare()
+        # only on two threads, and where a row's codes cannot depend on which rows are computed with it
+        independent = not fixed_rows and all(isinstance(conv.product, PackedLinear) for conv in mimi.convs)
+        self._splits = independent and beside is not None and beside.first_threads > 0
         self.fixed_rows = fixed_rows
         self.seed = seed
 
@@ -204,14 +210,37 @@ class TorchBackend(SlotBackend):
         state = self.state
         pcm = torch.nan_to_num(pcm, 0.0, 0.0, 0.0).clamp(-LOUDEST, LOUDEST)
         frames = torch.where(fresh, 0, state.frames[slots])
-        (token, logprob, pause), codes = (self._beside or in_turn)(
-            lambda: self.step_lm(frames, slots), lambda: self.mimi.step(state.mimi, pcm, frames, slots)
-        )
+        (token, logprob, pause), codes = self._both(pcm, frames, slots)
         state.frames[slots] = frames + 1
         state.text[slots] = token
         state.codes[slots] = codes
         recorded = [] if self.recorder is None else [codes.float()]
         return torch.cat([token[:, None].float(), logprob[:, None], pause, *recorded], dim=1)
+
+    def _both(self, pcm: Tensor, frames: Tensor, slots: Tensor) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor]:
+        """What `step_lm` returns, and the frame's codes (B, K). Side by side, the quicker thread takes rows off the slower."""
+
+        def mimi(rows: slice) -> Tensor:
+            return self.mimi.step(self.state.mimi, pcm[rows], frames[rows], slots[rows])
+
+        if self._beside is None:
+            return self.step_lm(frames, slots), mimi(slice(None))
+        count = len(slots)
+        second_rows = count - (self._share.rows(count) if self._splits else 0)
+
+        def first() -> tuple[tuple[Tensor, Tensor, Tensor], float, list[Tensor]]:
+            begun = time.perf_counter()
+            said = self.step_lm(frames, slots)
+            taken = time.perf_counter() - begun
+            return said, taken, [mimi(slice(second_rows, None))] if second_rows < count else []
+
+        def second() -> tuple[Tensor, float]:
+            begun = time.perf_counter()
+            return mimi(slice(second_rows)), time.perf_counter() - begun
+
+        (said, own, late), (codes, other) = self._beside(first, second)
+        self._share.learn(own / count, other / second_rows)
+        return said, torch.cat([codes, *late]) if late else codes
 
     def step_lm(self, frames: Tensor, slots: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The language model's half of the step, which reads the last frame's codes and not this frame's sound.

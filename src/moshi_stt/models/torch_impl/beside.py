@@ -54,9 +54,25 @@ class Beside:
             self._pool.shutdown()
 
 
-def in_turn(first: Callable[[], A], second: Callable[[], B]) -> tuple[A, B]:
-    """Both results, one after the other."""
-    return first(), second()
+class RowShare:
+    """How many rows of the second side's work the first side should take over once its own is done, from how long both took."""
+
+    LEAST = 4
+    """Rows that are worth a second call."""
+
+    def __init__(self) -> None:
+        self._own = self._other = 0.0  # seconds a row, averaged over the last steps
+
+    def rows(self, count: int) -> int:
+        """Of `count`; 0 until `learn` was called."""
+        spare = int(count * (self._other - self._own) / (2 * self._other)) if self._other else 0
+        return spare if spare >= self.LEAST else 0
+
+    def learn(self, own: float, other: float) -> None:
+        """Seconds a row of the first side's own work, and of the second's."""
+        weight = 0.1 if self._other else 1.0
+        self._own += weight * (own - self._own)
+        self._other += weight * (other - self._other)
 
 
 def _run(function: Callable[[], A], threads: int) -> A:

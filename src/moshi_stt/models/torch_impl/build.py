@@ -28,6 +28,7 @@ from moshi_stt.models.torch_impl.device import (
     device_name,
     free_bytes,
     hold_to_pretended_memory,
+    keep_freed_memory,
     without_kernels,
 )
 from moshi_stt.models.torch_impl.linear import QuantizedWeights
@@ -100,6 +101,8 @@ def load_backend(
         backend = plain_backend(spec, params, mimi_params, state, options, beside=beside, quantized=quantized, dtype=dtype)
     else:
         backend = fused_backend(spec, params, mimi_params, state, options)
+    if target.type == "cpu":
+        keep_freed_memory()
     done = time.perf_counter()
     log.info(
         "start: device and files %.1f s, a first kernel %.1f s, weights %.1f s, state and model %.1f s",

@@ -36,4 +36,4 @@ def stream_conv(conv: Conv, x: Tensor, context: Tensor) -> tuple[Tensor, Tensor]
         return conv.product(x), context
     full = torch.cat([context, x], dim=1)  # (B, context + T, C_in)
     windows = full.as_strided((rows, steps // spec.stride, spec.kernel * channels), (full.stride(0), spec.stride * channels, 1))
-    return conv.product(windows), full[:, steps:]
+    return conv.product(windows), full[:, steps:].clone()  # a copy, so that the frame's memory can be used again

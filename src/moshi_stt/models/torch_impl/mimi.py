@@ -124,10 +124,10 @@ class MimiEncoder:
             return y
 
         x = conv(pcm[:, :, None])  # (B, 1920, 64)
-        for _ in self.spec.stages:
-            x = x + conv(F.elu(conv(F.elu(x))))
-            x = conv(F.elu(x))
-        return conv(F.elu(x)), kept
+        for _ in self.spec.stages:  # what is not needed again is overwritten: memory costs as much as arithmetic here
+            x = conv(F.elu_(conv(F.elu(x)))).add_(x)
+            x = conv(F.elu_(x))
+        return conv(F.elu_(x)), kept
 
     def _transform(self, rings: list[Ring], x: Tensor, positions: Tensor, slots: Tensor) -> Tensor:
         """The transformer at 25 Hz: x (B, T, dim) at positions (B,) .. + T - 1."""
