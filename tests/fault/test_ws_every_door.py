@@ -4,19 +4,23 @@ import asyncio
 import contextlib
 import gc
 import random
+import re
 import struct
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 
 import numpy as np
 import pytest
 from msgspec.structs import replace
-from tests.support.callers import ALL_DOORS, CALLERS, Call, Caller, as_frame
+from tests.support.callers import ALL_DOORS, CALLERS, Caller, as_frame
 from tests.support.engines import BatchKind, Kind, SegmentKind, speech
 from tests.support.raw_ws import BINARY, CONTINUATION, TEXT, NotUpgraded, frame
 from tests.support.serving import DEADLINE, KEY, Running, raw_request, server_config, serving, until
 
 from moshi_stt.engine.engine import Engine
+from moshi_stt.events import Step
+from moshi_stt.protocol import decode_event
 from moshi_stt.server.connection import Connection
+from moshi_stt.session import Message
 
 NUMBERS = [3, 9, 5]
 WORDS = ["w3.", "w9.", "w5."]
@@ -33,39 +37,82 @@ def kind(request: pytest.FixtureRequest) -> Kind:
     return made
 
 
+VARIES = re.compile(r'[0-9a-f]{8}-[0-9a-f-]{27}|[0-9a-f]{24,}|"expires_at":[0-9]+|event_[0-9]+')
+"""In a door's messages: names and times of day."""
+
+
+def told(messages: list[Message]) -> list[object]:
+    """What a client was told, less what differs from one connection to the next, and steps, which are joined under load.
+
+    Texts are sorted: some protocols answer a mark at once, before or after what they have just heard.
+    """
+    texts = sorted(VARIES.sub("", each) for each in messages if isinstance(each, str) and '"type":"step"' not in each)
+    events = [decode_event(each) for each in messages if isinstance(each, bytes)]
+    return [*texts, *(event for event in events if not isinstance(event, Step))]
+
+
 class House:
-    """A server and its engine, with the one neighbour that is there all the time."""
+    """A server and its engine, with the one neighbour that is there all the time, in the middle of a word."""
 
-    def __init__(self, running: Running, engine: Engine, neighbour: Call) -> None:
-        self.running, self.engine, self.neighbour = running, engine, neighbour
+    def __init__(self, running: Running, engine: Engine) -> None:
+        self.running, self.engine = running, engine
         self.port = running.port
-        self._number = 0
 
-    async def neighbour_is_well(self) -> None:
-        """It says its words and hears them all."""
-        self._number += 1
-        self.neighbour.say(speech(NUMBERS))
-        self.neighbour.send(self.neighbour.caller.mark(self._number))
-        assert await self.neighbour.words_until_marked(self._number) == WORDS
+    async def hears_all(self, caller: Caller, fault: Callable[[], Awaitable[None]]) -> list[object]:
+        """What a client is told that says its words before the fault, half a word and more during it, and the rest after it."""
+        pcm = speech(NUMBERS)
+        middle = len(pcm) // 2
+        async with await caller.connect(self.port) as call:
+            call.say(pcm)
+            call.send(caller.mark(1))
+            messages = await call.until_marked(1)
+            call.say(pcm[:middle])
+            await fault()
+            call.say(pcm[middle:])
+            call.send(caller.mark(2))
+            messages += await call.until_marked(2)
+        assert [word for message in messages for word in caller.words(message)] == WORDS * 2
+        return told(messages)
 
     async def alone(self) -> None:
         """Wait until the neighbour is the only one left."""
-        await until(lambda: self.engine.used_slots == 1 and self.running.connections() == 1, "all but the neighbour gone")
+        await self.left(1)
+
+    async def left(self, connections: int) -> None:
+        def are_left() -> bool:
+            return self.engine.used_slots == connections == self.running.connections()
+
+        await until(are_left, "all but the neighbour gone")
 
 
 @contextlib.asynccontextmanager
 async def house(kind: Kind, caller: Caller, **limits: float) -> AsyncIterator[House]:
+    """The neighbour must be told what a client is told that is alone on the server."""
     engine = kind.make()
     config = replace(server_config(**limits), authorized_ids=frozenset({KEY, "a key that nobody else has"}))
-    async with (
-        serving(engine, config, doors=ALL_DOORS) as running,
-        await caller.connect(running.port) as neighbour,
-    ):
-        made = House(running, engine, neighbour)
-        await made.neighbour_is_well()
-        yield made
-        await made.neighbour_is_well()
-        await made.alone()
+    async with serving(engine, config, doors=ALL_DOORS) as running:
+        made = House(running, engine)
+
+        async def nothing() -> None: ...
+
+        alone = await made.hears_all(caller, nothing)
+        await made.left(0)
+        is_there, over = asyncio.Event(), asyncio.Event()
+
+        async def fault() -> None:
+            is_there.set()
+            await over.wait()
+
+        neighbour = asyncio.create_task(made.hears_all(caller, fault))
+        try:
+            await asyncio.wait((neighbour, asyncio.create_task(is_there.wait())), return_when=asyncio.FIRST_COMPLETED)
+            assert is_there.is_set()
+            yield made
+            over.set()
+            assert await neighbour == alone
+        finally:
+            neighbour.cancel()
+        await made.left(0)
 
 
 def connections_in_memory() -> int:

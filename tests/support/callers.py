@@ -84,14 +84,18 @@ class Call:
                 return struct.unpack("!H", payload[:2])[0] if payload else None
             assert opcode == PING
 
-    async def words_until_marked(self, number: int) -> list[str]:
-        words: list[str] = []
+    async def until_marked(self, number: int) -> list[Message]:
+        """Every message up to the answer to the mark of this number."""
+        messages: list[Message] = []
         while True:
             message = await self.receive()
-            assert isinstance(message, str | bytes), f"closed with {message} after {words}"
-            words += self.caller.words(message)
+            assert isinstance(message, str | bytes), f"closed with {message} after {messages[-3:]}"
+            messages.append(message)
             if self.caller.marked(message, number):
-                return words
+                return messages
+
+    async def words_until_marked(self, number: int) -> list[str]:
+        return [word for message in await self.until_marked(number) for word in self.caller.words(message)]
 
     async def rest(self) -> tuple[list[Message], int | None]:
         """Every message up to the server's Close, and its status."""
