@@ -4,115 +4,17 @@ import asyncio
 import contextlib
 import gc
 import random
-import re
 import struct
-from collections.abc import AsyncIterator, Awaitable, Callable
 
 import numpy as np
 import pytest
-from msgspec.structs import replace
-from tests.support.callers import ALL_DOORS, CALLERS, Caller, as_frame
-from tests.support.engines import BatchKind, Kind, SegmentKind, speech
+from tests.support.callers import ALL_DOORS, Caller, as_frame
+from tests.support.engines import Kind, speech
+from tests.support.house import NUMBERS, WORDS, house
 from tests.support.raw_ws import BINARY, CONTINUATION, TEXT, NotUpgraded, frame
-from tests.support.serving import DEADLINE, KEY, Running, raw_request, server_config, serving, until
+from tests.support.serving import DEADLINE, raw_request, serving, until
 
-from moshi_stt.engine.engine import Engine
-from moshi_stt.events import Step
-from moshi_stt.protocol import decode_event
 from moshi_stt.server.connection import Connection
-from moshi_stt.session import Message
-
-NUMBERS = [3, 9, 5]
-WORDS = ["w3.", "w9.", "w5."]
-
-
-@pytest.fixture(params=list(CALLERS))
-def caller(request: pytest.FixtureRequest) -> Caller:
-    return CALLERS[request.param]
-
-
-@pytest.fixture(params=[BatchKind, SegmentKind], ids=["batch", "segment"])
-def kind(request: pytest.FixtureRequest) -> Kind:
-    made: Kind = request.param()
-    return made
-
-
-VARIES = re.compile(r'[0-9a-f]{8}-[0-9a-f-]{27}|[0-9a-f]{24,}|"expires_at":[0-9]+|event_[0-9]+')
-"""In a door's messages: names and times of day."""
-
-
-def told(messages: list[Message]) -> list[object]:
-    """What a client was told, less what differs from one connection to the next, and steps, which are joined under load.
-
-    Texts are sorted: some protocols answer a mark at once, before or after what they have just heard.
-    """
-    texts = sorted(VARIES.sub("", each) for each in messages if isinstance(each, str) and '"type":"step"' not in each)
-    events = [decode_event(each) for each in messages if isinstance(each, bytes)]
-    return [*texts, *(event for event in events if not isinstance(event, Step))]
-
-
-class House:
-    """A server and its engine, with the one neighbour that is there all the time, in the middle of a word."""
-
-    def __init__(self, running: Running, engine: Engine) -> None:
-        self.running, self.engine = running, engine
-        self.port = running.port
-
-    async def hears_all(self, caller: Caller, fault: Callable[[], Awaitable[None]]) -> list[object]:
-        """What a client is told that says its words before the fault, half a word and more during it, and the rest after it."""
-        pcm = speech(NUMBERS)
-        middle = len(pcm) // 2
-        async with await caller.connect(self.port) as call:
-            call.say(pcm)
-            call.send(caller.mark(1))
-            messages = await call.until_marked(1)
-            call.say(pcm[:middle])
-            await fault()
-            call.say(pcm[middle:])
-            call.send(caller.mark(2))
-            messages += await call.until_marked(2)
-        assert [word for message in messages for word in caller.words(message)] == WORDS * 2
-        return told(messages)
-
-    async def alone(self) -> None:
-        """Wait until the neighbour is the only one left."""
-        await self.left(1)
-
-    async def left(self, connections: int) -> None:
-        def are_left() -> bool:
-            return self.engine.used_slots == connections == self.running.connections()
-
-        await until(are_left, "all but the neighbour gone")
-
-
-@contextlib.asynccontextmanager
-async def house(kind: Kind, caller: Caller, **limits: float) -> AsyncIterator[House]:
-    """The neighbour must be told what a client is told that is alone on the server."""
-    engine = kind.make()
-    config = replace(server_config(**limits), authorized_ids=frozenset({KEY, "a key that nobody else has"}))
-    async with serving(engine, config, doors=ALL_DOORS) as running:
-        made = House(running, engine)
-
-        async def nothing() -> None: ...
-
-        alone = await made.hears_all(caller, nothing)
-        await made.left(0)
-        is_there, over = asyncio.Event(), asyncio.Event()
-
-        async def fault() -> None:
-            is_there.set()
-            await over.wait()
-
-        neighbour = asyncio.create_task(made.hears_all(caller, fault))
-        try:
-            await asyncio.wait((neighbour, asyncio.create_task(is_there.wait())), return_when=asyncio.FIRST_COMPLETED)
-            assert is_there.is_set()
-            yield made
-            over.set()
-            assert await neighbour == alone
-        finally:
-            neighbour.cancel()
-        await made.left(0)
 
 
 def connections_in_memory() -> int:
@@ -249,21 +151,17 @@ async def test_a_failed_model_is_told_at_once(caller: Caller, kind: Kind) -> Non
 
 async def test_a_stream_that_has_lasted_long_enough_gets_its_words_and_is_told(caller: Caller, kind: Kind) -> None:
     """`stream_seconds` by a clock that the test moves, for this stream alone."""
-    async with house(kind, caller, stream_seconds=1_000.0) as there:
-        others = set(there.running.server.service.connections)
-        async with await caller.connect(there.port) as call:
-            call.say(speech(NUMBERS))
-            await until(lambda: len(there.running.server.service.connections) == 2, "the connection")
-            (connection,) = set(there.running.server.service.connections) - others
-            await until(lambda: connection.tally.samples >= len(speech(NUMBERS)), "its audio")
-            now = asyncio.get_running_loop().time()
-            connection.tick(now + 999)
-            connection.tick(now + 1_001)
-            messages, code = await call.rest()
-            assert [word for message in messages for word in caller.words(message)] == WORDS
-            assert caller.is_error(messages[-1])
-            assert "stream_seconds" in str(messages[-1])
-            assert code in (1008, 4011)
+    async with house(kind, caller, stream_seconds=1_000.0) as there, there.visitor(caller) as (call, connection):
+        call.say(speech(NUMBERS))
+        await until(lambda: connection.tally.samples >= len(speech(NUMBERS)), "its audio")
+        now = asyncio.get_running_loop().time()
+        connection.tick(now + 990)
+        connection.tick(now + 1_001)
+        messages, code = await call.rest()
+        assert [word for message in messages for word in caller.words(message)] == WORDS
+        assert caller.is_error(messages[-1])
+        assert "stream_seconds" in str(messages[-1])
+        assert code in (1008, 4011)
 
 
 async def test_shutdown_is_told(caller: Caller, kind: Kind) -> None:

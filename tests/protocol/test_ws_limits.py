@@ -1,12 +1,13 @@
 """What is bounded: how long a client says or reads nothing, memory, messages. And what is not punished."""
 
-import asyncio
+import socket
 from typing import Any
 
 import numpy as np
+import pytest
 from tests.support.raw_ws import BINARY, CLOSE, PING, PONG, TEXT, RawClient, frame
 from tests.support.scripted_engine import ScriptedEngine, counting
-from tests.support.serving import DEADLINE, Running, serving, until
+from tests.support.serving import DEADLINE, HandClock, Running, serving, until
 
 from moshi_stt import protocol
 from moshi_stt.engine.stream import StreamLimits
@@ -21,12 +22,23 @@ def errors(running: Running, kind: str) -> float:
     return value or 0.0
 
 
-async def test_client_that_answers_nothing_is_closed_as_silent() -> None:
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> HandClock:
+    return HandClock(monkeypatch)
+
+
+TIMERS: Any = {"ping_seconds": 1_000.0, "silent_seconds": 10_000.0, "idle_seconds": 20_000.0}
+
+
+async def test_client_that_answers_nothing_is_closed_as_silent(clock: HandClock) -> None:
     """Error and 1008: it was pinged and did not even answer that."""
-    async with (
-        serving(ScriptedEngine(), ping_seconds=0.05, silent_seconds=0.2) as running,
-        await RawClient.connect(running.port) as client,
-    ):
+    async with serving(ScriptedEngine(), **TIMERS) as running, await RawClient.connect(running.port) as client:
+        await client.receive_event()
+        for _ in range(10):
+            clock.advance(running, 1_100)
+            assert (await client.receive())[0] == PING
+        assert errors(running, "silent") == 0
+        clock.advance(running, 1_100)
         events, code = await client.rest()
         assert events[-1]["type"] == "Error"
         assert "nothing came" in events[-1]["message"]
@@ -34,104 +46,105 @@ async def test_client_that_answers_nothing_is_closed_as_silent() -> None:
         assert errors(running, "silent") == 1
 
 
-async def test_client_that_only_answers_pings_is_closed_as_idle() -> None:
+async def test_client_that_only_answers_pings_is_closed_as_idle(clock: HandClock) -> None:
     """Error and 1008: pongs and text are traffic, but nothing to do."""
-    async with (
-        serving(ScriptedEngine(), ping_seconds=0.05, silent_seconds=5, idle_seconds=0.4) as running,
-        await RawClient.connect(running.port) as client,
-    ):
+    async with serving(ScriptedEngine(), **TIMERS) as running, await RawClient.connect(running.port) as client:
+        await client.receive_event()
+        (connection,) = running.server.service.connections
         pings = 0
+        clock.advance(running, 0)
         while True:
+            clock.advance(running, 1_100)
             opcode, payload = await client.receive()
-            if opcode == PING:
-                pings += 1
-                client.write(frame(PONG, payload) + frame(TEXT, b"still here"))
-            elif opcode == CLOSE:
+            if opcode != PING:
                 break
-        assert pings >= 2
-        assert payload[:2] == b"\x03\xf0"
+            pings += 1
+            client.write(frame(PONG, payload) + frame(TEXT, b"still here"))
+            await until(lambda: connection._heard, "the pong")
+        assert pings == 19
+        assert opcode == BINARY
+        opcode, payload = await client.receive()
+        assert (opcode, payload[:2]) == (CLOSE, b"\x03\xf0")
         assert errors(running, "idle") == 1
 
 
-async def test_pings_come_during_a_long_upload_and_it_survives_the_silent_limit() -> None:
+async def test_pings_come_during_a_long_upload_and_it_survives_the_silent_limit(clock: HandClock) -> None:
     """moshi-server pings only when it has nothing to send: a client that reads steadily and sends no more was cut at 20 s.
 
-    Here the whole file is sent at once; its results come for three times the silent limit, with pings among them.
+    Here the whole file is sent at once; its results come for three times the longest limit, with pings among them.
     """
-    engine = ScriptedEngine(counting(40, 1), step_seconds=0.03)
-    async with (
-        serving(engine, ping_seconds=0.05, silent_seconds=0.4, idle_seconds=0.4) as running,
-        await RawClient.connect(running.port) as client,
-    ):
+    engine = ScriptedEngine(counting(40, 1))
+    async with serving(engine, **TIMERS) as running, await RawClient.connect(running.port) as client:
+        await client.receive_event()
+        (connection,) = running.server.service.connections
+        engine.hold()
         client.silence(40 * 1920)
         client.marker(1)
-        kinds: list[str] = []
-        pings = 0
-        while not kinds or kinds[-1] != "Marker":
+        await until(lambda: engine.queued_samples == 40 * 1920, "the file")
+        for _ in range(60):
+            clock.advance(running, 1_100)
             opcode, payload = await client.receive()
-            if opcode == PING:
-                pings += 1
-                client.write(frame(PONG, payload))
-            elif opcode == BINARY:
-                kinds.append(protocol.decode_event(payload).__class__.__name__)
-            else:
-                raise AssertionError(f"closed after {kinds}")
-        assert kinds.count("Word") == 40
-        assert pings >= 5
+            assert opcode == PING
+            client.write(frame(PONG, payload))
+            await until(lambda: connection._heard, "the pong")
+        engine.release()
+        events = await client.events_until("Marker")
+        assert [event["type"] for event in events].count("Word") == 40
 
 
-async def test_unread_socket_is_not_the_clients_silence() -> None:
+async def test_unread_socket_is_not_the_clients_silence(clock: HandClock) -> None:
     """While the inbox is full we do not read, so that the client cannot be heard: no limit runs."""
     engine = ScriptedEngine(counting(30, 1), limits=StreamLimits(inbox_samples=2 * 1920))
-    async with (
-        serving(engine, ping_seconds=0.05, silent_seconds=0.15, idle_seconds=0.15, **UNSPOOLED) as running,
-        await RawClient.connect(running.port) as client,
-    ):
+    async with serving(engine, **TIMERS, **UNSPOOLED) as running, await RawClient.connect(running.port) as client:
         assert (await client.receive_event())["type"] == "Ready"
+        (connection,) = running.server.service.connections
         engine.hold()
         for _ in range(30):
             client.silence(1920)
         client.marker(1)
-        await until(lambda: engine.queued_samples == 2 * 1920)
-        pings = 0
-        while pings < 12:  # four times the limits
-            opcode, _ = await client.receive()
-            assert opcode == PING
-            pings += 1
+        await until(lambda: engine.queued_samples == 2 * 1920 and connection.unheard, "a full inbox")
+        for _ in range(80):  # four times the longest limit
+            clock.advance(running, 1_100)
+            while (await client.receive())[0] != PING:
+                pass
         engine.release()
         events = await client.events_until("Marker")
         assert len([e for e in events if e["type"] == "Word"]) == 30
 
 
-async def test_reader_that_is_stuck_is_closed_and_its_neighbour_unharmed() -> None:
+async def test_reader_that_is_stuck_is_closed_and_its_neighbour_unharmed(clock: HandClock) -> None:
     """It sends and sends and reads nothing: bounded memory, then the end; another stream goes on meanwhile."""
-    engine = ScriptedEngine(counting(100_000, 1), limits=StreamLimits(outbox_events=64, stuck_seconds=60))
+    engine = ScriptedEngine(counting(100_000, 1), limits=StreamLimits(outbox_events=64, stuck_seconds=10 * DEADLINE))
     async with (
-        serving(engine, ping_seconds=0.1, stuck_seconds=0.5) as running,
+        serving(engine, **(TIMERS | {"stuck_seconds": 5_000.0})) as running,
         await RawClient.connect(running.port, receive_buffer=2048) as stuck,
-        await RawClient.connect(running.port) as other,
     ):
+        await until(lambda: running.connections() == 1, "the connection")
+        (connection,) = running.server.service.connections
+        transport = connection._transport
+        assert transport is not None
+        transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 2_048)
+        transport.set_write_buffer_limits(high=4_096)
         stuck.reader._transport.pause_reading()  # type: ignore[attr-defined]
-        message = frame(BINARY, protocol.encode_audio(np.zeros(24_000, np.float32)))
+        async with await RawClient.connect(running.port) as other:
+            while not connection._write_paused:
+                stuck.silence(24_000)
+                other.silence(1920)
+                other.marker(1)
+                await other.events_until("Marker")
+            clock.advance(running, 0, connection)
+            clock.advance(running, 4_000, connection)
+            assert errors(running, "stuck") == 0
 
-        async def push() -> None:
-            while True:
-                stuck.write(message)
-                await stuck.writer.drain()
+            def is_closed() -> bool:
+                clock.advance(running, 5_100, connection)  # again where the kernel has taken some more
+                return errors(running, "stuck") == 1
 
-        pushing = asyncio.create_task(push())
-        try:
-            async with asyncio.timeout(DEADLINE):
-                while errors(running, "stuck") == 0:
-                    other.silence(1920)
-                    other.marker(1)
-                    await other.events_until("Marker")
+            await until(is_closed, "the end of the stuck client")
+            assert connection.held_bytes < 1_000_000
             await until(lambda: engine.used_slots == 1, "the stuck client's slot free")
-        finally:
-            pushing.cancel()
-            await asyncio.wait((pushing,))
-        other.marker(2)
-        await other.events_until("Marker")
+            other.marker(2)
+            await other.events_until("Marker")
 
 
 async def test_fast_writer_is_held_back_by_tcp() -> None:
@@ -158,7 +171,7 @@ async def test_fast_writer_is_held_back_by_tcp() -> None:
 async def test_ping_flood_of_a_client_that_does_not_read_is_bounded() -> None:
     """Only the latest ping is owed an answer (RFC 6455 section 5.5.3): pongs do not pile up."""
     async with (
-        serving(ScriptedEngine(), stuck_seconds=60) as running,
+        serving(ScriptedEngine()) as running,
         await RawClient.connect(running.port, receive_buffer=2048) as client,
     ):
         client.reader._transport.pause_reading()  # type: ignore[attr-defined]

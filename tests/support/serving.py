@@ -8,11 +8,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import msgspec
+import pytest
 
 from moshi_stt.config import EmbeddedModule, LimitsConfig, ServerConfig
 from moshi_stt.constants import DEFAULT_PATH
 from moshi_stt.engine.engine import Engine
 from moshi_stt.server.app import Server
+from moshi_stt.server.connection import Connection
+from moshi_stt.server.connections import Connections
 from moshi_stt.server.doors import DOORS
 from moshi_stt.server.doors.door import AnyDoor
 
@@ -20,16 +23,20 @@ KEY = "public_token"
 DEADLINE = 90.0
 """Seconds that any wait in a test may take before the test fails."""
 
+PATIENCE = {"silent_seconds": 10 * DEADLINE, "idle_seconds": 10 * DEADLINE, "stuck_seconds": 10 * DEADLINE}
+
 
 def server_config(path: str = DEFAULT_PATH, *, static_dir: str | None = None, **limits: Any) -> ServerConfig:
-    """One module named `asr`, one key."""
+    """One module named `asr`, one key. Where a test says nothing of it, clients may be silent for as long as a busy machine
+    makes them: most of those in tests answer no ping.
+    """
     return ServerConfig(
         static_dir=static_dir,
         log_dir=None,
         instance_name="test",
         authorized_ids=frozenset({KEY}),
         modules=(EmbeddedModule(name="asr", path=path),),
-        limits=LimitsConfig(**limits),
+        limits=LimitsConfig(**(PATIENCE | limits)),
     )
 
 
@@ -69,6 +76,28 @@ async def serving(
         yield Running(server, server.port)
     finally:
         await server.stop()
+
+
+class HandClock:
+    """The time by which connections look at their timers: it stands still unless a test moves it. Made before the server.
+
+    A connection begins at the real time. So limits are thousands of seconds here, against which the test's own time is nothing.
+    """
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self._ahead = 0.0
+
+        async def tick(_: Connections) -> None:
+            await asyncio.Event().wait()
+
+        monkeypatch.setattr(Connections, "tick", tick)
+
+    def advance(self, running: Running, seconds: float, only: Connection | None = None) -> None:
+        """Move it, and let the connections, or this one alone, look at it."""
+        self._ahead += seconds
+        now = asyncio.get_running_loop().time() + self._ahead
+        for connection in running.server.service.connections if only is None else (only,):
+            connection.tick(now)
 
 
 async def until(condition: Callable[[], object], what: str = "the condition", deadline: float = DEADLINE) -> None:

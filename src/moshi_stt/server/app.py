@@ -241,6 +241,7 @@ class Server:
             handler_cancellation=True,
             keepalive_timeout=KEEPALIVE_SECONDS,
             handle_signals=False,
+            auto_decompress=False,  # compressed bodies are refused, and must not be unpacked before that
             shutdown_timeout=CLEANUP_SECONDS,
         )
         http_log.addFilter(_not_their_fault)
