@@ -19,6 +19,18 @@ fail() {
   exit 1
 }
 
+# typed WORDS…: as one would type them, for the next command in a message.
+typed() {
+  local word all=''
+  for word in "$@"; do
+    case $word in
+      '' | *[!A-Za-z0-9_./:=,@%+-]*) word=$(printf '%q' "$word") ;;
+    esac
+    all="$all $word"
+  done
+  printf '%s' "${all# }"
+}
+
 # usage_error SENTENCE
 usage_error() {
   printf '%s: %s (see --help)\n' "${0##*/}" "$1" >&2

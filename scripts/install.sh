@@ -20,16 +20,17 @@ MOSHI_STT_PYTHON names the Python to use; MOSHI_STT_UV=0 leaves uv aside.
 TEXT
 }
 
-again="$0 $*"
+again=$(typed "$0" "$@")
+other_port=() # the same flags, without --port
 server_settings
 model='' yes='' extras='' address=() port=${server_port:-8080} addr=${server_addr:-127.0.0.1}
 while [ $# -gt 0 ]; do
   case $1 in
-    --model | --config) need_value "$1" $#; model=$2; shift 2 ;;
-    --yes | -y) yes=yes; shift ;;
-    --with) need_value "$1" $#; extras=$2; shift 2 ;;
+    --model | --config) need_value "$1" $#; model=$2 other_port+=("$1" "$2"); shift 2 ;;
+    --yes | -y) yes=yes other_port+=("$1"); shift ;;
+    --with) need_value "$1" $#; extras=$2 other_port+=("$1" "$2"); shift 2 ;;
     --port) need_value "$1" $#; need_port_number "$2"; port=$2 address+=(--port "$2"); shift 2 ;;
-    --addr) need_value "$1" $#; addr=$2 address+=(--addr "$2"); shift 2 ;;
+    --addr) need_value "$1" $#; addr=$2 address+=(--addr "$2") other_port+=("$1" "$2"); shift 2 ;;
     -h | --help) usage; exit 0 ;;
     *) usage_error "unknown argument $1" ;;
   esac
@@ -63,7 +64,7 @@ if ! is_installed; then
     "$root/scripts/stop.sh" >/dev/null
   fi
   make_venv "$venv"
-  need_free_port "$venv/bin/python" "$addr" "$port" "scripts/install.sh${model:+ --model $model}${yes:+ --yes} --port $((port + 1))"
+  need_free_port "$venv/bin/python" "$addr" "$port" "$(typed scripts/install.sh --port "$((port + 1))" ${other_port[@]+"${other_port[@]}"})"
   say "Installing moshi-stt and its packages (about 130 MB to download)."
   pip_install "$venv" -e . || install_failed "$again"
   printf '%s\n' "$wanted" >"$run_dir/installed"

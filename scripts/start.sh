@@ -20,6 +20,7 @@ TEXT
 server_settings
 model=${server_model:-embedded} port=${server_port:-8080} addr=${server_addr:-127.0.0.1} wait_seconds=600 take_over=''
 worker_flags=()
+other_port=() # the flags of this call, without --port
 while IFS= read -r flag; do
   if [ -n "$flag" ]; then worker_flags+=("$flag"); fi
 done <<<"$server_flags"
@@ -28,15 +29,15 @@ while [ $# -gt 0 ]; do
     --model | --config)
       need_value "$1" $#
       [ "$model" = "$2" ] || worker_flags=()
-      model=$2
+      model=$2 other_port+=("$1" "$2")
       shift 2
       ;;
     --port) need_value "$1" $#; port=$2; shift 2 ;;
-    --addr) need_value "$1" $#; addr=$2; shift 2 ;;
-    --wait) need_value "$1" $#; wait_seconds=$2; shift 2 ;;
+    --addr) need_value "$1" $#; addr=$2 other_port+=("$1" "$2"); shift 2 ;;
+    --wait) need_value "$1" $#; wait_seconds=$2 other_port+=("$1" "$2"); shift 2 ;;
     --take-over) take_over=yes; shift ;;
     -h | --help) usage; exit 0 ;;
-    --) shift; worker_flags=("$@"); break ;;
+    --) other_port+=("$@"); shift; worker_flags=("$@"); break ;;
     *) usage_error "unknown argument $1" ;;
   esac
 done
@@ -61,7 +62,7 @@ if server_pid; then
 fi
 need_writable "$root"
 mkdir -p "$run_dir"
-[ -n "$old" ] || need_free_port "$venv/bin/python" "$addr" "$port" "scripts/start.sh --port $((port + 1))"
+[ -n "$old" ] || need_free_port "$venv/bin/python" "$addr" "$port" "$(typed scripts/start.sh --port "$((port + 1))" ${other_port[@]+"${other_port[@]}"})"
 
 log=$server_log
 if [ -n "$old" ]; then log=$run_dir/server.next.log; fi

@@ -126,6 +126,18 @@ def test_a_port_in_use(installed: Path) -> None:
     assert re.match(sentence + rf"install\.sh --port {port + 1}\n\Z", again.stderr)
 
 
+def test_the_next_command_keeps_the_flags_that_were_given(installed: Path) -> None:
+    """Another port used to be offered without the model, the address and the worker's flags."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        started = run(installed, "start.sh", "--model", "my own.toml", "--port", str(port), "--wait", "9", "--", "--cpu")
+        again = run(installed, "install.sh", "--with", "mic", "--port", str(port), "--addr", "127.0.0.1", "--yes")
+    assert started.stderr.endswith(f"Next: scripts/start.sh --port {port + 1} --model my\\ own.toml --wait 9 -- --cpu\n")
+    assert again.stderr.endswith(f"Next: scripts/install.sh --port {port + 1} --with mic --addr 127.0.0.1 --yes\n")
+
+
 TOOLS = (
     "awk", "bash", "cat", "cksum", "cp", "cut", "date", "dirname", "basename", "grep", "head", "id", "ln", "mkdir", "mv", "ps",
          "readlink", "rm", "sed", "sleep", "sort", "tail", "uname", "wc", "getconf", "kill", "nohup", "sh",
@@ -276,6 +288,7 @@ def test_no_network(checkout: Path) -> None:
     done = run(checkout, "install.sh", "--port", str(free_port()), PIP_INDEX_URL=nobody, PIP_FIND_LINKS="", PIP_RETRIES="1")
     assert done.returncode == 1, done.stdout
     assert re.search(r"Error: the package index cannot be reached \(.+\)\.\n  Next: check the network", done.stderr)
+    assert re.search(r"install\.sh --port \d+\n\Z", done.stderr), "the flags that were given"
     assert "Traceback" not in done.stdout + done.stderr
 
 
