@@ -219,7 +219,7 @@ async def run_archive(folder: Path, out: Path, flags: list[str]) -> dict[str, An
     transcribers.InProcess.__aenter__ = entered  # type: ignore[method-assign, assignment]
     transcribers.InProcess.__aexit__ = left  # type: ignore[method-assign, assignment]
     try:
-        archive = transcribe._Archive(args, [str(folder)])
+        archive = transcribe.Archive(args, [str(folder)])
         listed = time.monotonic()
         with gpu_busy("cuda") as busy:
             status = await archive.run()

@@ -11,6 +11,15 @@ CGROUPS = "proc/self/cgroup"
 MOUNT = "sys/fs/cgroup"
 
 
+_limit: int | None = None
+
+
+def limit_cores(count: int | None) -> None:
+    """Let this process take no more cores than so many, for it shares the machine with others like it; None lifts the limit."""
+    global _limit
+    _limit = count
+
+
 def usable_cores() -> int:
     """Cores for threads that compute, at least 1.
 
@@ -18,7 +27,7 @@ def usable_cores() -> int:
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     quota = min(_quotas(ROOT), default=float(cores))
-    return max(1, min(cores, int(quota)))
+    return max(1, min(cores, int(quota), _limit or cores))
 
 
 def _quotas(root: Path) -> Iterator[float]:

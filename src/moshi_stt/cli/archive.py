@@ -6,17 +6,22 @@ again: `manifest.jsonl` in the output folder has a line for each recording that 
 
 import json
 import os
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, Literal
 
 from moshi_stt.audio.decode import probe
+from moshi_stt.cli.formats import SUFFIXES
+from moshi_stt.cli.places import below, faults_of, is_url, join, place, walk_url, write_url
 from moshi_stt.errors import AudioError, ConfigError
-from moshi_stt.text.subtitles import SUFFIXES
 
 MANIFEST = "manifest.jsonl"
+
+REWRITE_SECONDS, REWRITE_SHARE = 10.0, 0.05
+"""A manifest in a store that cannot append is written again so often at most, and takes such a share of the time at most."""
 
 SOUND_SUFFIXES = frozenset(
     f".{name}"
@@ -77,7 +82,8 @@ class Item:
     @property
     def size(self) -> int | None:
         try:
-            return Path(self.path).stat().st_size
+            with faults_of(self.path):
+                return place(self.path).stat().st_size
         except OSError:
             return None
 
@@ -89,7 +95,7 @@ class Item:
 
 def as_text(path: str | os.PathLike[str]) -> str:
     """A file name as it may stand in a message."""
-    return os.fspath(path).encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    return str(path).encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
 # ---- which recordings ----------------------------------------------------------------------------------------------------
@@ -97,11 +103,14 @@ def as_text(path: str | os.PathLike[str]) -> str:
 
 def walk(folder: Path, without: Path | None = None) -> Iterator[str]:
     """Every file below a folder, in order, without hidden ones and the output folder. Raises OSError."""
+    if is_url(folder):
+        yield from walk_url(folder, without)
+        return
     with os.scandir(folder) as entries:
         found = sorted((entry for entry in entries if not entry.name.startswith(".")), key=lambda entry: entry.name)
     for entry in found:
         if entry.is_dir():
-            if without is None or not (without.exists() and without.samefile(entry.path)):
+            if without is None or is_url(without) or not (without.exists() and without.samefile(entry.path)):
                 yield from walk(Path(entry.path), without)
         elif entry.is_file():
             yield entry.path
@@ -109,10 +118,14 @@ def walk(folder: Path, without: Path | None = None) -> Iterator[str]:
 
 def is_recording(path: str) -> bool:
     """Whether a file of an archive is to be transcribed: its name says so, or its content does."""
-    if Path(path).suffix.lower() in SOUND_SUFFIXES:
+    if PurePath(path).suffix.lower() in SOUND_SUFFIXES:
         return True
     try:
-        probe(path)
+        if is_url(path):
+            with faults_of(path), place(path).open("rb") as file:
+                probe(file)
+        else:
+            probe(path)
     except (AudioError, OSError):
         return False
     return True
@@ -123,7 +136,8 @@ def read_list(path: Path) -> list[str]:
 
     A list has a path a line, or paths with a zero byte after each (`find -print0`).
     """
-    data = path.read_bytes()
+    with faults_of(str(path)):
+        data = path.read_bytes()
     lines = data.split(b"\0") if b"\0" in data else data.splitlines()
     paths: list[str] = []
     for number, line in enumerate(lines, 1):
@@ -145,7 +159,12 @@ def read_list(path: Path) -> list[str]:
 
 
 def plan(
-    paths: Sequence[str], roots: Sequence[Path], out: Path, formats: Sequence[str], past: "Manifest", reuse: bool = False
+    paths: Sequence[str],
+    roots: Sequence[Path | str],
+    out: Path,
+    formats: Sequence[str],
+    past: "Manifest",
+    reuse: bool = False,
 ) -> list[Item]:
     """Mirror the recordings below `out`.
 
@@ -157,29 +176,27 @@ def plan(
     taken = {str(out / MANIFEST).casefold()}
     stems = {path: past.stems[path] for path in paths if path in past.stems}
     for stem in past.stems.values():
-        taken |= _names(out / stem, formats)
-    if not past.lines and not reuse and out.is_dir():
+        taken |= _names(join(out, stem), formats)
+    if not past.exists and not reuse and out.is_dir():
         taken |= {path.casefold() for path in walk(out)}
     for path in sorted(set(paths) - set(stems)):  # not in the order of their coming, which an earlier run may have shuffled
-        stems[path] = _free_stem(_mirrored(Path(path), roots), out, formats, taken)
-        taken |= _names(out / stems[path], formats)
-    return [Item(path, {name: Path(f"{out / stems[path]}{SUFFIXES[name]}") for name in formats}) for path in paths]
+        stems[path] = _free_stem(_mirrored(path, roots), out, formats, taken)
+        taken |= _names(join(out, stems[path]), formats)
+    return [Item(path, {name: place(f"{join(out, stems[path])}{SUFFIXES[name]}") for name in formats}) for path in paths]
 
 
-def _mirrored(path: Path, roots: Sequence[Path]) -> Path:
-    absolute = path.absolute()
+def _mirrored(path: str, roots: Sequence[Path | str]) -> PurePath:
     for root in roots:
-        base = root.absolute()
-        if absolute.is_relative_to(base):
-            inner = absolute.relative_to(base)
-            return Path(base.name) / inner if len(roots) > 1 else inner
-    return Path(path.name)
+        inner = below(path, root)
+        if inner is not None:
+            return PurePath(PurePath(root).name) / inner if len(roots) > 1 else inner
+    return PurePath(PurePath(path).name)
 
 
-def _free_stem(path: Path, out: Path, formats: Sequence[str], taken: set[str]) -> str:
+def _free_stem(path: PurePath, out: Path, formats: Sequence[str], taken: set[str]) -> str:
     number = 1
     stem = path.with_suffix("") if path.stem else path
-    while _names(out / stem, formats) & taken:
+    while _names(join(out, str(stem)), formats) & taken:
         stem = path if number == 1 else path.with_name(f"{path.name}-{number}")
         number += 1
     return str(stem)
@@ -190,13 +207,17 @@ def _names(stem: Path, formats: Sequence[str]) -> set[str]:
     return {f"{stem}{SUFFIXES[name]}".casefold() for name in formats}
 
 
-def write_whole(path: Path, text: str) -> None:
+def write_whole(path: Path, content: str | bytes) -> None:
     """Write a file such that it is whole or not there, whenever the program ends. A lone surrogate becomes its JSON escape."""
+    data = content if isinstance(content, bytes) else content.encode("utf-8", "backslashreplace")
+    if is_url(path):
+        write_url(path, data)
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.part")
     try:
         with part.open("wb") as file:
-            file.write(text.encode("utf-8", "backslashreplace"))
+            file.write(data)
             file.flush()
             os.fsync(file.fileno())
         part.replace(path)
@@ -219,14 +240,29 @@ class Manifest:
         self.lines: dict[str, dict[str, Any]] = {}
         self.stems: dict[str, str] = {}
         """Where the results of each recording went, without suffix."""
-        with suppress(FileNotFoundError):
-            for line in self._path.read_bytes().splitlines():
+        self.exists = False
+        data = b""
+        with suppress(FileNotFoundError), faults_of(str(self._path)):
+            data = self._path.read_bytes()
+            self.exists = True
+            for line in data.splitlines():
                 with suppress(ValueError, KeyError, TypeError):
                     record = json.loads(line)
                     self.lines[record["path"]] = record
                     if isinstance(record.get("output"), str):
                         self.stems[record["path"]] = record["output"]
-        self._starts_line = not self._path.exists() or self._path.read_bytes()[-1:] in (b"", b"\n")
+        self._starts_line = data[-1:] in (b"", b"\n")
+        self._rewritten = bytearray(data) if is_url(self._path) else None
+        """All of it, where a store cannot append."""
+        self._flushed = len(data)
+        self._next_rewrite = time.monotonic() + REWRITE_SECONDS
+
+    def begin(self) -> None:
+        """Make an empty one where there is none: results without a line are then known to be of a run that was killed. Raises
+        OSError."""
+        if not self.exists:
+            write_whole(self._path, b"")
+            self.exists = True
 
     def is_settled(self, item: Item) -> bool:
         """Whether this recording, unchanged, has its results already."""
@@ -245,14 +281,31 @@ class Manifest:
         stem = None
         if item.outputs:
             name, path = next(iter(item.outputs.items()))
-            stem = str(path.relative_to(self._out)).removesuffix(SUFFIXES[name])
+            stem = str(below(str(path), self._out)).removesuffix(SUFFIXES[name])
         record = {"path": item.path, "size": item.size, "status": status, "seconds": round(seconds, 3), "reason": reason}
         line = json.dumps(record | {"output": stem}) + "\n"
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        with self._path.open("ab") as file:
-            file.write((line if self._starts_line else f"\n{line}").encode())
+        data = (line if self._starts_line else f"\n{line}").encode()
         self._starts_line = True
         self.lines[item.path] = record
+        if self._rewritten is None:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            with self._path.open("ab") as file:
+                file.write(data)
+            return
+        self._rewritten += data
+        if time.monotonic() >= self._next_rewrite:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write what a store has not got yet. (Where the program is killed before, the results say what is settled.) Raises
+        OSError."""
+        if self._rewritten is None or len(self._rewritten) == self._flushed:
+            return
+        begun = time.monotonic()
+        write_whole(self._path, bytes(self._rewritten))
+        self._flushed = len(self._rewritten)
+        now = time.monotonic()
+        self._next_rewrite = now + max(REWRITE_SECONDS, (now - begun) / REWRITE_SHARE)
 
 
 def recordings_of(names: Iterable[str], without: Path | None) -> tuple[list[str], int]:
@@ -260,10 +313,13 @@ def recordings_of(names: Iterable[str], without: Path | None) -> tuple[list[str]
     paths: list[str] = []
     others = 0
     for name in names:
-        if not Path(name).is_dir():
+        folder = place(name)
+        with faults_of(name):
+            is_folder = folder.is_dir()
+        if not is_folder:
             paths.append(name)
             continue
-        for path in walk(Path(name), without):
+        for path in walk(folder, without):
             if is_recording(path):
                 paths.append(path)
             else:

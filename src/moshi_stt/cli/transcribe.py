@@ -8,18 +8,20 @@ import asyncio
 import io
 import os
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import AsyncExitStack, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AsyncExitStack, ExitStack, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from moshi_stt.audio.selection import Channels, Selection, read_channels
 from moshi_stt.cli.archive import Item, Manifest, Status, as_text, plan, read_list, recordings_of, write_whole
+from moshi_stt.cli.formats import FORMATS, SUFFIXES, document, has_parquet
+from moshi_stt.cli.places import common_folder, faults_of, is_url, local_copy, place
 from moshi_stt.cli.transcribers import Source, Transcriber, build_transcriber
 from moshi_stt.constants import KEY_VARIABLE, PUBLIC_KEY
 from moshi_stt.errors import AudioError, MoshiSttError
 from moshi_stt.server.runtime import run as run_loop
-from moshi_stt.text.subtitles import FORMATS, SUFFIXES, TimedWord, format_json
+from moshi_stt.text.subtitles import TimedWord
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -67,6 +69,12 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     where.add_argument(
         "--prefix-seconds", type=_seconds, metavar="S", help="silence before each recording (what the model needs)"
     )
+    ray = parser.add_argument_group("Ray", "Whole archives on several GPUs or hosts, by Ray Data (docs/scale.md).")
+    ray.add_argument("--ray", action="store_true", help="with -r or --manifest: an engine in each of several actors")
+    ray.add_argument("--ray-address", metavar="ADDRESS", help="a Ray that runs (without: one on this host, for this run)")
+    ray.add_argument("--ray-actors", type=_positive, metavar="N", help="actors (as many as there are GPUs, or cores for)")
+    ray.add_argument("--cpus-per-actor", type=_share, metavar="N", help="cores for each (2; 1 where it has a GPU)")
+    ray.add_argument("--gpus-per-actor", type=_share, metavar="N", help="GPUs for each (none)")
     parser.set_defaults(parser=parser)
     return parser
 
@@ -77,9 +85,13 @@ def run(args: argparse.Namespace) -> int:
     check_usage(args)
     if isinstance(sys.stdout, io.TextIOWrapper):  # accents whatever the locale says; file names as they came
         sys.stdout.reconfigure(encoding="utf-8", errors="surrogateescape")
-    names = [*args.files, *(read_list(Path(args.manifest)) if args.manifest else [])]
+    names = [*args.files, *(read_list(place(args.manifest)) if args.manifest else [])]
+    if args.ray:
+        from moshi_stt.cli.archive_ray import run_on_ray
+
+        return run_on_ray(args, names)
     if args.recursive:
-        return run_loop(_Archive(args, names).run())
+        return run_loop(Archive(args, names).run())
     items = [Item(name, outputs) for name, outputs in zip(names, plan_outputs(args, names), strict=True)]
     return run_loop(_Files(args, items).run())
 
@@ -95,14 +107,51 @@ def check_usage(args: argparse.Namespace) -> None:
         wrong("--key is the key of a server: add --url")
     if args.files.count("-") > 1:
         wrong("standard input (-) can be read once")
+    _check_ray(args)
     if args.recursive and not args.output:
         wrong("-r writes into a folder: add --output FOLDER")
     if args.recursive and "-" in args.files:
         wrong("-r takes files and folders, not standard input")
-    if args.recursive and Path(args.output).exists() and not Path(args.output).is_dir():
+    if not args.recursive and any(is_url(name) for name in [*args.files, args.output or ""]):
+        wrong("URLs are taken with -r alone")
+    if args.recursive and not is_url(args.output) and Path(args.output).exists() and not Path(args.output).is_dir():
         wrong(f"--output {args.output} is a file: -r needs a folder")
+    if "parquet" in args.format:
+        if not args.output:
+            wrong("parquet is not for standard output: add --output FOLDER")
+        if not has_parquet():
+            wrong("parquet needs pyarrow, which is not installed: scripts/install.sh --with ray")
     if len(args.format) > 1 and not args.output:
         wrong("several formats do not fit on standard output: add --output FOLDER")
+
+
+def _check_ray(args: argparse.Namespace) -> None:
+    """What goes with --ray, and what it implies."""
+    wrong = args.parser.error
+    others = {
+        "--ray-address": args.ray_address,
+        "--ray-actors": args.ray_actors,
+        "--cpus-per-actor": args.cpus_per_actor,
+        "--gpus-per-actor": args.gpus_per_actor,
+    }
+    if not args.ray:
+        if given := [name for name, value in others.items() if value is not None]:
+            wrong(f"{given[0]} is for archives on Ray: add --ray")
+        return
+    if args.url:
+        wrong("--ray runs models in its own actors: leave out --url")
+    if args.jobs:
+        wrong("--jobs is for one process: with --ray, say how many --ray-actors")
+    if not args.output:
+        wrong("--ray writes into a folder: add --output FOLDER")
+    args.recursive = True
+
+
+def _share(text: str) -> float:
+    number = float(text)
+    if not 0 < number <= 1_024:
+        raise argparse.ArgumentTypeError(f"{text}: expected more than 0; less than 1 shares a core or a GPU")
+    return number
 
 
 def _positive(text: str) -> int:
@@ -180,6 +229,59 @@ class _Result(NamedTuple):
     error: Exception | None
 
 
+class Outcome(NamedTuple):
+    """How a recording went. error: why it has no result. damage: what is wrong with it after what could be decoded.
+
+    seconds: of audio. remarks: what is odd about it and no fault.
+    """
+
+    seconds: float
+    error: str = ""
+    damage: str = ""
+    remarks: tuple[str, ...] = ()
+
+    @property
+    def status(self) -> Status:
+        return "failed" if self.error else "damaged" if self.damage else "done"
+
+
+async def hear(transcriber: Transcriber, item: Item, source: Source, on_progress: Callable[[float], None]) -> _Result:
+    """A recording's words. What goes wrong is in the result."""
+    words: list[TimedWord] | None = None
+    error: Exception | None = None
+    try:
+        if is_url(item.path):
+            with ExitStack() as stack:
+                source.copy = await asyncio.to_thread(stack.enter_context, local_copy(item.path))
+                words = await transcriber.words(source, on_progress)
+        else:
+            words = await transcriber.words(source, on_progress)
+    except (MoshiSttError, OSError) as raised:
+        error = raised
+    return _Result(item, source, words, error)
+
+
+def try_to_write(result: _Result) -> Exception | None:
+    """Write one transcript to its files; what went wrong."""
+    try:
+        for name, path in result.item.outputs.items():
+            write_whole(path, document(name, result.source.name, result.source.seconds, result.words or []))
+    except (MoshiSttError, OSError) as error:
+        return error
+    return None
+
+
+def outcome_of(result: _Result, error: Exception | None) -> Outcome:
+    """error: what went wrong up to its end."""
+    source, path = result.source, result.item.path
+    if error is not None:
+        return Outcome(source.seconds, _plain(error, path))
+    remarks = list(source.remarks)
+    if not result.words:
+        remarks.append(f"no words: {source.silence or 'nothing was heard that this model understands'}")
+    return Outcome(source.seconds, "", "" if source.fault is None else _plain(source.fault, path), tuple(remarks))
+
+
 class _Files:
     """Recordings named one by one: transcripts in their order, on standard output or in files."""
 
@@ -223,72 +325,54 @@ class _Files:
                 yield item
 
     async def _work(self, queue: Iterator[tuple[int, Item]], transcriber: Transcriber, bar: "tqdm[Any]") -> None:
-        for place, item in queue:
+        for number, item in queue:
             source = Source(item.path, Selection(self.args.track, self.args.channels))
             self._running.add(source)
-            words: list[TimedWord] | None = None
-            error: Exception | None = None
-            try:
-                words = await transcriber.words(source, bar.update if self.counts_seconds else _ignore)
-            except (MoshiSttError, OSError) as raised:
-                error = raised
+            result = await hear(transcriber, item, source, bar.update if self.counts_seconds else _ignore)
             self._running.discard(source)
-            await self.take(place, _Result(item, source, words, error), bar)
+            await self.take(number, result, bar)
             if not self.counts_seconds:
                 bar.update(1)
 
     counts_seconds = True
     """Whether progress is seconds of audio, not files."""
 
-    async def take(self, place: int, result: _Result, bar: "tqdm[Any]") -> None:
+    async def take(self, number: int, result: _Result, bar: "tqdm[Any]") -> None:
         """Write the results whose turn has come."""
-        self._waiting[place] = result
+        self._waiting[number] = result
         while (due := self._waiting.pop(self._turn, None)) is not None:
             self._turn += 1
             with bar.external_write_mode():
-                self.failed += not self.report(due, due.error or self.try_to_write(due))
+                self.failed += not self.report(due.item, outcome_of(due, due.error or self.try_to_write(due)))
 
     def try_to_write(self, result: _Result) -> Exception | None:
         """Write one transcript; what went wrong."""
+        if result.item.outputs:
+            return try_to_write(result)
         try:
-            self.write(result)
+            self.print(result)
         except BrokenPipeError:  # nobody reads our output any more: the command as a whole ends
             raise
         except (MoshiSttError, OSError) as error:
             return error
         return None
 
-    def report(self, result: _Result, error: Exception | None) -> bool:
+    def report(self, item: Item, outcome: Outcome) -> bool:
         """Say what there is to say. Returns whether all went well."""
-        if error is not None:
-            self.complain(result, error)
-            return False
-        self.remark(result)
-        if result.source.fault is not None:
-            self.complain(result, result.source.fault)
-        return result.source.fault is None
+        name = as_text(item.path)
+        for remark in outcome.remarks:
+            print(f"Warning: {name}: {remark}", file=sys.stderr)
+        for fault in (outcome.error, outcome.damage):
+            if fault:
+                print(f"Error: {name}: {fault}", file=sys.stderr)
+        return outcome.status == "done"
 
-    def complain(self, result: _Result, error: Exception) -> None:
-        print(f"Error: {as_text(result.item.path)}: {_plain(error, result.item.path)}", file=sys.stderr)
-
-    def remark(self, result: _Result) -> None:
-        """What is odd about a recording and no fault."""
-        remarks = list(result.source.remarks)
-        if not result.words:
-            remarks.append(f"no words: {result.source.silence or 'nothing was heard that this model understands'}")
-        for remark in remarks:
-            print(f"Warning: {as_text(result.item.path)}: {remark}", file=sys.stderr)
-
-    def write(self, result: _Result) -> None:
-        words = result.words or []
-        for name, path in result.item.outputs.items():
-            write_whole(path, document(name, result.source, words))
-        if not result.item.outputs:
-            name = self.args.format[0]
-            if len(self.items) > 1 and name != "json":
-                print(f"==> {result.item.path} <==")
-            sys.stdout.write(document(name, result.source, words))
-            sys.stdout.flush()
+    def print(self, result: _Result) -> None:
+        name = self.args.format[0]
+        if len(self.items) > 1 and name != "json":
+            print(f"==> {result.item.path} <==")
+        sys.stdout.write(str(document(name, result.source.name, result.source.seconds, result.words or [])))
+        sys.stdout.flush()
 
     def summarise(self) -> None:
         """After the last one."""
@@ -302,24 +386,28 @@ class _Files:
         return _bar(total or None, " s of audio", shown, bar_format)
 
 
-class _Archive(_Files):
+class Archive(_Files):
     """Every recording of folders, each into its place below the output folder, with a manifest."""
 
     counts_seconds = False
 
     def __init__(self, args: argparse.Namespace, names: Sequence[str]) -> None:
-        out = Path(args.output)
+        out = place(args.output)
         self._manifest = Manifest(out)
         paths, self._others = recordings_of(names, out)
-        listed = [Path(name).parent for name in read_list(Path(args.manifest))] if args.manifest else []
-        folders = [Path(name) for name in args.files if Path(name).is_dir()]
-        roots = folders or ([Path(os.path.commonpath([each.absolute() for each in listed]))] if listed else [])
-        super().__init__(args, plan(paths, roots, out, args.format, self._manifest, args.skip_existing or args.overwrite))
+        roots = [name for name in args.files if _is_folder(name)]
+        listed = read_list(place(args.manifest)) if args.manifest and not roots else []
+        if listed and (folder := common_folder(listed)) is not None:
+            roots = [folder]
+        super().__init__(args, plan(paths, roots, out, args.format, self._manifest))
         self._kept = 0
         self._done = 0
         self._seconds = 0.0
+        self._wall = 0.0
+        """Seconds that the run took, where it is worth telling."""
 
     def pending(self) -> Iterator[Item]:
+        self._manifest.begin()
         for item in self.items:
             settled = item.is_written if self.args.skip_existing else self._manifest.is_settled(item)
             if self.args.overwrite or not settled:
@@ -332,23 +420,28 @@ class _Archive(_Files):
                 self.failed += 1
                 print(f"Error: {as_text(item.path)}: {damage} (in an earlier run)", file=sys.stderr)
 
-    async def take(self, place: int, result: _Result, bar: "tqdm[Any]") -> None:
+    async def take(self, number: int, result: _Result, bar: "tqdm[Any]") -> None:
         """Write a result at once, whatever its place, in a thread: the disk may be slow."""
         error = result.error or await asyncio.to_thread(self.try_to_write, result)
+        self.settle(result.item, outcome_of(result, error), bar)
+
+    def settle(self, item: Item, outcome: Outcome, bar: "tqdm[Any]") -> None:
+        """Say how it went, count it, and note it in the manifest."""
         with bar.external_write_mode():
-            went_well = self.report(result, error)
-        source, fault = result.source, error or result.source.fault
-        status: Status = "done" if fault is None else "damaged" if error is None else "failed"
+            went_well = self.report(item, outcome)
         with suppress(OSError):  # it may be the disk that is full; the recording is then done again
-            self._manifest.add(result.item, status, source.seconds, "" if fault is None else _plain(fault, source.name))
+            self._manifest.add(item, outcome.status, outcome.seconds, outcome.error or outcome.damage)
         self.failed += not went_well
         self._done += went_well
-        self._seconds += source.seconds
+        self._seconds += outcome.seconds
 
     def summarise(self) -> None:
+        self._manifest.flush()
         if self.args.quiet:
             return
         parts = [f"{self._done} of {len(self.items)} recordings done, {self._seconds / 3_600:.2f} h of audio"]
+        if self._wall:
+            parts.append(f"{self._seconds / self._wall:.0f} h of audio an hour")
         if self._kept:
             parts.append(f"{self._kept} there already")
         if self.failed:
@@ -361,11 +454,9 @@ class _Archive(_Files):
         return _bar(len(self.items), " files", sys.stderr.isatty() and not self.args.quiet, None)
 
 
-def document(name: str, source: Source, words: list[TimedWord]) -> str:
-    """A transcript in a format."""
-    if name == "json":
-        return format_json(words, file=source.name, duration=round(source.seconds, 3))
-    return FORMATS[name](words)
+def _is_folder(name: str) -> bool:
+    with faults_of(name):
+        return place(name).is_dir()
 
 
 def _ignore(seconds: float) -> None: ...

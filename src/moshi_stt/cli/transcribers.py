@@ -53,6 +53,8 @@ class Source:
     name: str
     selection: Selection = field(default_factory=Selection)
     stop: threading.Event = field(default_factory=threading.Event)
+    copy: Path | None = None
+    """Where its bytes lie, if not under its name."""
     # ----
     seconds: float = 0.0
     fault: AudioError | None = None
@@ -67,7 +69,7 @@ class Source:
 
     @property
     def path(self) -> Path:
-        return Path("stdin" if self.is_stdin else self.name)
+        return self.copy or Path("stdin" if self.is_stdin else self.name)
 
     @property
     def stem(self) -> str:
@@ -131,6 +133,11 @@ class Transcriber(ABC):
     jobs: int = 1
     """Recordings at once that make sense, unless the command line says otherwise."""
 
+    @property
+    def is_broken(self) -> bool:
+        """Whether it fails at everything from now on."""
+        return False
+
     async def __aenter__(self) -> Self:
         return self
 
@@ -155,7 +162,7 @@ class Transcriber(ABC):
                 source.selection = replace(source.selection, channels=1)
                 return await self.one(source, on_progress)
             sources = [
-                Source(source.name, replace(source.selection, channels=number), source.stop)
+                Source(source.name, replace(source.selection, channels=number), source.stop, source.copy)
                 for number in range(1, channels + 1)
             ]
             report = functools.partial(_share, on_progress, channels)
@@ -260,6 +267,10 @@ class InProcess(Transcriber):
             await self._stack.aclose()
             raise
         return self
+
+    @property
+    def is_broken(self) -> bool:
+        return self._engine.failure is not None
 
     @property
     def languages(self) -> tuple[str, ...]:

@@ -1,0 +1,120 @@
+"""A Ray on this host alone that lives as long as this process needs it."""
+
+import contextlib
+import os
+import secrets
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Iterator, Sequence
+from typing import IO, Final
+
+from moshi_stt.errors import MoshiSttError
+
+START_SECONDS: Final = 120.0
+END_SECONDS: Final = 15.0
+ATTEMPTS: Final = 3
+"""On a busy machine Ray gives up on parts of its own that are only slow."""
+
+OBJECT_STORE_BYTES: Final = 128 << 20
+"""Jobs and results are small; Ray takes no less than 75 MiB."""
+
+_STARTED: Final = "Ray runtime started"
+_PORTS: Final = ("dashboard-agent-grpc-port", "dashboard-agent-listen-port", "runtime-env-agent-port", "metrics-export-port")
+"""Given, they need not be waited for: on a busy machine Ray gives up after 30 s otherwise."""
+
+_LAUNCH: Final = """
+import os, sys
+if sys.platform == "linux":
+    import ctypes
+    ctypes.CDLL(None).prctl(1, 15)  # PR_SET_PDEATHSIG: SIGTERM when this process's parent dies, whatever ends it
+os.execv(sys.executable, [sys.executable, *sys.argv[1:]])
+"""
+
+
+@contextlib.contextmanager
+def local_ray(cpus: int) -> Iterator[str]:
+    """Its address. It takes this process for one that has not imported Ray yet. Raises MoshiSttError.
+
+    Ray listens on every address of this host, and who may talk to it may run programs: it asks for a token.
+    """
+    token = {
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": secrets.token_hex(32),
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_agent_register_timeout_ms": "60000",
+    }
+    os.environ.update(token)
+    for attempt in range(ATTEMPTS):
+        folder = tempfile.mkdtemp(prefix="mstt-")  # short: Ray's sockets lie in it
+        port, *ports = _free_ports(1 + len(_PORTS))
+        process = _start(folder, port, ports, cpus)
+        try:
+            try:
+                _wait_started(process)
+            except MoshiSttError:
+                if attempt == ATTEMPTS - 1:
+                    raise
+                continue
+            yield f"127.0.0.1:{port}"
+            return
+        finally:
+            _end(process)
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _start(folder: str, port: int, ports: Sequence[int], cpus: int) -> "subprocess.Popen[str]":
+    command = [
+        *(sys.executable, "-c", _LAUNCH, "-m", "ray.scripts.scripts", "start", "--head", "--block"),
+        *("--node-ip-address", "127.0.0.1", "--port", str(port), "--temp-dir", folder, "--num-cpus", str(cpus)),
+        *("--include-dashboard", "false", "--disable-usage-stats", "--object-store-memory", str(OBJECT_STORE_BYTES)),
+        *(word for name, number in zip(_PORTS, ports, strict=True) for word in (f"--{name}", str(number))),
+    ]
+    return subprocess.Popen(
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        process_group=0,  # Ctrl-C is this process's business
+    )
+
+
+def _end(process: "subprocess.Popen[str]") -> None:
+    process.terminate()  # its processes end with it
+    try:
+        process.wait(END_SECONDS)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+
+
+def _wait_started(process: "subprocess.Popen[str]") -> None:
+    assert process.stdout is not None
+    started, said = threading.Event(), list[str]()
+
+    def read(lines: IO[str]) -> None:
+        """All that it says, to the end: a full pipe would stop it."""
+        for line in lines:
+            said.append(line)
+            del said[:-20]
+            if _STARTED in line:
+                started.set()
+        started.set()
+
+    threading.Thread(target=read, args=(process.stdout,), daemon=True).start()
+    if not started.wait(START_SECONDS) or process.poll() is not None or not any(_STARTED in line for line in said):
+        last = next((line.strip() for line in reversed(said) if line.strip()), f"nothing came within {START_SECONDS:.0f} s")
+        raise MoshiSttError(f"Ray did not start on this host: {last}")
+
+
+def _free_ports(count: int) -> list[int]:
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for each in sockets:
+            each.bind(("127.0.0.1", 0))
+        return [int(each.getsockname()[1]) for each in sockets]
