@@ -30,9 +30,14 @@ _BROKEN = 70
 
 def run_on_ray(args: argparse.Namespace, names: Sequence[str]) -> int:
     """Transcribe an archive. Returns the exit status. Raises MoshiSttError, also where Ray is not installed."""
-    if importlib.util.find_spec("ray") is None or importlib.util.find_spec("pyarrow") is None:
+    if not has_ray():
         raise MoshiSttError("--ray needs Ray, which is not installed: scripts/install.sh --with ray")
     return _RayArchive(args, names).transcribe()
+
+
+def has_ray() -> bool:
+    """Whether Ray Data is installed."""
+    return importlib.util.find_spec("ray") is not None and importlib.util.find_spec("pyarrow") is not None
 
 
 def pool_of(args: argparse.Namespace) -> "Pool":

@@ -399,7 +399,7 @@ class Archive(_Files):
         listed = read_list(place(args.manifest)) if args.manifest and not roots else []
         if listed and (folder := common_folder(listed)) is not None:
             roots = [folder]
-        super().__init__(args, plan(paths, roots, out, args.format, self._manifest))
+        super().__init__(args, plan(paths, roots, out, args.format, self._manifest, args.skip_existing or args.overwrite))
         self._kept = 0
         self._done = 0
         self._seconds = 0.0
