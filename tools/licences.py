@@ -1,6 +1,6 @@
 """Writes docs/licences.md: every package that requirements/*.txt names, with its licence as its own metadata states it.
 
-    python tools/licences.py        # in an environment with everything installed: -e '.[torch,mlx,mic]'
+    python tools/licences.py        # in an environment with everything installed: -e '.[torch,mlx,mic,ray]'
 
 A package that is not installed here keeps the line that the page has.
 """
@@ -43,7 +43,7 @@ def main() -> None:
     known = dict(re.findall(r"^\| ([^ |]+) \| ([^|]+) \|", PAGE.read_text(), re.M)) if PAGE.is_file() else {}
     needed: dict[str, list[str]] = {}
     base = names(ROOT / "requirements" / "base.txt")
-    for extra in ("base", "torch", "mlx", "mic"):
+    for extra in ("base", "torch", "mlx", "mic", "ray"):
         for name in names(ROOT / "requirements" / f"{extra}.txt"):
             if extra == "base" or name not in base:
                 needed.setdefault(name, []).append(extra)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-EXTRAS = ("base", "torch", "mlx", "mic")
+EXTRAS = ("base", "torch", "mlx", "mic", "ray")
 
 
 def pins(path: Path) -> dict[str, set[str]]:

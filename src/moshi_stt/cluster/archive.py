@@ -13,6 +13,7 @@ import asyncio
 import contextlib
 import logging
 import math
+import os
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -72,6 +73,7 @@ def connected(pool: Pool) -> Iterator[None]:
         if address is None:
             cores = max(float(usable_cores()), (pool.actors or 1) * pool.cpus_per_actor)
             address = stack.enter_context(local_ray(math.ceil(cores)))
+        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # of this process: what Ray does about its own troubles
         import ray
 
         try:
@@ -125,14 +127,14 @@ def _pass(make: MakeWorker, jobs: dict[int, str], actors: int, size: int, calls:
     context.wait_for_min_actors_s = int(START_SECONDS)
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # it would print the trace of each actor that dies
     warnings.filterwarnings("ignore", category=DeprecationWarning, module=__name__)  # of how options of actors are named
-    threads = max(1, round(pool.cpus_per_actor))
+
     batches = [
         {"batch": list(jobs)[first : first + size], "jobs": list(jobs.values())[first : first + size]}
         for first in range(0, len(jobs), size)
     ]
     data = ray.data.from_items(batches, override_num_blocks=len(batches)).map_batches(
         _Actor,
-        fn_constructor_args=(make, threads),
+        fn_constructor_args=(make, max(1, round(pool.cpus_per_actor))),
         batch_size=None,
         batch_format="numpy",
         compute=ray.data.ActorPoolStrategy(

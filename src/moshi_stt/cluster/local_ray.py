@@ -4,6 +4,7 @@ import contextlib
 import os
 import secrets
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from typing import IO, Final
 from moshi_stt.errors import MoshiSttError
 
 START_SECONDS: Final = 120.0
-END_SECONDS: Final = 15.0
+END_SECONDS: Final = 5.0
 ATTEMPTS: Final = 3
 """On a busy machine Ray gives up on parts of its own that are only slow."""
 
@@ -89,7 +90,7 @@ def _end(process: "subprocess.Popen[str]") -> None:
     try:
         process.wait(END_SECONDS)
     except subprocess.TimeoutExpired:
-        process.kill()
+        os.killpg(process.pid, signal.SIGKILL)  # nothing of it is kept
         process.wait()
 
 
