@@ -4,7 +4,7 @@ import asyncio
 from functools import partial
 
 import pytest
-from tests.support.batch import engine, noise, rest, steps_of, transcribe, until
+from tests.support.batch import DEADLINE, engine, noise, rest, steps_of, transcribe, until
 from tests.support.scripted_backend import PseudoModel, Scripted
 
 from moshi_stt.engine.batch import BatchEngine
@@ -32,7 +32,7 @@ async def test_a_step_that_raises_ends_every_stream() -> None:
         await until(busy, lambda e: steps_of(e) == 3)
         started.fake.raise_next = True
         await busy.send(Audio(noise(3)))
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(DEADLINE):
             failure = await started.wait_failed()
         assert "RuntimeError: device-side assert triggered" in str(failure)
         for stream in (idle, busy):
@@ -59,20 +59,21 @@ async def test_a_failure_is_told_to_who_waits_for_a_slot() -> None:
         await asyncio.sleep(0)
         started.fake.raise_next = True
         await stream.send(Audio(noise(3)))
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(DEADLINE):
             with pytest.raises(EngineFailed, match="device-side assert"):
                 await waiting
         stream.close()
 
 
 async def test_a_step_that_hangs_is_noticed() -> None:
-    async with engine(hang=0.2) as started:
+    async with engine(hang=1.0) as started:
         stream = started.open()
         started.fake.hang_next = True
         await stream.send(Audio(noise(3)))
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(DEADLINE):
             failure = await started.wait_failed()
-        assert "has not come back for 0.2 s" in str(failure)
+        assert "has not come back for 1 s" in str(failure)
+        assert started.fake.is_hanging, "not just slow"
         assert (await rest(stream))[-1] == Error(str(failure), 1011)
         stream.close()
         assert not started.ready
@@ -184,7 +185,7 @@ async def test_a_writer_that_waits_is_woken_by_the_failure() -> None:
     async with engine() as started:
         stream = started.open()
         started.fake.raise_next = True
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(DEADLINE):
             await stream.send(Audio(noise(2_000)))
         assert (await rest(stream))[-1].close_code == 1011
         stream.close()

@@ -5,6 +5,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+import pytest
 from numpy.typing import NDArray
 from tests.support.level_speech import LevelRecogniser, pause, say
 
@@ -18,6 +19,9 @@ from moshi_stt.models.embedded import load_embedded
 
 STREAMS = 32
 DEADLINE = 240.0
+"""Seconds in which the next event of a stream must come."""
+
+pytestmark = pytest.mark.timeout(1_800)
 
 
 async def send(engine: SegmentEngine, audio: NDArray[np.float32]) -> list[AnyEvent]:
@@ -26,18 +30,20 @@ async def send(engine: SegmentEngine, audio: NDArray[np.float32]) -> list[AnyEve
     events: list[AnyEvent] = []
 
     async def read() -> None:
-        async for event in stream:
-            if not isinstance(event, Step):
-                events.append(event)
-            if isinstance(event, Marker):
-                return
+        loop = asyncio.get_running_loop()
+        async with asyncio.timeout(DEADLINE) as limit:
+            async for event in stream:
+                limit.reschedule(loop.time() + DEADLINE)
+                if not isinstance(event, Step):
+                    events.append(event)
+                if isinstance(event, Marker):
+                    return
 
     reading = asyncio.create_task(read())
     for start in range(0, len(audio), 480):
         await stream.send(Audio(audio[start : start + 480]))
     await stream.send(Mark(1))
-    async with asyncio.timeout(DEADLINE):
-        await reading
+    await reading
     stream.close()
     return events
 

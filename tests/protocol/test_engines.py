@@ -20,7 +20,7 @@ from moshi_stt.errors import EngineError, NoFreeSlot
 from moshi_stt.events import AnyEvent, EndWord, Error, Marker, Ready, Word
 from moshi_stt.text.subtitles import TimedWord, pair_words
 
-DEADLINE = 30.0
+DEADLINE = 120.0
 
 
 @pytest.fixture

@@ -288,7 +288,7 @@ async def test_expect_continue_asks_for_the_body_only_with_a_key(key: str, first
         reader, writer = await asyncio.open_connection("127.0.0.1", running.port)
         head = f"POST {DEFAULT_PATH} HTTP/1.1\r\nHost: x\r\nExpect: 100-continue\r\nkyutai-api-key: {key}\r\n"
         writer.write(f"{head}Content-Length: {len(data)}\r\n\r\n".encode())
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(DEADLINE):
             assert await reader.readline() == first
             if key == KEY:
                 assert await reader.readline() == b"\r\n"

@@ -83,7 +83,7 @@ async def test_no_connection_is_refused_and_no_stream_is_cut(tmp_path: Path, wor
         nonlocal asked
         while not stop.wait(0.02):
             try:
-                with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=30) as answer:
+                with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=DEADLINE) as answer:
                     answer.read()
                 asked += 1
             except OSError as error:

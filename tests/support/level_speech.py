@@ -77,10 +77,10 @@ class LevelRecogniser:
         draft: Sequence[Spoken] = (),
         said_seconds: float = 0.0,
     ) -> Hypothesis:
-        assert self.gate.wait(30)
+        assert self.gate.wait(120)
         if self.hanging != "no":
             self.hanging = "no" if self.hanging == "once" else "always"
-            assert self._let_go.wait(60)
+            assert self._let_go.wait(120)
         with self.lock:
             self.calls += 1
         heard = [number for number, _, _ in _runs(samples)]

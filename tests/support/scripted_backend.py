@@ -59,7 +59,7 @@ class FakeBackend(ABC):
             raise RuntimeError("device-side assert triggered")
         if self.hang_next:
             self.is_hanging = True
-            self.resume.wait(60)
+            self.resume.wait(120)
             self.is_hanging = False
         if self.step_seconds:
             time.sleep(self.step_seconds)

@@ -25,7 +25,7 @@ async def connected(
     site = web.TCPSite(runner, "127.0.0.1", 0)
     await site.start()
     try:
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(120):
             reader, writer = await asyncio.open_connection("127.0.0.1", runner.addresses[0][1])
             yield reader, writer, runner
             writer.close()

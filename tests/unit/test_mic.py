@@ -304,6 +304,6 @@ try:
 except KeyboardInterrupt:
     print("interrupted", flush=True)
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=30, check=False)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
     assert done.stdout == "written down\ninterrupted\n"
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler

@@ -15,7 +15,7 @@ from moshi_stt.engine.stream import Delivery, Stream, deliver_all
 from moshi_stt.errors import EngineError
 from moshi_stt.events import AnyEvent, EndWord, Error, Marker, Ready, Step, Word
 
-DEADLINE_SECONDS = 30
+DEADLINE_SECONDS = 120
 
 pytestmark = pytest.mark.timeout(DEADLINE_SECONDS)
 """A lost wake-up shows as a hang: no test here may take long."""

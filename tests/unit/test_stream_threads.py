@@ -14,7 +14,7 @@ from moshi_stt.engine.stream import Delivery, Stream, deliver_all
 from moshi_stt.errors import EngineError
 from moshi_stt.events import AnyEvent, Marker, Ready, Word
 
-DEADLINE_SECONDS = 30
+DEADLINE_SECONDS = 120
 
 pytestmark = pytest.mark.timeout(DEADLINE_SECONDS)
 """A lost wake-up shows as a hang: no test here may take long."""

@@ -8,7 +8,7 @@ import pytest
 
 from moshi_stt.engine.threads import join_threads, overdue
 
-DEADLINE = 30.0
+DEADLINE = 120.0
 
 
 class Stuck(threading.Thread):

@@ -24,7 +24,7 @@ from moshi_stt.models import token_log
 from moshi_stt.models.token_log import TokenLog
 from moshi_stt.text.words import WordAssembler
 
-DEADLINE = 20.0
+DEADLINE = 120.0
 SPEC = small_spec().lm
 START, PAD, K = SPEC.start_token, SPEC.pad_code, SPEC.codebooks
 NEVER = 3_600.0

@@ -389,7 +389,7 @@ def test_an_interrupt_ends_it_at_once_while_it_waits_for_input() -> None:
     program.stdin.flush()
     wait_until_read(program)
     program.send_signal(signal.SIGINT)
-    out, err = program.communicate(timeout=30)
+    out, err = program.communicate(timeout=120)
     assert (program.returncode, out, err) == (130, b"", b"")
 
 

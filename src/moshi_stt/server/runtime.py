@@ -1,11 +1,22 @@
-"""What each process of the server sets up for itself: the interpreter, the limit on open files, the event loop."""
+"""What each process of the server sets up for itself: the interpreter, memory, the limit on open files, the event loop."""
 
 import asyncio
+import ctypes
 import gc
 import sys
+import threading
 from collections.abc import Coroutine
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import Any
+
+from moshi_stt.cores import usable_cores
+
+M_ARENA_MAX = -8
+"""Of glibc's mallopt."""
+
+ARENAS = 2
+"""Heaps that all threads share. With one each, as glibc gives them, every thread would keep what its largest file took."""
 
 
 def tune_interpreter() -> None:
@@ -15,6 +26,9 @@ def tune_interpreter() -> None:
     the event loop is busy. The garbage collector, which looks for cycles among all objects every few thousand new ones, took
     half of the model thread's time with a thousand streams; hardly anything here has cycles.
     """
+    if sys.platform == "linux":
+        with suppress(OSError, AttributeError):  # another C library
+            ctypes.CDLL(None).mallopt(M_ARENA_MAX, ARENAS)
     sys.setswitchinterval(0.0005)
     gc.collect()
     gc.freeze()
@@ -38,10 +52,21 @@ def raise_file_limit() -> None:
 
 
 def run(main: Coroutine[Any, Any, int]) -> int:
-    """Run on uvloop where it is installed."""
+    """Run on uvloop where it is installed, with all threads for what would block the loop."""
     try:
         import uvloop
     except ImportError:
-        return asyncio.run(main)
+        return asyncio.run(_with_helpers(main))
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        return runner.run(main)
+        return runner.run(_with_helpers(main))
+
+
+async def _with_helpers(main: Coroutine[Any, Any, int]) -> int:
+    """The loop's own pool starts a thread now and then, for days: here all are there from the start."""
+    count = min(32, usable_cores() + 4)
+    pool = ThreadPoolExecutor(count, thread_name_prefix="helper")
+    together = threading.Barrier(count)
+    for _ in range(count):
+        pool.submit(together.wait)
+    asyncio.get_running_loop().set_default_executor(pool)
+    return await main
