@@ -3,6 +3,13 @@
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
+case ${1:-} in
+  -h | --help)
+    say "Usage: scripts/test.sh [ARGUMENTS OF pytest]"
+    say "  Lint, types and the default tests, in an environment of its own: .venv-test."
+    exit 0
+    ;;
+esac
 cd "$root"
 need_supported_machine
 need_writable "$root"
