@@ -205,19 +205,20 @@ class Client:
         await self.close()
 
     def _refusal(self, error: Exception) -> str:
+        address = self.url.partition("?")[0]  # the query is ours, or has a key
         if isinstance(error, aiohttp.WSServerHandshakeError):
             why = {
                 401: "the server does not know this key (401): pass one of its authorized_ids",
                 404: f"the server has no path {urlsplit(self.url).path} (404)",
                 503: "the server cannot serve now (503): its /ready says why",
             }.get(error.status, f"the server answered {error.status} {error.message}")
-            return f"{self.url}: {why}"
+            return f"{address}: {why}"
         if isinstance(error, aiohttp.ClientConnectorError):
             reason = error.os_error.strerror or str(error.os_error)
-            return f"{self.url} cannot be reached ({reason}): start a server with `moshi-stt worker`, or check the address"
+            return f"{address} cannot be reached ({reason}): start a server with `moshi-stt worker`, or check the address"
         if isinstance(error, TimeoutError):
-            return f"{self.url} did not answer within {self._open_timeout_seconds:g} s"
-        return f"{self.url}: {error or type(error).__name__}"
+            return f"{address} did not answer within {self._open_timeout_seconds:g} s"
+        return f"{address}: {error or type(error).__name__}"
 
     # ---- sending -----------------------------------------------------------------------------------------------------
 

@@ -257,8 +257,9 @@ async def test_a_wrong_key_says_so() -> None:
 
 
 async def test_no_server_says_what_to_start(unused_tcp_port: int) -> None:
-    with pytest.raises(ServerError, match="start a server with `moshi-stt worker`"):
-        await Client.connect(f"ws://127.0.0.1:{unused_tcp_port}")
+    with pytest.raises(ServerError, match="start a server with `moshi-stt worker`") as caught:
+        await Client.connect(f"ws://127.0.0.1:{unused_tcp_port}?auth_id=secret")
+    assert "secret" not in str(caught.value)
 
 
 async def test_a_silent_server_is_given_up() -> None:
