@@ -190,6 +190,33 @@ async def test_a_refused_microphone_is_explained(browsers: Browsers) -> None:
         assert await text_of(page, "#record-label") == "Start"
 
 
+async def test_a_warning_of_another_language_is_shown(browsers: Browsers) -> None:
+    async def talk(talker: Talker) -> None:
+        assert talker.query["warnings"] == "1"
+        await talker.say("Ready")
+        await talker.hear()
+        await talker.say("Warning", code="foreign_speech", message="this does not sound like English. For French: COMMAND")
+        await talker.answer_markers()
+
+    async with page_server(talk) as address:
+        page = await browsers.page()
+        await page.goto(address)
+        await page.click("#record")
+        await page.wait_for_selector("#warning:not([hidden])")
+        assert await text_of(page, "#warning") == "this does not sound like English. For French: COMMAND"
+
+
+async def test_a_wrong_path_is_named(browsers: Browsers) -> None:
+    """It used to be answered with a question about the key."""
+    async with page_server(hold_until_marker) as address:
+        page = await browsers.page()
+        await page.goto(address)
+        await page.evaluate("document.getElementById('path').value = '/api/asr-steaming'")
+        await page.click("#record")
+        await page.wait_for_selector("#error:not([hidden])")
+        assert "The server has no path /api/asr-steaming. It serves /api/asr-streaming" in await text_of(page, "#error")
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("size", sorted(SIZES))
 async def test_axe_finds_nothing_serious(browsers: Browsers, scheme: str, size: str) -> None:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from tests.full.follow_readme import as_printed, reasons, steps
 from tests.support.media import encode
 from tests.support.scripted_engine import ScriptedEngine, counting
 from tests.support.serving import serving
@@ -175,6 +176,24 @@ def test_a_page_with_python_is_run_by_a_test(path: Path) -> None:
         return
     files = [ROOT / PYTHON_RUN_BY[name]] if (ROOT / PYTHON_RUN_BY[name]).is_file() else (ROOT / "tests").rglob("test_*.py")
     assert any(path.name in file.read_text(encoding="utf-8") for file in files if file.name != Path(__file__).name)
+
+
+def test_readme_can_be_followed() -> None:
+    """tests/full/follow_readme.py does so; here only that it finds what there is to do, and no reason without a command."""
+    page = WHOLE[0].read_text(encoding="utf-8")
+    found = list(steps(page))
+    assert [step.kind for step in found[:3]] == ["command", "address", "command"]
+    assert found[0].text == "scripts/install.sh"
+    assert found[2].shown.startswith("1\n00:00:00,")
+    assert sum(step.kind == "python" for step in found) == 2
+    assert set(reasons(page)) < {step.text for step in found}
+
+
+def test_output_is_compared_with_what_readme_shows() -> None:
+    assert as_printed("a\n…\nd\n", "a\nb\nc\nd\n")
+    assert as_printed("…\nd\n…\n", "d\n")
+    assert not as_printed("a\n…\nd\n", "a\nb\n")
+    assert not as_printed("a\n", "a\nb\n")
 
 
 PROGRAMS_OF_PAGES = [
