@@ -2,7 +2,7 @@
 """One step of one stream on this machine's CPU: ours, PyPI `moshi` and `moshi-server --cpu`, same weights, in one run.
 
     bench_cpu_step.py CHECKPOINT [--reference-python PYTHON] [--server moshi-server] [--frames 60] [--rounds 3] [--rows 1,2,4,8]
-                      [--dtypes f32,bf16,int8,int4] [--slots 64] [--full-context] [--threads 2]
+                      [--dtypes f32,bf16,int8,int4] [--slots 64] [--full-context] [--threads 2] [--phrases]
 
 CHECKPOINT is a folder with model.safetensors, mimi.safetensors, tokenizer.model, config.json and moshi-server.toml, as
 shared/goldens/make_checkpoint.py writes them. PYTHON is an interpreter with moshi 0.2.13 (left out: no such column); the
@@ -12,8 +12,8 @@ Every contender is a process of its own that stays loaded; they take turns of `f
 what else the machine does meets all of them. A frame is 80 ms of sound. The server's time is that of a round trip on the
 loopback. `floor` is the time that one core takes to read the language model's products once; memory is that of the weights,
 of the process at rest, and of the process with its streams under way. Ours of 8 and of 4 bits take turns with each other, the
-server and PyPI `moshi` in bf16. Prints a table and, as its last line, one JSON document. Random weights say nothing about
-accuracy.
+server and PyPI `moshi` in bf16. With --phrases the small model that ships takes turns with the last group, with one row and
+with 64. Prints a table and, as its last line, one JSON document. Random weights say nothing about accuracy.
 """
 
 import argparse
@@ -53,6 +53,7 @@ class Job(NamedTuple):
     """What a contender's process is told, as a JSON list."""
 
     kind: str
+    """ours, phrases or moshi."""
     checkpoint: str
     dtype: str
     """f32, bf16, int8 or int4."""
@@ -66,7 +67,7 @@ def child(job: Job) -> None:
     """Say `ready`, then for each number of frames read from stdin step so many and print their times as JSON."""
     loaded = time.perf_counter()
     rows = job.rows
-    step, report = {"ours": ours, "moshi": reference}[job.kind](job)
+    step, report = (reference if job.kind == "moshi" else ours)(job)
     report |= {"load_s": time.perf_counter() - loaded, "rss_gb": resident_gb()}
     print(json.dumps(report), flush=True)
     rng, count = np.random.default_rng(0), 0
@@ -81,33 +82,14 @@ def child(job: Job) -> None:
 
 def ours(job: Job) -> tuple[Step, dict[str, Any]]:
     """Times (whole step, language model, Mimi) in seconds of one step of `TorchBackend`; the last two run side by side."""
-    import msgspec
-
-    from moshi_stt.config import EngineConfig, KyutaiModule
-    from moshi_stt.models.spec import MimiSpec, ModelSpec, lm_spec_from_json
     from moshi_stt.models.torch_impl.build import load_backend
     from moshi_stt.models.weights import plan_lm
 
-    checkpoint, rows = Path(job.checkpoint), job.rows
-    is_packed = job.dtype in PACKED_BYTES
-    lm = lm_spec_from_json(msgspec.json.decode((checkpoint / "config.json").read_bytes()))
-    module = KyutaiModule(
-        name="asr",
-        path="/",
-        type="BatchedAsr",
-        batch_size=rows,
-        lm_model_file="",
-        text_tokenizer_file="",
-        audio_tokenizer_file="",
-        asr_delay_in_tokens=6,
-        model=None,
-        dtype_override=None if is_packed else job.dtype,  # type: ignore[arg-type]
-        engine=EngineConfig(device="cpu", threads=job.threads, quantize=job.dtype if is_packed else "none"),  # type: ignore[arg-type]
-    )
-    files = checkpoint / "model.safetensors", checkpoint / "mimi.safetensors"
-    backend = load_backend(module, *files, ModelSpec(lm, MimiSpec(codebooks=lm.codebooks), 6), max(rows, job.slots))
+    rows = job.rows
+    module, spec, lm_file, mimi_file = (shipped if job.kind == "phrases" else random_checkpoint)(job)
+    backend = load_backend(module, lm_file, mimi_file, spec, max(rows, job.slots))
     assert backend.report is not None
-    plan, _ = plan_lm(files[0], lm)
+    plan, _ = plan_lm(lm_file, spec.lm)
     products = sum(
         math.prod(source.param.shape)
         for source in plan.sources
@@ -132,6 +114,47 @@ def ours(job: Job) -> tuple[Step, dict[str, Any]]:
         return time.perf_counter() - start, parts["lm"], parts["mimi"]
 
     return step, report
+
+
+def random_checkpoint(job: Job) -> tuple[Any, Any, Path, Path]:
+    """Module, spec, language model's file and Mimi's of a job's checkpoint."""
+    import msgspec
+
+    from moshi_stt.config import EngineConfig, KyutaiModule
+    from moshi_stt.models.spec import MimiSpec, ModelSpec, lm_spec_from_json
+
+    checkpoint, is_packed = Path(job.checkpoint), job.dtype in PACKED_BYTES
+    lm = lm_spec_from_json(msgspec.json.decode((checkpoint / "config.json").read_bytes()))
+    module = KyutaiModule(
+        name="asr",
+        path="/",
+        type="BatchedAsr",
+        batch_size=job.rows,
+        lm_model_file="",
+        text_tokenizer_file="",
+        audio_tokenizer_file="",
+        asr_delay_in_tokens=6,
+        model=None,
+        dtype_override=None if is_packed else job.dtype,  # type: ignore[arg-type]
+        engine=EngineConfig(device="cpu", threads=job.threads, quantize=job.dtype if is_packed else "none"),  # type: ignore[arg-type]
+    )
+    spec = ModelSpec(lm, MimiSpec(codebooks=lm.codebooks), 6)
+    return module, spec, checkpoint / "model.safetensors", checkpoint / "mimi.safetensors"
+
+
+def shipped(job: Job) -> tuple[Any, Any, Path, Path]:
+    """The same of the small model that ships."""
+    import msgspec
+
+    from moshi_stt.config import KyutaiModule
+    from moshi_stt.config_load import load_config
+    from moshi_stt.models.spec import spec_from_module
+
+    (module,) = load_config("phrases").config.modules
+    assert isinstance(module, KyutaiModule)
+    engine = msgspec.structs.replace(module.engine, device="cpu", threads=job.threads)
+    module = msgspec.structs.replace(module, engine=engine)
+    return module, spec_from_module(module), Path(module.lm_model_file), Path(module.audio_tokenizer_file)
 
 
 def timed(owner: Any, name: str, into: dict[str, float], key: str) -> None:
@@ -395,8 +418,25 @@ def groups(args: argparse.Namespace) -> list[list[Any]]:
             contenders.append(Child(f"moshi 0.2.13 {theirs}", args.reference_python, job))
         if program and group[0] != "bf16":
             contenders.append(RustServer(program, args.checkpoint))
+        if args.phrases and group is together[-1]:
+            for rows in (1, PHRASES_ROWS):
+                job = Job("phrases", "", "f32", rows, args.threads, PHRASES_ROWS, args.full_context)
+                contenders.append(Child(f"{PHRASES} x {rows}", sys.executable, job))
         found.append(contenders)
     return found
+
+
+PHRASES, PHRASES_ROWS = "phrases f32", 64
+
+
+def phrases_lines(results: list[dict[str, Any]]) -> list[str]:
+    """What the small model's steps are to those of the models in the same turns, and what a step of many rows takes."""
+    steps = {r["name"]: r["step_ms"] for r in results}
+    one, many = (steps[f"{PHRASES} x {rows}"] for rows in (1, PHRASES_ROWS))
+    lines = [
+        f"phrases, one stream: {one / steps[name]:.3f} of the step of {name}" for name in ("moshi-stt int4",) if name in steps
+    ]
+    return [*lines, f"phrases, {PHRASES_ROWS} streams: {many:.1f} ms a step"]
 
 
 def main() -> None:
@@ -414,12 +454,15 @@ def main() -> None:
     parser.add_argument("--dtypes", default="f32,bf16,int8,int4", help="of ours")
     parser.add_argument("--full-context", action="store_true", help="ours begins with a context that is full")
     parser.add_argument("--threads", type=int, default=0, help="of ours and of moshi; 0 is each one's own default")
+    parser.add_argument("--phrases", action="store_true", help="the small model that ships, too, in turns with the last group")
     args = parser.parse_args()
     results: list[dict[str, Any]] = []
     for contenders in groups(args):
         results += asyncio.run(compete(contenders, args.frames, args.rounds))
     bandwidth = read_bandwidth()
     print(table(results, bandwidth))
+    if args.phrases:
+        print("\n".join(phrases_lines(results)))
     print(f"one core reads {bandwidth:.1f} GB/s of memory")
     result = {
         "device": "cpu",
