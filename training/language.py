@@ -16,14 +16,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from moshi_stt.text.word_errors import word_errors
 from training.compose import FRAME
 from training.encode import load_quantized, read, shards
 from training.material import TAIL_FRAMES, speech_rows
 from training.model import SmallModel
 from training.quantise import Codes
-from training.score import edits, greedy, word_ids
+from training.score import greedy, word_ids
 from training.tokenizer import pieces_of
-from training.train import learning_rate
 
 ENCODER = ("encoder", "downsample", "quantizer", "latent_in")
 
@@ -136,7 +136,7 @@ class Teacher:
 
     def learn(self, batch: tuple[Tensor, Tensor, Tensor], progress: float) -> tuple[float, float]:
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(progress, self.step, self.args.rate)
+            group["lr"] = self.args.rate * min(1.0, (self.step + 1) / 25) * (0.02 + 0.98 * (1 - progress))
         token, pause = self.loss(*batch)
         self.optimizer.zero_grad(set_to_none=True)
         (token + 0.25 * pause).backward()  # type: ignore[no-untyped-call]
@@ -167,7 +167,7 @@ class Teacher:
         found, at = [], 0
         for test in self.tests:
             here, at = tokens[at : at + len(test.codes)].tolist(), at + len(test.codes)
-            wrong = sum(edits(said, word_ids(row)) for said, row in zip(test.said, here, strict=True))
+            wrong = sum(word_errors(said, word_ids(row)) for said, row in zip(test.said, here, strict=True))
             found.append((test.name, wrong / max(1, sum(map(len, test.said)))))
         return found
 
@@ -184,8 +184,8 @@ class Teacher:
             begun = time.monotonic()
         batches = rows.batches(args.rows)
         losses: list[tuple[float, float]] = []
-        while self.worked < args.seconds:
-            losses.append(self.learn(next(batches), self.worked / args.seconds))
+        while (progress := self.step / args.steps if args.steps else self.worked / args.seconds) < 1:
+            losses.append(self.learn(next(batches), progress))
             now = time.monotonic()
             self.worked = before + now - begun
             if now - shown > args.show:
@@ -210,6 +210,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--clips", type=Path, required=True)
     parser.add_argument("--tokenizer", type=Path, required=True)
     parser.add_argument("--seconds", type=float, default=1_800, help="of all runs with the same OUT together")
+    parser.add_argument("--steps", type=int, help="instead of --seconds")
     parser.add_argument("--rows", type=int, default=8)
     parser.add_argument("--test-rows", type=int, default=12, help="of each set, for the word errors that are printed")
     parser.add_argument("--rate", type=float, default=6e-4)

@@ -1,6 +1,7 @@
 """What the small model can do, measured through the server's WebSocket, frame by frame; writes the card's table.
 
-    python -m training.report --clips DATA/clips [--card MODEL_CARD.md] [--eot-score eot_score.py] [--variants int8,int4]
+    python -m training.report --clips DATA/clips [--card MODEL_CARD.md] [--eot-score eot_score.py]
+    python -m training.report --clips DATA/clips --variants all [--card MODEL_CARD.md]
 
 Word errors on held-out clips joined at known times, without and with noise; errors of word times; the pause heads' areas under
 the ROC; turns found, and scored as eot-bench does; words heard in silence, noise, music and babble.
@@ -21,6 +22,7 @@ from moshi_stt.config_load import shipped_text
 from moshi_stt.engine.turns import HeadPauses, TurnDetector
 from moshi_stt.events import EndOfTurn, EndWord, Pause, Word
 from training.compose import FRAME_RATE, HORIZONS
+from training.emulate import EMULATED
 from training.material import SETS, Row, noisy, speech_rows, turn_rows, wordless
 from training.score import pairs
 from training.servers import Session, ask, our_server
@@ -29,7 +31,7 @@ from training.tokenizer import pieces_of
 DELAY_SECONDS = 6 / FRAME_RATE
 NOISE_DB = 10.0
 TOGETHER = 48
-MARK = "<!-- measured -->"
+MARK, VARIANTS_MARK = "<!-- measured -->", "<!-- variants -->"
 Lines = list[tuple[str, str]]
 
 VARIANTS = {
@@ -37,9 +39,9 @@ VARIANTS = {
     "int8": 'quantize = "int8"',
     "int4": 'quantize = "int4"',
     "kv bf16": 'kv_dtype = "bf16"',
-    "kv fp8": 'kv_dtype = "fp8"',
 }
-"""Lines of a module's configuration, by what they change."""
+"""Lines of a module's configuration, by what they change. What needs a GPU is emulated: see `training.emulate`."""
+AS_SHIPPED = "as shipped"
 
 
 def variant(name: str, folder: Path) -> str:
@@ -245,20 +247,20 @@ def measure(args: argparse.Namespace, folder: Path) -> Lines:
         return [line for part in args.parts.split(",") for line in PARTS[part](args, url)]
 
 
-def measure_variants(args: argparse.Namespace, folder: Path) -> Lines:
+def measure_variants(args: argparse.Namespace, folder: Path) -> list[list[str]]:
+    """For each variant its name and the word errors of each set."""
     sets = speech_rows(args.clips, pieces_of(args.tokenizer), args.rows, args.seconds, args.seed)
-    lines: Lines = []
-    for name in args.variants.split(","):
-        config = "phrases" if name == "as shipped" else variant(name, folder)
-        try:
-            with our_server(config, folder) as url:
-                found, _ = speech_lines(url, sets, None)
-        except RuntimeError as e:
-            found = [("not on this machine", str(e).strip().splitlines()[-1])]
-        cells = [text.removesuffix(" word errors") for _, text in found]
-        lines.append((name, " / ".join(cells)))
-        show(lines[-1:])
-    return lines
+    names = [AS_SHIPPED, *VARIANTS, *EMULATED] if args.variants == "all" else args.variants.split(",")
+    table: list[list[str]] = [["", *(f"{SETS[kind]} ({sum(len(row.said) for row in sets[kind])} words)" for kind in sets)]]
+    for name in names:
+        config = variant(name, folder) if name in VARIANTS else "phrases"
+        emulated = name if name in EMULATED else ""
+        with our_server(config, folder, emulated=emulated) as url:
+            found, _ = speech_lines(url, sets, None)
+        label = f"{name} (emulated)" if emulated else name
+        table.append([label, *(text.removesuffix(" word errors") for _, text in found)])
+        print(" | ".join(table[-1]), flush=True)
+    return table
 
 
 def show(lines: Lines) -> None:
@@ -266,11 +268,17 @@ def show(lines: Lines) -> None:
         print(f"{what}: {value}", flush=True)
 
 
-def write_card(path: Path, lines: Lines) -> None:
-    """Put the table after the card's mark, in place of what stands there."""
-    text = path.read_text(encoding="utf-8")
-    table = "\n".join(["| measured | |", "|---|---|", *(f"| {what} | {value} |" for what, value in lines)])
-    path.write_text(text.partition(MARK)[0].rstrip() + f"\n\n{MARK}\n\n{table}\n", encoding="utf-8")
+def write_card(path: Path, mark: str, rows: Sequence[Sequence[str]]) -> None:
+    """Put a table after one of the card's marks, in place of the one that stands there. rows: the first is the head."""
+    before, found, after = path.read_text(encoding="utf-8").partition(mark)
+    if not found:
+        raise SystemExit(f"{path} has no line {mark} after which the table could stand: add one")
+    rest = after.lstrip("\n").splitlines(keepends=True)
+    while rest and rest[0].startswith("|"):
+        del rest[0]
+    head, *body = ["| " + " | ".join(row) + " |" for row in rows]
+    table = "\n".join([head, "|---" * len(rows[0]) + "|", *body])
+    path.write_text(f"{before}{mark}\n\n{table}\n{''.join(rest)}", encoding="utf-8")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -285,15 +293,18 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--eot-score", type=Path, help="the scorer whose `summary(spans)` gives eot-bench's four numbers")
     parser.add_argument("--parts", default=",".join(PARTS))
     parser.add_argument("--card", type=Path, help="write the table into this file")
-    parser.add_argument("--variants", help=f"word errors of these alone: as shipped, {', '.join(VARIANTS)}")
+    names = ", ".join([AS_SHIPPED, *VARIANTS, *EMULATED])
+    parser.add_argument("--variants", help=f"word errors of these alone, or of all: {names}")
     args = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as folder:
         if args.variants:
-            measure_variants(args, Path(folder))
+            table = measure_variants(args, Path(folder))
+            if args.card is not None:
+                write_card(args.card, VARIANTS_MARK, table)
             return
         lines = measure(args, Path(folder))
     if args.card is not None:
-        write_card(args.card, lines)
+        write_card(args.card, MARK, [("measured", ""), *lines])
     print(json.dumps(dict(lines), ensure_ascii=False))
 
 

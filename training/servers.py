@@ -20,6 +20,8 @@ import msgpack
 import numpy as np
 from numpy.typing import NDArray
 
+from moshi_stt.protocol import encode_audio
+
 RATE = 24_000
 FRAME = 1_920
 FRAME_RATE = 12.5
@@ -40,7 +42,7 @@ class Session:
     said_at: list[list[tuple[str, float, float | None]]] = field(default_factory=list)
     """What came with each step: words that began, with no end, and words that ended."""
     sent: list[float] = field(default_factory=list)
-    """When each frame was sent."""
+    """When each chunk was sent; of live sound, when it was due."""
 
     @property
     def text(self) -> list[str]:
@@ -80,13 +82,13 @@ def free_port() -> int:
 
 
 @contextlib.contextmanager
-def our_server(config: str, folder: Path, *, options: Sequence[str] = ()) -> Iterator[str]:
-    """`moshi-stt worker` with a configuration."""
+def our_server(config: str, folder: Path, *, options: Sequence[str] = (), emulated: str = "") -> Iterator[str]:
+    """`moshi-stt worker` with a configuration. emulated: a precision that `training.emulate` has."""
     port = free_port()
     command = [
         sys.executable,
         "-m",
-        "moshi_stt",
+        *(("training.emulate", emulated) if emulated else ("moshi_stt",)),
         "worker",
         "--addr",
         "127.0.0.1",
@@ -168,8 +170,8 @@ async def send(
             if receiving.done():
                 break
             pcm = padded[at : at + chunk]
-            session.sent.append(time.monotonic())
-            await socket_.send_bytes(msgpack.packb({"type": "Audio", "pcm": pcm.tolist()}, use_single_float=True))
+            session.sent.append(start + (at + chunk) / RATE if live else time.monotonic())
+            await socket_.send_bytes(encode_audio(pcm))
         await asyncio.wait_for(receiving, 120)
     return session
 

@@ -170,13 +170,28 @@ class _Event(ctypes.Structure):
 _WORD_EVENT, _SYNCHRONOUS, _UTF8, _RATE_PARAMETER, _PITCH_PARAMETER, _RANGE_PARAMETER = 1, 2, 1, 1, 3, 4
 
 
+def espeak_library() -> tuple[ctypes.CDLL, bytes | None]:
+    """Debian's library, or that of PyPI's espeakng-loader with the folder of its data.
+
+    Raises OSError where neither is there.
+    """
+    try:
+        return ctypes.CDLL("libespeak-ng.so.1"), None
+    except OSError as error:
+        try:
+            import espeakng_loader
+        except ImportError:
+            raise error from None
+        return ctypes.CDLL(espeakng_loader.get_library_path()), str(espeakng_loader.get_data_path()).encode()
+
+
 class Espeak:
     """espeak-ng by its C library. One in a process."""
 
     def __init__(self) -> None:
         """Raises OSError where the library is not installed."""
-        self._library = ctypes.CDLL("libespeak-ng.so.1")
-        self._rate = self._library.espeak_Initialize(_SYNCHRONOUS, 0, None, 0)
+        self._library, data = espeak_library()
+        self._rate = self._library.espeak_Initialize(_SYNCHRONOUS, 0, data, 0)
         self._samples: list[NDArray[np.int16]] = []
         self._marks: list[tuple[int, int]] = []
         kind = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.POINTER(_Event))

@@ -1,6 +1,5 @@
 """The recipe from end to end in about a minute, with espeak-ng's voices alone: from clips to files that the server loads."""
 
-import ctypes
 import random
 from itertools import islice
 from pathlib import Path
@@ -12,10 +11,11 @@ from tests.support.stepping import drive
 pytest.importorskip("soundfile", reason="soundfile, which the recipe needs, is not installed")
 pytest.importorskip("torch", reason="torch not installed")
 
-from training import export, finetune, train
+from training import encode, export, finetune, language, train
 from training.clips import read_shards, write_shard
 from training.synthesise import espeak_clips
 from training.tokenizer import train_tokenizer
+from training.voices import espeak_library
 
 from moshi_stt.config import KyutaiModule
 from moshi_stt.config_load import parse_config
@@ -31,7 +31,7 @@ pytestmark = pytest.mark.timeout(900)
 def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A hundred clips of some voices, one of them held out."""
     try:
-        ctypes.CDLL("libespeak-ng.so.1")
+        espeak_library()
     except OSError:
         pytest.skip("espeak-ng, whose voices the recipe needs, is not installed")
     folder = tmp_path_factory.mktemp("clips")
@@ -59,7 +59,14 @@ def test_from_voices_to_a_model_that_is_served(clips: Path, tmp_path: Path, caps
     assert losses[-1] < losses[0]
     more = ["--steps", "2", "--sample-batches", "8"]
     finetune.main([str(tmp_path / "run" / "average.pt"), str(tmp_path / "final.pt"), *common, *more])
-    export.main([str(tmp_path / "final.pt"), str(tmp_path / "out"), "--tokenizer", str(tmp_path / "tokenizer.model")])
+    pieces = ["--tokenizer", str(tmp_path / "tokenizer.model"), "--clips", str(clips)]
+    stored = str(tmp_path / "codes")
+    encode.main([str(tmp_path / "final.pt"), stored, *pieces, "--rows", "2", "--frames", "50", "--hours", "0.001"])
+    taught = ["--codes", stored, "--rows", "2", "--test-rows", "1", "--steps", "3"]
+    language.main([str(tmp_path / "final.pt"), str(tmp_path / "taught"), *taught, *pieces])
+    assert "step 3" in capsys.readouterr().out
+    final = str(tmp_path / "taught" / "final.pt")
+    export.main([final, str(tmp_path / "out"), "--tokenizer", str(tmp_path / "tokenizer.model")])
     text = (tmp_path / "out" / "phrases.toml").read_text().replace("package:data/phrases", str(tmp_path / "out"))
     (module,) = parse_config(text, "phrases.toml").config.modules
     assert isinstance(module, KyutaiModule)
