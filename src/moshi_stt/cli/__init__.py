@@ -16,6 +16,7 @@ from moshi_stt.errors import MoshiSttError
 
 COMMANDS = {
     "worker": "serve speech-to-text over WebSocket and HTTP",
+    "cluster": "serve from several hosts at one address",
     "wyoming": "serve Home Assistant's protocol",
     "transcribe": "write down what is said in audio files",
     "mic": "write down what is said into the microphone",

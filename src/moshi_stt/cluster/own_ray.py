@@ -1,0 +1,167 @@
+"""Ray of our own, on this host alone, for who has none running: started with its own folder and port, and ended by its own processes."""
+
+import hashlib
+import logging
+import os
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+
+import msgspec
+
+from moshi_stt.cluster import process
+from moshi_stt.cluster.spec import NAMESPACE, Paths, write_json
+from moshi_stt.errors import MoshiSttError
+
+START_SECONDS = 120.0
+END_SECONDS = 10.0
+ATTEMPTS = 5
+OBJECT_STORE_BYTES = 128 << 20
+"""Our actors store no objects; Ray takes no less than 75 MiB."""
+
+
+class OwnRay(msgspec.Struct, frozen=True):
+    """A Ray that `cluster up` started."""
+
+    address: str
+    folder: str
+
+
+def find(paths: Paths) -> OwnRay | None:
+    """The one that was started before, whether it runs or not."""
+    try:
+        return msgspec.json.decode(paths.ray.read_bytes(), type=OwnRay)
+    except (OSError, msgspec.MsgspecError):
+        return None
+
+
+def is_running(own: OwnRay) -> bool:
+    return any("gcs_server" in command for _, command in _processes(own.folder))
+
+
+def start(paths: Paths) -> OwnRay:
+    """Start one and wait until it answers. Raises MoshiSttError."""
+    before = find(paths)
+    if before is not None:
+        if is_running(before):
+            return before
+        end(before)  # what is left of it
+    for attempt in range(ATTEMPTS):
+        own = _prepared(paths)
+        try:
+            _start(own, paths)
+            return own
+        except (OSError, subprocess.SubprocessError) as error:
+            end(own)
+            paths.ray.unlink(missing_ok=True)
+            if attempt == ATTEMPTS - 1:
+                raise MoshiSttError(f"Ray did not start: {process.tail(paths.log('ray'), 2) or error}") from None
+    raise AssertionError
+
+
+def _prepared(paths: Paths) -> OwnRay:
+    digest = hashlib.sha256(os.fsencode(paths.folder.absolute())).hexdigest()[:8]
+    # Ray's sockets lie in it: the path must be short.
+    folder = Path(tempfile.gettempdir()) / f"mstt-{digest}-{secrets.token_hex(2)}"
+    folder.mkdir(mode=0o700)
+    (port,) = _free_ports(1)
+    own = OwnRay(f"127.0.0.1:{port}", str(folder))
+    write_json(paths.ray, own)
+    return own
+
+
+def _start(own: OwnRay, paths: Paths) -> None:
+    # Ports that are given need not be waited for: on a busy machine Ray gives up after 30 s otherwise.
+    names = ("dashboard-agent-grpc-port", "dashboard-agent-listen-port", "runtime-env-agent-port", "metrics-export-port")
+    ports = [word for name, port in zip(names, _free_ports(len(names)), strict=True) for word in (f"--{name}", str(port))]
+    command = [
+        *(sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--node-ip-address", "127.0.0.1"),
+        *(
+            "--port",
+            own.address.rpartition(":")[2],
+            "--temp-dir",
+            own.folder,
+            "--include-dashboard",
+            "false",
+            "--disable-usage-stats",
+        ),
+        *("--object-store-memory", str(OBJECT_STORE_BYTES), *ports),
+    ]
+    with paths.log("ray").open("ab") as log:
+        subprocess.run(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            cwd=paths.folder,
+            start_new_session=True,
+            timeout=START_SECONDS,
+            check=True,
+        )
+
+
+def end(own: OwnRay) -> None:
+    """End all processes of one, and remove its folder."""
+    found = _with_descendants(own.folder)
+    for number, seconds in ((signal.SIGTERM, END_SECONDS), (signal.SIGKILL, END_SECONDS)):
+        for pid, started in found.items():
+            process.send(pid, started, number)
+        deadline = time.monotonic() + seconds
+        while any(process.is_alive(pid, started) for pid, started in found.items()) and time.monotonic() < deadline:
+            time.sleep(process.POLL_SECONDS)
+        found |= _with_descendants(own.folder)
+    _remove(Path(own.folder))
+
+
+def connect(address: str | None) -> None:
+    """Connect this process to Ray. Raises MoshiSttError."""
+    import ray
+
+    try:
+        ray.init(address=address, namespace=NAMESPACE, configure_logging=True, logging_level=logging.ERROR, log_to_driver=False)
+    except (ConnectionError, RuntimeError, ValueError, OSError) as error:
+        raise MoshiSttError(f"Ray does not answer at {address}: {error}") from None
+
+
+def _processes(folder: str) -> list[tuple[int, str]]:
+    """Those that name the folder in their command line."""
+    done = subprocess.run(["ps", "-A", "-ww", "-o", "pid=,args="], capture_output=True, text=True, check=False)
+    found = []
+    for line in done.stdout.splitlines():
+        pid, _, command = line.strip().partition(" ")
+        if folder in command and int(pid) != os.getpid():
+            found.append((int(pid), command))
+    return found
+
+
+def _with_descendants(folder: str) -> dict[int, str]:
+    """Ids and starts of a Ray's processes: Ray's workers do not name the folder, but descend from one that does."""
+    done = subprocess.run(["ps", "-A", "-o", "pid=,ppid="], capture_output=True, text=True, check=False)
+    parents = {int(pid): int(parent) for pid, parent in (line.split() for line in done.stdout.splitlines())}
+    ours = {pid for pid, _ in _processes(folder)}
+    while more := {pid for pid, parent in parents.items() if parent in ours} - ours:
+        ours |= more
+    return {pid: started for pid in ours if (started := process.started_at(pid)) is not None}
+
+
+def _remove(folder: Path) -> None:
+    import shutil
+
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _free_ports(count: int) -> list[int]:
+    sockets = [socket.socket() for _ in range(count)]
+    try:
+        for each in sockets:
+            each.bind(("127.0.0.1", 0))
+        return [each.getsockname()[1] for each in sockets]
+    finally:
+        for each in sockets:
+            each.close()
