@@ -101,11 +101,12 @@ def _up(args: argparse.Namespace) -> int:
     spec = _spec(args, minimum, maximum)
     paths = _paths(args)
     paths.make()
-    from moshi_stt.cluster.actors import Remote
     from moshi_stt.cluster.balancer import binary
 
     binary()
     _connect(args, paths, start=True)
+    from moshi_stt.cluster.actors import Remote
+
     controller = Remote.find(spec.name)
     if controller is None:
         if not paths.fleet.exists():
@@ -273,8 +274,9 @@ def _connect(args: argparse.Namespace, paths: "Paths", start: bool) -> None:
             raise MoshiSttError(
                 f"no cluster was started from {paths.folder}: give --address, or start one: moshi-stt cluster up"
             )
-        address = own.address
-    own_ray.connect(address)
+        own_ray.connect(own.address, own)
+    else:
+        own_ray.connect(address)
 
 
 def _controller(args: argparse.Namespace) -> "Remote":

@@ -23,6 +23,9 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+untyped: Any = ray
+"""For functions of Ray's without annotations."""
+
 ANSWER_SECONDS = 3.0
 """How long an actor has to answer the controller."""
 
@@ -79,7 +82,7 @@ class ReplicaActor:
         paths.make()
         _log_to(paths.log("replicas"))
         self._loop = _Loop()
-        self._replica = Replica(name, msgspec.json.decode(spec, type=ClusterSpec), paths, ray.util.get_node_ip_address())
+        self._replica = Replica(name, msgspec.json.decode(spec, type=ClusterSpec), paths, untyped.util.get_node_ip_address())
         self._loop.forever(self._replica.run())
 
     def report(self) -> bytes:
@@ -98,7 +101,7 @@ class ControllerActor:
         _log_to(paths.log("controller"))
         self._loop = _Loop()
         wanted = msgspec.json.decode(spec, type=ClusterSpec)
-        wanted = msgspec.structs.replace(wanted, proxy=ray.util.get_node_ip_address())
+        wanted = msgspec.structs.replace(wanted, proxy=untyped.util.get_node_ip_address())
         self._controller = self._loop.call(lambda: Controller(wanted, paths, RayReplicas(cluster, folder)))
         self._loop.forever(self._controller.run())
 
@@ -150,7 +153,7 @@ class RayReplicas:
         return [name for name in bare if name != CONTROLLER]
 
     def start(self, name: str, spec: ClusterSpec, node: str) -> None:
-        node_id = next((each["NodeID"] for each in ray.nodes() if each["Alive"] and each["NodeManagerAddress"] == node), None)
+        node_id = next((each["NodeID"] for each in untyped.nodes() if each["Alive"] and each["NodeManagerAddress"] == node), None)
         strategy: Any = NodeAffinitySchedulingStrategy(node_id, soft=True) if node_id is not None else "SPREAD"
         self._handles[name] = (
             ray.remote(ReplicaActor)
@@ -261,7 +264,7 @@ def sweep_hosts(cluster: str, folder: Path) -> None:
     here = ray.get_runtime_context().get_node_id()
     sweeps = [
         task.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)).remote(str(folder))
-        for node in ray.nodes()
+        for node in untyped.nodes()
         if node["Alive"] and node["NodeID"] != here
     ]
     ray.wait(sweeps, num_returns=len(sweeps), timeout=CALL_SECONDS) if sweeps else None

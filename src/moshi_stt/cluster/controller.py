@@ -5,6 +5,7 @@ It holds nothing that it could not find again: what shall be is in a file, and w
 
 import asyncio
 import logging
+import os
 import time
 from contextlib import suppress
 from dataclasses import dataclass
@@ -126,6 +127,7 @@ class Controller:
             servers=tuple(server for member in members if (server := _server(member)) is not None),
             reports=tuple(_shown(member) for member in members),
             note="ending" if self._is_ending else "" if settled else "replacing or removing replicas",
+            controller_pid=os.getpid(),
         )
 
     def down(self, now: bool) -> None:

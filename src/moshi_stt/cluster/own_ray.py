@@ -22,6 +22,7 @@ from moshi_stt.errors import MoshiSttError
 START_SECONDS = 120.0
 END_SECONDS = 10.0
 ATTEMPTS = 5
+TOKEN = "token"
 OBJECT_STORE_BYTES = 128 << 20
 """Our actors store no objects; Ray takes no less than 75 MiB."""
 
@@ -72,6 +73,8 @@ def _prepared(paths: Paths) -> OwnRay:
     folder.mkdir(mode=0o700)
     (port,) = _free_ports(1)
     own = OwnRay(f"127.0.0.1:{port}", str(folder))
+    (folder / TOKEN).write_text(secrets.token_hex(32), encoding="ascii")
+    (folder / TOKEN).chmod(0o600)
     write_json(paths.ray, own)
     return own
 
@@ -99,6 +102,7 @@ def _start(own: OwnRay, paths: Paths) -> None:
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
+            env={**os.environ, **_authorized(own)},
             cwd=paths.folder,
             start_new_session=True,
             timeout=START_SECONDS,
@@ -119,8 +123,15 @@ def end(own: OwnRay) -> None:
     _remove(Path(own.folder))
 
 
-def connect(address: str | None) -> None:
-    """Connect this process to Ray. Raises MoshiSttError."""
+def _authorized(own: OwnRay) -> dict[str, str]:
+    """Ray listens on all of this host's addresses, and who may talk to it may run programs: it asks for a token."""
+    return {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(Path(own.folder) / TOKEN), "RAY_USAGE_STATS_ENABLED": "0"}
+
+
+def connect(address: str, own: OwnRay | None = None) -> None:
+    """Connect this process, which has not imported Ray yet. own: set where it is ours. Raises MoshiSttError."""
+    if own is not None:
+        os.environ.update(_authorized(own))
     import ray
 
     try:

@@ -76,6 +76,7 @@ class Replica:
             port=worker.port if worker is not None else 0,
             wyoming_port=worker.wyoming_port if worker is not None else None,
             pid=worker.pid if worker is not None else 0,
+            actor_pid=os.getpid(),
             used=self._readings.used,
             total=self._readings.total,
             lag_seconds=readings.lag(past, self._readings.buckets),

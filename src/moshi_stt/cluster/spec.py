@@ -83,6 +83,9 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     port: int = 0
     wyoming_port: int | None = None
     pid: int = 0
+    """Of its worker."""
+    actor_pid: int = 0
+    """Of the process that watches the worker."""
     used: int = 0
     total: int = 0
     lag_seconds: float = 0.0
@@ -112,6 +115,7 @@ class Fleet(msgspec.Struct, frozen=True, kw_only=True):
     servers: tuple[Server, ...] = ()
     reports: tuple[Report, ...] = ()
     note: str = ""
+    controller_pid: int = 0
 
 
 def number_of(name: str) -> int:

@@ -1,0 +1,224 @@
+"""A cluster of two replicas under load, while one part after the other is killed: who notices, and how long it takes."""
+
+import asyncio
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+pytest.importorskip("ray", reason="Ray is not installed: the extra `ray`")
+
+from tests.support.clusters import Caller, Cluster, all_ready, alone, kill
+
+from moshi_stt.audio.decode import read_file
+from moshi_stt.cluster import own_ray, process
+from moshi_stt.cluster.balancer import Running
+from moshi_stt.cluster.own_ray import _with_descendants
+from moshi_stt.data import SAMPLE, data_file
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1_800)]
+
+STREAMS = 6
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    made = Cluster("embedded", "--worker-flags", "--batch-size 6")
+    try:
+        made.up("--replicas", "2")
+        yield made
+    finally:
+        made.down()
+
+
+@pytest.fixture(scope="module")
+def recordings() -> list[NDArray[np.float32]]:
+    """Real speech of some 20 s, each stream's another one."""
+    sample, cities = read_file(data_file(SAMPLE)), read_file(ROOT / "tests" / "data" / "two_cities.flac")
+    pause = np.zeros(24_000, np.float32)
+    whole = np.concatenate([sample, pause, cities, pause, sample])
+    return [whole[start * 12_000 :][: 20 * 24_000] for start in range(STREAMS)]
+
+
+@pytest.fixture(scope="module")
+def expected(cluster: Cluster, recordings: list[NDArray[np.float32]]) -> list[list[Any]]:
+    """What a replica hears of each when it has nothing else to do."""
+
+    async def hear() -> list[list[Any]]:
+        return [await alone(cluster.url, pcm) for pcm in recordings]
+
+    return asyncio.run(hear())
+
+
+async def callers(cluster: Cluster, recordings: list[NDArray[np.float32]]) -> list[Caller]:
+    """Streams on both replicas, as many on each, some seconds after their start."""
+    await cluster.until("two replicas ready and free", lambda state: all_ready(2)(state) and used(state) == 0)
+    made = []
+    for pcm in recordings:
+        made.append(Caller(cluster.url, pcm))
+        await made[-1].greeted.wait()  # or HAProxy would not know yet that this replica has one more
+    await asyncio.sleep(3.0)  # so that each is in the middle of its recording
+    assert {caller.outcome.replica for caller in made} == {"r0", "r1"}
+    return made
+
+
+def used(state: Any) -> int:
+    return sum(report.used for report in state.fleet.reports)
+
+
+async def all_are_whole(made: list[Caller], expected: list[list[Any]]) -> None:
+    for number, (caller, events) in enumerate(zip(made, expected, strict=True)):
+        outcome = await caller.done
+        assert not outcome.error, f"stream {number} on {outcome.replica}: {outcome.error}"
+        assert outcome.events == events, f"stream {number} on {outcome.replica}"
+
+
+def told(what: str, seconds: float) -> None:
+    print(f"\n{what}: {seconds:.1f} s")
+
+
+async def test_kill_the_worker_of_a_replica(
+    cluster: Cluster, recordings: list[NDArray[np.float32]], expected: list[list[Any]]
+) -> None:
+    """Streams of the other one do not change by one event; those of the dead one end with an error that says: start a new one."""
+    made = await callers(cluster, recordings)
+    before = await cluster.reports()
+    kill(before["r0"].pid)
+    seconds = await cluster.until(
+        "another worker", lambda state: all_ready(2)(state) and state.fleet.reports[0].pid != before["r0"].pid
+    )
+    told("a killed worker: its replica is ready again after", seconds)
+    lost = 0
+    for caller, events in zip(made, expected, strict=True):
+        outcome = await caller.done
+        if outcome.replica == "r0":
+            lost += 1
+            assert "start a new one" in outcome.error or "was lost" in outcome.error, outcome.error
+        else:
+            assert (outcome.error, outcome.events) == ("", events)
+    assert 0 < lost < STREAMS
+    await cluster.until("every slot free", lambda state: used(state) == 0)
+
+
+async def test_kill_the_actor_of_a_replica(
+    cluster: Cluster, recordings: list[NDArray[np.float32]], expected: list[list[Any]]
+) -> None:
+    made = await callers(cluster, recordings)
+    before = await cluster.reports()
+    kill(before["r0"].actor_pid)
+    seconds = await cluster.until(
+        "another actor",
+        lambda state: all_ready(2)(state) and state.fleet.reports[0].actor_pid != before["r0"].actor_pid,
+    )
+    told("a killed actor: answers again after", seconds)
+    assert (await cluster.reports())["r0"].pid == before["r0"].pid, "the worker outlives its actor"
+    await all_are_whole(made, expected)
+    await cluster.until("every slot free", lambda state: used(state) == 0)
+
+
+async def test_kill_haproxy(cluster: Cluster, recordings: list[NDArray[np.float32]], expected: list[list[Any]]) -> None:
+    """Everybody's connection breaks; who resumes hears all of it."""
+    made = await callers(cluster, recordings)
+    before = (await cluster.state()).haproxy_pid
+    kill(before)
+    seconds = await cluster.until("another HAProxy", lambda state: state.haproxy_pid not in (0, before))
+    told("a killed HAProxy: another one runs after", seconds)
+    await all_are_whole(made, expected)
+    await cluster.until("every slot free", lambda state: used(state) == 0)
+
+
+async def test_kill_the_front(cluster: Cluster, recordings: list[NDArray[np.float32]], expected: list[list[Any]]) -> None:
+    made = await callers(cluster, recordings)
+    before = await cluster.state()
+    pid = json.loads(cluster.paths.front.read_text())["pid"]
+    kill(pid)
+    seconds = await cluster.until("another front", lambda state: json.loads(cluster.paths.front.read_text())["pid"] != pid)
+    told("a killed front: another one answers after", seconds)
+    assert (await cluster.state()).haproxy_pid == before.haproxy_pid, "HAProxy outlives the front"
+    await all_are_whole(made, expected)
+
+
+async def test_kill_the_controller(cluster: Cluster, recordings: list[NDArray[np.float32]], expected: list[list[Any]]) -> None:
+    made = await callers(cluster, recordings)
+    fleet = (await cluster.state()).fleet
+    assert fleet is not None
+    kill(fleet.controller_pid)
+    seconds = await cluster.until(
+        "another controller", lambda state: all_ready(2)(state) and state.fleet.controller_pid != fleet.controller_pid
+    )
+    told("a killed controller: another one answers after", seconds)
+    after = await cluster.reports()
+    assert {name: report.pid for name, report in after.items()} == {report.name: report.pid for report in fleet.reports}
+    await all_are_whole(made, expected)
+
+
+async def test_kill_ray(cluster: Cluster, recordings: list[NDArray[np.float32]], expected: list[list[Any]]) -> None:
+    """Workers, HAProxy and the front outlive Ray: no stream notices, and new ones are taken meanwhile."""
+    made = await callers(cluster, recordings)
+    before = await cluster.reports()
+    own = own_ray.find(cluster.paths)
+    assert own is not None
+    for pid, started in _with_descendants(own.folder).items():
+        process.send(pid, started, process.signal.SIGKILL)
+    assert await alone(cluster.url, recordings[0]) == expected[0], "the address takes new streams without Ray"
+    seconds = await cluster.until(
+        "another Ray",
+        lambda state: (
+            all_ready(2)(state) and {r.actor_pid for r in state.fleet.reports}.isdisjoint(r.actor_pid for r in before.values())
+        ),
+    )
+    told("Ray killed: the cluster is watched again after", seconds)
+    after = await cluster.reports()
+    assert {name: report.pid for name, report in after.items()} == {name: report.pid for name, report in before.items()}
+    await all_are_whole(made, expected)
+
+
+async def test_a_rolling_restart_under_load(
+    cluster: Cluster, recordings: list[NDArray[np.float32]], expected: list[list[Any]]
+) -> None:
+    """No connection is refused, no stream is cut, every transcript is that of a single server."""
+    await cluster.until("two replicas ready", all_ready(2))
+    before = await cluster.reports()
+    restarting = await asyncio.create_subprocess_exec(
+        *cluster.command("restart"), stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT
+    )
+    ended = asyncio.create_task(restarting.communicate())
+    count = 0
+
+    async def keep_calling(number: int) -> None:
+        """One call after the other, until the restart is over; each hears all of it."""
+        nonlocal count
+        while not ended.done():
+            outcome = await Caller(cluster.url, recordings[number], pace=2.0, resume=False).done
+            assert (outcome.error, outcome.events) == ("", expected[number])
+            count += 1
+
+    await asyncio.gather(*(keep_calling(number) for number in range(4)))
+    output, _ = await ended
+    assert restarting.returncode == 0, output.decode() + cluster.logs()
+    after = await cluster.reports()
+    assert {report.pid for report in after.values()}.isdisjoint({report.pid for report in before.values()})
+    assert {report.revision for report in after.values()} == {2}
+    print(f"\nrolling restart: {count} calls, none refused, none cut, all as of a single server")
+
+
+def test_down_leaves_nothing(cluster: Cluster) -> None:
+    """No process and no file."""
+    own = own_ray.find(cluster.paths)
+    assert own is not None
+    records = [json.loads(path.read_text()) for path in (cluster.paths.front, cluster.paths.haproxy)]
+    records += [json.loads(path.read_text()) for path in cluster.folder.glob("r[0-9]*.json")]
+    assert len(records) == 4
+    running = [Running(record["pid"], record["started"]) for record in records]
+    running += [Running(pid, started) for pid, started in _with_descendants(own.folder).items()]
+    assert all(process.is_alive(each.pid, each.started) for each in running)
+    cluster.run("down", "--now")
+    assert not any(process.is_alive(each.pid, each.started) for each in running)
+    assert not cluster.folder.exists()
+    assert not os.path.lexists(own.folder)
