@@ -178,9 +178,9 @@ def _down(args: argparse.Namespace) -> int:
         import ray
 
         ray.shutdown()
+    asyncio.run(sweep.sweep(paths))  # the front first: it would start Ray again
     if own is not None:
         own_ray.end(own)
-    asyncio.run(sweep.sweep(paths))
     print("ended: nothing of the cluster is left on this host")
     return 0
 
@@ -202,7 +202,7 @@ def need_ray() -> None:
     """Raises MoshiSttError where Ray is not installed, with the command that installs it."""
     if importlib.util.find_spec("ray") is None:
         raise MoshiSttError(
-            "Ray is not installed here. To add it: scripts/install.sh --with ray (or: pip install 'moshi-stt[ray]')"
+            "Ray is not installed here. To add it: scripts/install.sh --with ray"
         )
 
 

@@ -153,7 +153,9 @@ class RayReplicas:
         return [name for name in bare if name != CONTROLLER]
 
     def start(self, name: str, spec: ClusterSpec, node: str) -> None:
-        node_id = next((each["NodeID"] for each in untyped.nodes() if each["Alive"] and each["NodeManagerAddress"] == node), None)
+        node_id = next(
+            (each["NodeID"] for each in untyped.nodes() if each["Alive"] and each["NodeManagerAddress"] == node), None
+        )
         strategy: Any = NodeAffinitySchedulingStrategy(node_id, soft=True) if node_id is not None else "SPREAD"
         self._handles[name] = (
             ray.remote(ReplicaActor)
@@ -170,6 +172,10 @@ class RayReplicas:
             )
             .remote(name, msgspec.json.encode(spec), self._folder)
         )
+
+    def has_room(self, spec: ClusterSpec) -> bool:
+        free = ray.available_resources()
+        return free.get("CPU", 0.0) >= spec.cpus and free.get("GPU", 0.0) >= spec.gpus
 
     async def report(self, name: str) -> Report | None:
         try:

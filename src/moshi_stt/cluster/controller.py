@@ -32,6 +32,12 @@ SETTLE_SECONDS = 1.0
 FORCE_SECONDS = 30.0
 """Beyond what a draining replica may take, for its actor to say that it is gone."""
 
+PLACE_SECONDS = 300.0
+"""A replica of a new revision for which Ray has found no place in this time gets that of an old one."""
+
+FULL_SECONDS = 10.0
+"""The same where Ray has not the GPUs or CPUs left that it takes."""
+
 FRONT_HANG_SECONDS = 45.0
 
 
@@ -43,6 +49,9 @@ class Replicas(Protocol):
 
     def start(self, name: str, spec: ClusterSpec, node: str) -> None:
         """Start one, on the host of this address if it is not empty and has room."""
+
+    def has_room(self, spec: ClusterSpec) -> bool:
+        """Whether there is anywhere what one more takes."""
 
     async def report(self, name: str) -> Report | None:
         """What one says of itself; None where it does not answer."""
@@ -221,17 +230,23 @@ class Controller:
                 member.report.phase,
                 member.report.used,
                 member.draining_since is not None,
-                now - member.began if member.report.phase == "pending" else 0.0,
+                (now - member.began) if member.report.phase == "pending" else 0.0,
             )
             for member in self._members.values()
         ]
-        deeds = plan.next_deeds(seen, self.spec.revision, self.target)
+        deeds = plan.next_deeds(seen, self.spec.revision, self.target, self._place_seconds(seen))
         for name in deeds.add:
             log.info("%s: is added", name)
             self._replicas.start(name, self.spec, "")
             self._take(name)
         for name in deeds.drain:
             self._drain(self._members[name])
+
+    def _place_seconds(self, seen: list[plan.Member]) -> float:
+        """How long to wait for a place for a replica: less where Ray has nothing left to give."""
+        if not any(member.pending_seconds > FULL_SECONDS for member in seen):
+            return PLACE_SECONDS
+        return PLACE_SECONDS if self._replicas.has_room(self.spec) else FULL_SECONDS
 
     def _is_recovering(self, now: float) -> bool:
         return now - self._began < RECOVERY_SECONDS and not all(member.is_known for member in self._members.values())
@@ -243,14 +258,25 @@ class Controller:
             since, report = member.draining_since, member.report
             if since is None:
                 continue
-            overdue = now - since > drain_seconds + GRACE_SECONDS + FORCE_SECONDS
+            waited = now - since
+            overdue = waited > 2 * drain_seconds + GRACE_SECONDS + 2 * FORCE_SECONDS
             if report.phase == "gone" or overdue or (report.phase == "pending" and not member.was_ready):
                 if overdue:
                     log.error("%s: did not end in time", member.name)
                 self._replicas.remove(member.name)
                 del self._members[member.name]
-            elif report.phase != "stopping" and member.is_told and now - since >= SETTLE_SECONDS:
-                await self._replicas.stop(member.name, drain_seconds)
+            elif report.phase != "stopping" and self._may_end(member, waited, drain_seconds):
+                # Whoever came in the last moment may go on; those who are still there after all that time may not.
+                await self._replicas.stop(member.name, 0.0 if waited >= drain_seconds else drain_seconds)
+
+    def _may_end(self, member: Member, waited: float, drain_seconds: float) -> bool:
+        """Whether a draining replica's worker may be told to end: nothing new comes to it, and its streams have ended or their time has.
+
+        As long as it is not told, its clients can come back to it after a lost connection.
+        """
+        if waited >= drain_seconds + (0.0 if member.is_told else FORCE_SECONDS):
+            return True
+        return member.is_told and waited >= SETTLE_SECONDS and not member.report.used
 
     async def _tell_front(self) -> None:
         """Tell the front what there is, and start it where it is gone."""

@@ -19,7 +19,7 @@ import aiohttp
 import msgspec
 from aiohttp import web
 
-from moshi_stt.cluster import process
+from moshi_stt.cluster import own_ray, process
 from moshi_stt.cluster.balancer import Balancer, Running
 from moshi_stt.cluster.spec import Fleet, Paths, write_json
 from moshi_stt.cluster.view import View
@@ -31,8 +31,12 @@ TICK_SECONDS = 0.25
 ANSWER_SECONDS = 15.0
 """How long the front has to answer its socket: at its first start it first starts HAProxy."""
 
-STALE_SECONDS = 10.0
-"""A controller that has said nothing for so long is called away."""
+RAY_SECONDS = 1.0
+"""How often the front looks whether a Ray of our own runs."""
+
+RECOVERY_SECONDS = 600.0
+FIRST_PAUSE, LONGEST_PAUSE = 1.0, 60.0
+"""Before Ray is started again, in seconds; doubles each time."""
 
 
 class State(msgspec.Struct, frozen=True, kw_only=True):
@@ -57,6 +61,7 @@ class Front:
         self._told = 0.0
         self._changed = asyncio.Event()
         self._done = asyncio.Event()
+        self._pause = FIRST_PAUSE
 
     async def run(self) -> None:
         """Until a signal, which leaves HAProxy running, or `DELETE /fleet`, which does not."""
@@ -70,11 +75,11 @@ class Front:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._done.set)
-        keeping = asyncio.create_task(self._keep())
+        tasks = [asyncio.create_task(self._keep()), asyncio.create_task(self._keep_ray())]
         await self._done.wait()
-        keeping.cancel()
-        with suppress(asyncio.CancelledError):
-            await keeping
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
         for runner in runners:
             await runner.cleanup()
 
@@ -89,6 +94,38 @@ class Front:
                 async with asyncio.timeout(TICK_SECONDS):
                     await self._changed.wait()
             self._changed.clear()
+
+    async def _keep_ray(self) -> None:
+        """Start a Ray of our own again when it has died, and the controller with it. Another one is other people's business."""
+        while True:
+            await asyncio.sleep(RAY_SECONDS)
+            own = own_ray.find(self._paths)
+            if own is None or not own.processes or own_ray.is_running(own) or self._fleet is None:
+                continue
+            log.error("Ray is gone: it is started again")
+            try:
+                await self._recover()
+                self._pause = FIRST_PAUSE
+            except (OSError, MoshiSttError) as error:
+                log.error("Ray: %s", error)
+                await asyncio.sleep(self._pause)
+                self._pause = min(2 * self._pause, LONGEST_PAUSE)
+
+    async def _recover(self) -> None:
+        """Raises MoshiSttError."""
+        command = (sys.executable, "-m", "moshi_stt.cluster.recover", str(self._paths.folder))
+        running = await asyncio.create_subprocess_exec(*command)
+        try:
+            async with asyncio.timeout(RECOVERY_SECONDS):
+                status = await running.wait()
+        except TimeoutError:
+            status = None
+        finally:
+            if running.returncode is None:
+                running.kill()
+                await running.wait()
+        if status != 0:
+            raise MoshiSttError(f"it could not be started again: {process.tail(self._paths.log('front'))}")
 
     def _own_metrics(self) -> str:
         fleet = self._fleet

@@ -10,6 +10,7 @@ Each replica has a server in three backends, under the same name:
 The places r0 to r63 are all in the file, those without a replica disabled: then a replica that comes or goes is a few commands on the socket.
 """
 
+import ipaddress
 from collections.abc import Iterable, Iterator, Mapping
 from typing import NamedTuple
 
@@ -58,7 +59,8 @@ def render(
     """
     by_name = {server.name: server for server in servers}
     names = list(dict.fromkeys([*(f"r{number}" for number in range(places)), *by_name]))
-    lines = [*_global(stats_socket), *_frontend(bind, view_socket is not None)]
+    names_of_hosts = any(_is_name(server.host) for server in by_name.values())
+    lines = [*_global(stats_socket), *(_RESOLVERS if names_of_hosts else []), *_frontend(bind, view_socket is not None)]
     for backend in BACKENDS:
         lines += ["", f"backend {backend}", *_BACKEND[backend]]
         lines += [_server_line(backend, name, place_of(backend, by_name.get(name))) for name in names]
@@ -75,33 +77,40 @@ def _global(stats_socket: str | None) -> list[str]:
     return ["global", *socket, "", "defaults", *_DEFAULTS]
 
 
-_DEFAULTS = """\
-    mode http
-    balance leastconn
-    option redispatch 1
-    option clitcpka
-    option srvtcpka
-    retries 3
-    timeout connect 5s
-    timeout http-request 20s
-    timeout http-keep-alive 75s
-    timeout client 75s
-    timeout server 75s
-    timeout queue 5s
-    timeout check 5s
-    # a WebSocket; the server's pings pass every ten seconds
-    timeout tunnel 1h""".split("\n")
+_DEFAULTS = [
+    "    mode http",
+    "    balance leastconn",
+    "    option redispatch 1",
+    "    option clitcpka",
+    "    option srvtcpka",
+    "    retries 3",
+    "    timeout connect 5s",
+    "    timeout http-request 20s",
+    "    timeout http-keep-alive 75s",
+    "    timeout client 75s",
+    "    timeout server 75s",
+    "    timeout queue 5s",
+    "    timeout check 5s",
+    "    # a WebSocket; the server's pings pass every ten seconds",
+    "    timeout tunnel 1h",
+]
+
+_RESOLVERS = [
+    "",
+    "# a name may be unknown now and known later, and get another address, as those of pods do",
+    "resolvers system",
+    "    parse-resolv-conf",
+]
 
 _BACKEND = {
-    "streams": """\
-    option httpchk GET /ready
-    http-check expect status 200
-    default-server inter 1s fall 2 rise 1
-    # a replica that is just ending, or that has just become full, refuses with 503: ask the next one
-    retry-on conn-failure empty-response 503""".split("\n"),
-    "files": """\
-    # the answer comes when the recording is transcribed
-    timeout server 6h""".split("\n"),
+    "streams": [
+        "    option httpchk GET /ready",
+        "    http-check expect status 200",
+        "    default-server inter 1s fall 2 rise 1",
+        "    # a replica that is just ending, or that has just become full, refuses with 503: ask the next one",
+        "    retry-on conn-failure empty-response 503",
+    ],
+    "files": ["    # the answer comes when the recording is transcribed", "    timeout server 6h"],
     "replicas": f"""\
     option httpchk GET /health
     http-check expect status 200
@@ -110,10 +119,7 @@ _BACKEND = {
     use-server %[url_param(resume),word(1,.-)] if {{ url_param(resume) -m reg {TOKEN} }}""".split("\n"),
 }
 
-_WYOMING = """\
-    mode tcp
-    timeout client 1h
-    timeout server 1h""".split("\n")
+_WYOMING = ["    mode tcp", "    timeout client 1h", "    timeout server 1h"]
 
 
 def _frontend(bind: tuple[str, int], has_view: bool) -> list[str]:
@@ -149,14 +155,23 @@ def place_of(backend: str, server: Server | None) -> Place:
     return Place(server.host, port, most, "drain" if server.draining else "ready")
 
 
+def _is_name(host: str) -> bool:
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return True
+    return False
+
+
 def _address(host: str, port: int) -> str:
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def _server_line(backend: str, name: str, place: Place) -> str:
-    # Names of hosts may be unknown now and known later, as those of pods are.
     health = f"track streams/{name}" if backend in ("files", WYOMING) else "check"
-    words = ["server", name, _address(place.host, place.port), health, "init-addr last,libc,none"]
+    words = ["server", name, _address(place.host, place.port), health]
+    if _is_name(place.host):
+        words.append("resolvers system init-addr last,libc,none")
     if place.most:
         words.append(f"maxconn {place.most}")
     if place.state == "maint":

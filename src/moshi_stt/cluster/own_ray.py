@@ -12,7 +12,6 @@ import tempfile
 import time
 from pathlib import Path
 
-
 import msgspec
 
 from moshi_stt.cluster import process
@@ -28,10 +27,11 @@ OBJECT_STORE_BYTES = 128 << 20
 
 
 class OwnRay(msgspec.Struct, frozen=True):
-    """A Ray that `cluster up` started."""
+    """A Ray that `cluster up` started. processes: ids and starts of those without which it is none; empty while it starts."""
 
     address: str
     folder: str
+    processes: dict[int, str] = {}
 
 
 def find(paths: Paths) -> OwnRay | None:
@@ -43,7 +43,7 @@ def find(paths: Paths) -> OwnRay | None:
 
 
 def is_running(own: OwnRay) -> bool:
-    return any("gcs_server" in command for _, command in _processes(own.folder))
+    return bool(own.processes) and all(process.is_alive(pid, started) for pid, started in own.processes.items())
 
 
 def start(paths: Paths) -> OwnRay:
@@ -56,8 +56,7 @@ def start(paths: Paths) -> OwnRay:
     for attempt in range(ATTEMPTS):
         own = _prepared(paths)
         try:
-            _start(own, paths)
-            return own
+            return _start(own, paths)
         except (OSError, subprocess.SubprocessError) as error:
             end(own)
             paths.ray.unlink(missing_ok=True)
@@ -79,7 +78,7 @@ def _prepared(paths: Paths) -> OwnRay:
     return own
 
 
-def _start(own: OwnRay, paths: Paths) -> None:
+def _start(own: OwnRay, paths: Paths) -> OwnRay:
     # Ports that are given need not be waited for: on a busy machine Ray gives up after 30 s otherwise.
     names = ("dashboard-agent-grpc-port", "dashboard-agent-listen-port", "runtime-env-agent-port", "metrics-export-port")
     ports = [word for name, port in zip(names, _free_ports(len(names)), strict=True) for word in (f"--{name}", str(port))]
@@ -108,6 +107,13 @@ def _start(own: OwnRay, paths: Paths) -> None:
             timeout=START_SECONDS,
             check=True,
         )
+    core = [pid for pid, command in _processes(own.folder) if "/gcs_server " in command or "/raylet/raylet " in command]
+    starts = {pid: started for pid in core if (started := process.started_at(pid)) is not None}
+    if len(starts) < 2:
+        raise OSError("its processes ended at once")
+    running = msgspec.structs.replace(own, processes=starts)
+    write_json(paths.ray, running)
+    return running
 
 
 def end(own: OwnRay) -> None:

@@ -1,12 +1,10 @@
 """What to do next so that the replicas become what they shall be. No I/O: members in, deeds out, asked again and again."""
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
 from moshi_stt.cluster.spec import MOST_REPLICAS, Phase, number_of
-
-PLACE_SECONDS = 30.0
-"""A replica of a new revision for which Ray has found no place in this time gets that of an old one."""
 
 
 class Member(NamedTuple):
@@ -27,8 +25,8 @@ class Deeds(NamedTuple):
     drain: tuple[str, ...] = ()
 
 
-def next_deeds(members: Sequence[Member], revision: int, target: int) -> Deeds:
-    """The deeds that are due now.
+def next_deeds(members: Sequence[Member], revision: int, target: int, place_seconds: float = math.inf) -> Deeds:
+    """The deeds that are due now. place_seconds: how long a replica may wait for a place before an old one makes room for it.
 
     Replicas of an older revision are replaced one at a time: a new one first, and when it is ready an old one goes.
     """
@@ -44,7 +42,7 @@ def next_deeds(members: Sequence[Member], revision: int, target: int) -> Deeds:
         return Deeds(drain=_leaving(old, min(surplus - 1, len(old))))
     unready = [member for member in new if member.phase not in ("ready", "away")]
     if unready:
-        stuck = all(member.phase == "pending" and member.pending_seconds >= PLACE_SECONDS for member in unready)
+        stuck = all(member.phase == "pending" and member.pending_seconds >= place_seconds for member in unready)
         is_any_leaving = len(staying) < len(members)
         return Deeds(drain=_leaving(old, 1)) if stuck and surplus > 0 and not is_any_leaving else Deeds()
     if surplus > 0:

@@ -22,7 +22,6 @@ from moshi_stt.cluster.spec import ClusterSpec, Paths, Phase, Report, WorkerReco
 from moshi_stt.errors import MoshiSttError
 from moshi_stt.server.resume import REPLICA_VARIABLE
 
-
 log = logging.getLogger(__name__)
 
 TICK_SECONDS = 0.5
