@@ -39,6 +39,8 @@ class LimitsConfig(msgspec.Struct, frozen=True, kw_only=True):
     """How long a POST waits for a free slot."""
     allowed_origins: tuple[str, ...] = ()
     """Web pages, as `https://host[:port]`, that may use the server besides those of this machine (docs/operations.md)."""
+    trusted_proxies: tuple[str, ...] = ()
+    """IP addresses, besides this machine's own, of proxies whose X-Real-IP is the client's address."""
     connections_per_address: int = 4_096
     """WebSockets that one address may have open; 0 is no limit."""
     streams_per_key: int = 0

@@ -34,7 +34,7 @@ from moshi_stt.config_table import Table, did_you_mean, show
 from moshi_stt.constants import DEFAULT_PATH, FRAME_RATE, PUBLIC_KEY
 from moshi_stt.errors import ConfigError
 from moshi_stt.models.spec import conditioner_specs, driving_faults, table_faults
-from moshi_stt.origins import normal_origin
+from moshi_stt.origins import is_ip, normal_origin
 
 OTHER_KINDS = ("Tts", "Lm", "Mimi", "Py", "PyPost")
 """What else moshi-server can load."""
@@ -222,6 +222,9 @@ def _limits(table: Table | None) -> LimitsConfig:
     for origin in limits.allowed_origins:
         if normal_origin(origin) is None:
             table.fail("allowed_origins", f'"{origin}" is not an origin; expected for example "https://captions.example.org".')
+    for proxy in limits.trusted_proxies:
+        if not is_ip(proxy):
+            table.fail("trusted_proxies", f'"{proxy}" is not an IP address; expected for example "10.0.0.5".')
     if limits.socket_processes != "auto" and limits.socket_processes > MOST_SOCKET_PROCESSES:
         table.fail("socket_processes", f'expected 0 to {MOST_SOCKET_PROCESSES}, or "auto".')
     if limits.inbox_seconds < 1 / FRAME_RATE:

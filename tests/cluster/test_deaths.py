@@ -93,7 +93,7 @@ def told(what: str, seconds: float) -> None:
 async def test_kill_the_worker_of_a_replica(
     cluster: Cluster, recordings: list[NDArray[np.float32]], expected: list[list[Any]]
 ) -> None:
-    """Streams of the other one do not change by one event; those of the dead one end with an error that says: start a new one."""
+    """Streams of the other one do not change by one event; those of the dead one end with an error: start a new one."""
     made = await callers(cluster, recordings)
     before = await cluster.reports()
     kill(before["r0"].pid)

@@ -212,6 +212,10 @@ def test_flags_override_the_file() -> None:
     assert module.engine.device == "cpu"
     assert override(config, worker_args("--socket-processes", "3")).limits.socket_processes == 3
     assert override(config, worker_args("--socket-processes", "auto")).limits.socket_processes == "auto"
+    proxies = worker_args("--trusted-proxy", "10.0.0.5", "--trusted-proxy", "::1")
+    assert override(config, proxies).limits.trusted_proxies == ("10.0.0.5", "::1")
+    with pytest.raises(ConfigError, match="--trusted-proxy balancer: expected the IP address"):
+        override(config, worker_args("--trusted-proxy", "balancer"))
     assert override(config, worker_args()) == config
     assert override(embedded_config(), worker_args("--cpu")) == embedded_config()
     assert override(embedded_config(), worker_args("--device", "cpu")) == embedded_config()

@@ -55,7 +55,7 @@ def test_one_goes_at_a_time_and_never_below_the_minimum() -> None:
     assert play(steady(400, Load(0, 10), Load(0, 10)), start=2, minimum=2) == []
 
 
-@pytest.mark.parametrize("used", range(0, 81))
+@pytest.mark.parametrize("used", range(81))
 @pytest.mark.parametrize("replicas", [1, 2, 3, 8])
 def test_a_steady_load_makes_no_replica_come_and_go(used: int, replicas: int) -> None:
     """Hysteresis: whatever the load, the number settles."""

@@ -175,9 +175,7 @@ def _down(args: argparse.Namespace) -> int:
             _wait(controller.has_ended, args.wait, "the cluster has not ended")
             controller.remove()
         sweep_hosts(args.name, paths.folder)
-        import ray
-
-        ray.shutdown()
+        own_ray.disconnect()
     asyncio.run(sweep.sweep(paths))  # the front first: it would start Ray again
     if own is not None:
         own_ray.end(own)
@@ -201,9 +199,7 @@ def _haproxy(args: argparse.Namespace) -> int:
 def need_ray() -> None:
     """Raises MoshiSttError where Ray is not installed, with the command that installs it."""
     if importlib.util.find_spec("ray") is None:
-        raise MoshiSttError(
-            "Ray is not installed here. To add it: scripts/install.sh --with ray"
-        )
+        raise MoshiSttError("Ray is not installed here. To add it: scripts/install.sh --with ray")
 
 
 def _spec(args: argparse.Namespace, minimum: int, maximum: int) -> "ClusterSpec":

@@ -57,6 +57,13 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     ours.add_argument(
         "--socket-processes", type=_processes, metavar="N", help="further processes that carry WebSockets, or auto (default)"
     )
+    ours.add_argument(
+        "--trusted-proxy",
+        action="append",
+        default=[],
+        metavar="IP",
+        help="a proxy whose X-Real-IP is believed, as trusted_proxies",
+    )
     ours.add_argument("--wyoming", metavar="URI", help="also serve Home Assistant's protocol, e.g. tcp://127.0.0.1:10300")
     ours.add_argument("--handover", metavar="PATH", help="Unix socket at which another worker may take this one's place")
     ours.add_argument(
@@ -170,6 +177,14 @@ def parse_address(text: str) -> str:
         ) from None
 
 
+def parse_proxy(text: str) -> str:
+    """An IP address. Raises ConfigError for anything else."""
+    try:
+        return str(ipaddress.ip_address(text))
+    except ValueError:
+        raise ConfigError(f"--trusted-proxy {text}: expected the IP address of a proxy, such as 10.0.0.5") from None
+
+
 def override(config: ServerConfig, args: argparse.Namespace) -> ServerConfig:
     """The configuration with the command line's device, quantisation and batch size put into every module."""
     if args.cpu and args.device not in (None, "cpu"):
@@ -191,6 +206,8 @@ def override(config: ServerConfig, args: argparse.Namespace) -> ServerConfig:
     limits = config.limits
     if args.socket_processes is not None:
         limits = msgspec.structs.replace(limits, socket_processes=args.socket_processes)
+    for proxy in args.trusted_proxy:
+        limits = msgspec.structs.replace(limits, trusted_proxies=(*limits.trusted_proxies, parse_proxy(proxy)))
     wyoming = config.wyoming
     if args.wyoming is not None:
         wyoming = msgspec.structs.replace(wyoming or WyomingConfig(), uri=args.wyoming)

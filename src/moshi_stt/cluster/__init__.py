@@ -1,6 +1,6 @@
 """Several servers as one: replicas on several hosts that Ray places and watches, with HAProxy in front (docs/scale.md).
 
-Ray is imported by `actors.py`, `own_ray.py` and the archive's files alone, and by them only when a command asks for it. What decides
-(`scaling.py`, `fleet_state.py`) does no I/O. What must outlive Ray does without it: a replica's `worker`, HAProxy, and `front.py`, which keeps
-HAProxy running and answers for the whole fleet.
+Ray is imported by `actors.py`, `own_ray.py` and the archive's files alone, when a command asks for them. What decides
+(`scaling.py`, `plan.py`, `haproxy.py`) does no I/O. What must outlive Ray does without it: a replica's `worker`, HAProxy, and
+`front.py`, which keeps HAProxy running and answers for the whole fleet.
 """

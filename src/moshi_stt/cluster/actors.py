@@ -174,7 +174,7 @@ class RayReplicas:
         )
 
     def has_room(self, spec: ClusterSpec) -> bool:
-        free = ray.available_resources()
+        free: dict[str, float] = untyped.available_resources()
         return free.get("CPU", 0.0) >= spec.cpus and free.get("GPU", 0.0) >= spec.gpus
 
     async def report(self, name: str) -> Report | None:

@@ -1,6 +1,7 @@
-"""The controller: makes the replicas what `cluster up`, `scale` and `restart` asked for, and tells the front. Without Ray (`actors.py` has that).
+"""The controller: makes the replicas what `cluster up`, `scale` and `restart` asked for, and tells the front.
 
-It holds nothing that it could not find again: what shall be is in a file, and what there is it asks the replicas. So it may die at any time.
+Ray is in `actors.py`. The controller holds nothing that it could not find again: what shall be is in a file, and what there is
+it asks the replicas. So it may die at any time.
 """
 
 import asyncio
@@ -270,9 +271,10 @@ class Controller:
                 await self._replicas.stop(member.name, 0.0 if waited >= drain_seconds else drain_seconds)
 
     def _may_end(self, member: Member, waited: float, drain_seconds: float) -> bool:
-        """Whether a draining replica's worker may be told to end: nothing new comes to it, and its streams have ended or their time has.
+        """Whether a draining replica's worker may be told to end.
 
-        As long as it is not told, its clients can come back to it after a lost connection.
+        Nothing new comes to it any more, and its streams have ended, or their time has. As long as it is not told, its clients
+        can come back to it after a lost connection.
         """
         if waited >= drain_seconds + (0.0 if member.is_told else FORCE_SECONDS):
             return True

@@ -2,7 +2,7 @@
 
     python -m moshi_stt.cluster.front FOLDER
 
-A process of its own, without Ray, which starts it and may die: the address goes on. The controller tells it by `PUT /fleet` on a Unix socket
+A process of its own, without Ray: when Ray dies, the address goes on. The controller tells it by `PUT /fleet` on a Unix socket
 what there is. What it was told last is in a file, so that it can be started again without a controller.
 """
 
@@ -185,9 +185,9 @@ class Front:
 async def _serve(app: web.Application, path: Path) -> web.AppRunner:
     runner = web.AppRunner(app, access_log=None, shutdown_timeout=2.0)
     await runner.setup()
-    path.unlink(missing_ok=True)
+    await asyncio.to_thread(path.unlink, missing_ok=True)
     await web.UnixSite(runner, str(path)).start()
-    path.chmod(0o600)
+    await asyncio.to_thread(path.chmod, 0o600)
     return runner
 
 

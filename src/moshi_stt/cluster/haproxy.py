@@ -4,10 +4,11 @@ Each replica has a server in three backends, under the same name:
 
 * `streams` takes new WebSockets, as many at once as the replica has slots. A replica whose `/ready` is red gets none.
 * `files` takes POST. It follows the health of `streams`, but the replica itself lets files wait for a slot.
-* `replicas` takes the rest: pages, clients that come back to their stream (their token names the replica), and WebSockets for which no slot is
-  free, so that the replica refuses them in the protocol's own words. Health is `/health`.
+* `replicas` takes the rest: pages, clients that come back to their stream (their token names the replica), and WebSockets for
+  which no slot is free, so that the replica refuses them in the protocol's own words. Health is `/health`.
 
-The places r0 to r63 are all in the file, those without a replica disabled: then a replica that comes or goes is a few commands on the socket.
+The places r0 to r63 are all in the file of a cluster, those without a replica disabled: a replica that comes or goes is then a
+few commands on the socket.
 """
 
 import ipaddress
@@ -54,8 +55,9 @@ def render(
 ) -> str:
     """The file.
 
-    bind: address and port of the clients. wyoming: the same of Home Assistant's protocol. stats_socket: where commands are taken. view_socket:
-    Unix socket of whoever answers for the fleet; None: any replica answers for itself. places: servers there are at least, named from r0 on.
+    bind: address and port of the clients. wyoming: the same of Home Assistant's protocol. stats_socket: where commands are
+    taken. view_socket: Unix socket of whoever answers for the fleet; None: any replica answers for itself. places: servers
+    there are at least, named from r0 on.
     """
     by_name = {server.name: server for server in servers}
     names = list(dict.fromkeys([*(f"r{number}" for number in range(places)), *by_name]))

@@ -1,4 +1,4 @@
-"""Ray of our own, on this host alone, for who has none running: started with its own folder and port, and ended by its own processes."""
+"""A Ray of our own, on this host alone, where none is running: with its own folder and port, ended by its own processes."""
 
 import hashlib
 import logging
@@ -144,6 +144,13 @@ def connect(address: str, own: OwnRay | None = None) -> None:
         ray.init(address=address, namespace=NAMESPACE, configure_logging=True, logging_level=logging.ERROR, log_to_driver=False)
     except (ConnectionError, RuntimeError, ValueError, OSError) as error:
         raise MoshiSttError(f"Ray does not answer at {address}: {error}") from None
+
+
+def disconnect() -> None:
+    """Undo `connect`."""
+    import ray
+
+    ray.shutdown()
 
 
 def _processes(folder: str) -> list[tuple[int, str]]:

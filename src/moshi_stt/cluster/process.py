@@ -32,8 +32,7 @@ def start_detached(command: Sequence[str], log: Path, env: Mapping[str, str], fo
         done = subprocess.run(
             ["/bin/sh", "-c", _LAUNCH, "sh", *command],
             stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
+            capture_output=True,
             env={**env, "MOSHI_STT_LOG": str(log)},
             cwd=folder,
             start_new_session=True,

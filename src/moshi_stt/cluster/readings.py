@@ -10,7 +10,7 @@ SHARE = 0.95
 
 
 class Readings(NamedTuple):
-    """is_ready: every model is warm and not failed. buckets: how many events had at most so many seconds of lag, since the start."""
+    """is_ready: every model is warm and not failed. buckets: events since the start that had at most so many seconds of lag."""
 
     is_ready: bool
     used: int
@@ -40,9 +40,10 @@ def parse(text: str) -> Readings:
 
 
 def lag(before: dict[float, float], now: dict[float, float]) -> float:
-    """95th percentile, in seconds, of the lags between two readings: the upper bound of its bucket. 0 where there were no events.
+    """95th percentile, in seconds, of the lags between two readings: the upper bound of its bucket.
 
-    Beyond the last bound it is twice that bound. A server that was started again counts from 0.
+    It is 0 where there were no events, and beyond the last bound twice that bound. A server that was started again counts
+    from 0.
     """
     counts = {bound: count - before.get(bound, 0.0) for bound, count in now.items()}
     if any(count < 0 for count in counts.values()):

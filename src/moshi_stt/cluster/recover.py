@@ -1,4 +1,7 @@
-"""Starts a Ray of our own again, and the controller, after it has died: `python -m moshi_stt.cluster.recover FOLDER`, run by the front."""
+"""Starts a Ray of our own again after it has died, and the controller. The front runs it.
+
+python -m moshi_stt.cluster.recover FOLDER
+"""
 
 import sys
 from pathlib import Path

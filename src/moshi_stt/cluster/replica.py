@@ -1,7 +1,7 @@
 """One replica: keeps an ordinary `moshi-stt worker` running on this host. Without Ray, which only places it (`actors.py`).
 
-The worker is a process of its own session and outlives this one. Its process id and port are in a state file, so that whoever supervises the
-replica next finds it again.
+The worker is a process of a session of its own and outlives this one. Its process id and port are in a state file, so that
+whoever supervises the replica next finds it again.
 """
 
 import asyncio
@@ -60,7 +60,7 @@ class Replica:
         self._readings = readings.Readings(False, 0, 0, {})
         self._earlier: list[tuple[float, dict[float, float]]] = []
         self._port = 0
-        self._stopping = False
+        self._stopped = asyncio.Event()
 
     def report(self) -> Report:
         worker = self._worker
@@ -89,7 +89,7 @@ class Replica:
         self._adopt()
         timeout = aiohttp.ClientTimeout(total=ANSWER_SECONDS)
         async with aiohttp.ClientSession(timeout=timeout) as session:
-            while not self._stopping:
+            while not self._stopped.is_set():
                 try:
                     await self._tick(session)
                 except MoshiSttError as error:
@@ -98,8 +98,8 @@ class Replica:
                 await asyncio.sleep(TICK_SECONDS)
 
     async def stop(self, drain_seconds: float) -> None:
-        """End the worker: it takes no new streams and lets its own go on for so long. Phase is `gone` afterwards. Idempotent."""
-        self._stopping = True
+        """End the worker: it takes no new streams and lets its own go on for so long. The phase is `gone` then. Idempotent."""
+        self._stopped.set()
         if self._phase in ("stopping", "gone"):
             return
         self._phase = "stopping"
@@ -130,7 +130,7 @@ class Replica:
 
     def _start(self) -> None:
         spec = self.spec
-        host = "127.0.0.1" if spec.is_local else self._node
+        host = "127.0.0.1" if self._is_next_to_haproxy else self._node
         port = self._port if self._port and _is_free(host, self._port) else _free_port(host)
         wyoming_port = _free_port(host) if spec.wyoming is not None else None
         folder = Path(spec.folder) if Path(spec.folder).is_dir() else self._paths.folder
@@ -155,6 +155,11 @@ class Replica:
         self._since = self._answered = time.monotonic()
         self._readings, self._earlier = readings.Readings(False, 0, 0, {}), []
 
+    @property
+    def _is_next_to_haproxy(self) -> bool:
+        """Whether nobody but HAProxy on this host connects to the worker."""
+        return self.spec.is_local and self._node == self.spec.proxy
+
     def _command(self, host: str, port: int, wyoming_port: int | None) -> list[str]:
         spec = self.spec
         config = spec.config
@@ -165,8 +170,8 @@ class Replica:
         command = [sys.executable, "-m", "moshi_stt", "worker", "--config", config, "--addr", host, "--port", str(port)]
         if wyoming_port is not None:
             command += ["--wyoming", f"tcp://{f'[{host}]' if ':' in host else host}:{wyoming_port}"]
-        if not spec.is_local:
-            command += ["--trusted-proxies", spec.proxy]
+        if not self._is_next_to_haproxy:
+            command += ["--trusted-proxy", spec.proxy]
         return [*command, *spec.worker_flags]
 
     def _environment(self) -> dict[str, str]:
@@ -237,9 +242,9 @@ class Replica:
         self._paths.record(self.name).unlink(missing_ok=True)
         self._restarts += 1
         pause, self._pause = self._pause, min(2 * self._pause, LONGEST_PAUSE)
-        deadline = time.monotonic() + pause
-        while time.monotonic() < deadline and not self._stopping:
-            await asyncio.sleep(min(TICK_SECONDS, pause))
+        with suppress(TimeoutError):
+            async with asyncio.timeout(pause):
+                await self._stopped.wait()
 
 
 def _is_free(host: str, port: int) -> bool:

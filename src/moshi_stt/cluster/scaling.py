@@ -11,7 +11,7 @@ HIGH_LOAD = 0.8
 """Beyond it there are too few replicas."""
 
 LOW_LOAD = 0.5
-"""Below it, counted over one replica fewer, there are too many. Less than HIGH_LOAD by so much that what goes does not come back at once."""
+"""Below it, counted over one replica fewer, there are too many. So far below HIGH_LOAD that what goes does not come back."""
 
 LAG_SECONDS = 2.0
 """A replica whose events come later than this has more streams than it can carry, whatever its slots say."""
@@ -26,8 +26,8 @@ class Load(NamedTuple):
 
 
 class Scaler:
-    """Feed it the load now and then. It asks for more after `up_after` seconds without a break in which there were too few, and for one fewer
-    after `down_after` seconds in which there were too many.
+    """Feed it the load now and then. It asks for more after `up_after` seconds without a break in which there were too few, and
+    for one fewer after `down_after` seconds in which there were too many.
     """
 
     def __init__(self, minimum: int, maximum: int, up_after: float, down_after: float) -> None:
@@ -40,8 +40,8 @@ class Scaler:
     def target(self, now: float, current: int, loads: Sequence[Load]) -> int:
         """Replicas that there should be.
 
-        now: seconds of a clock that never goes back. current: the target so far. loads: the replicas that are ready. As long as fewer are ready
-        than there should be, nothing is added: those that are on their way count as help that comes.
+        now: seconds of a clock that never goes back. current: the target so far. loads: the replicas that are ready. As long as
+        fewer are ready than there should be, nothing is added: those that are on their way count as help that comes.
         """
         if not self.minimum <= current <= self.maximum:
             self._high_since = self._low_since = None

@@ -1,4 +1,4 @@
-"""What a cluster shall be, what its replicas report, and what is told to HAProxy: the structs that travel between its processes."""
+"""The structs that travel between a cluster's processes: what it shall be, what replicas report, what HAProxy is told."""
 
 from pathlib import Path
 from typing import Literal
@@ -48,7 +48,7 @@ class ClusterSpec(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def is_local(self) -> bool:
-        """Whether only this machine can connect. The replicas then listen on 127.0.0.1 alone, too."""
+        """Whether only this machine can connect. Replicas of this host then listen on 127.0.0.1 alone, too."""
         return self.host in ("127.0.0.1", "::1")
 
 
@@ -67,8 +67,8 @@ class WorkerRecord(msgspec.Struct, frozen=True, kw_only=True):
 
 
 Phase = Literal["pending", "starting", "ready", "failing", "stopping", "gone", "away"]
-"""pending: Ray has not placed it. starting: the models load. failing: its worker died or hangs, another is being started. away: its actor does
-not answer, which says nothing of its worker."""
+"""pending: Ray has not placed it. starting: the models load. failing: its worker died or hangs, another is being started. away:
+its actor does not answer, which says nothing of its worker."""
 
 
 class Report(msgspec.Struct, frozen=True, kw_only=True):

@@ -3,7 +3,7 @@
 import asyncio
 import logging
 from collections import Counter
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Container
 
 from moshi_stt.config import LimitsConfig
 from moshi_stt.origins import Origins, is_loopback, normal_origin
@@ -170,8 +170,8 @@ class Entry:
             gate._left(self._key, self._address)
 
 
-def client_address(remote: str | None, forwarded: str | None) -> str:
-    """The client's address: the proxy's word (X-Real-IP) counts only where the proxy is on this machine."""
+def client_address(remote: str | None, forwarded: str | None, proxies: Container[str] = ()) -> str:
+    """The client's address: a proxy's word (X-Real-IP) counts only where the proxy is on this machine, or one of `proxies`."""
     if remote is None:
         return forwarded or "?"
-    return forwarded if forwarded and is_loopback(remote) else remote
+    return forwarded if forwarded and (is_loopback(remote) or remote in proxies) else remote

@@ -26,7 +26,7 @@ def handshake_of(request: web.BaseRequest, service: Service) -> Handshake:
         headers,
         tuple(name.strip() for name in offered.split(",") if name.strip()),
         peer_name(request, given),
-        client_address(request.remote, request.headers.get("X-Real-IP")),
+        client_address(request.remote, request.headers.get("X-Real-IP"), service.config.limits.trusted_proxies),
         {each.module.name: each.engine.info for each in service if each.engine.ready},
         service.config.limits.ignore_unsupported,
     )
