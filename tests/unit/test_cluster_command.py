@@ -14,7 +14,7 @@ from moshi_stt.errors import ConfigError
 from moshi_stt.server.gate import client_address
 
 PACKAGE = Path(__file__).parents[2] / "src" / "moshi_stt"
-WITH_RAY = {"cluster.actors", "cluster.archive"}
+WITH_RAY = {"cluster.actors", "cluster.archive", "cluster.local_ray"}
 """Modules that import Ray themselves; a command imports them when it needs it."""
 
 NO_RAY = """
