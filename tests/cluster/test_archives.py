@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 from tests.support.media import encode
-from tests.support.processes import below
+from tests.support.processes import below, started_at
 
 from moshi_stt.audio.decode import read_file
 from moshi_stt.cli import main
@@ -27,6 +27,7 @@ pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc"),
 ]
 
+ROOT = Path(__file__).parents[2]
 RECORDINGS = 48
 ACTOR = "ray::MapWorker"
 
@@ -53,7 +54,7 @@ def archive(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 def start(folder: Path, out: Path, *flags: str) -> "subprocess.Popen[str]":
     command = [sys.executable, "-m", "moshi_stt", "transcribe", "--ray", "--ray-actors", "3", "--cpus-per-actor", "0.5"]
     command += ["-r", str(folder), "-o", str(out), "-f", "json,srt", *flags]
-    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def wait_for_lines(out: Path, count: int, process: "subprocess.Popen[str]") -> None:
@@ -90,22 +91,32 @@ def test_an_actor_that_is_killed_loses_nothing_and_doubles_nothing(archive: tupl
     actors = [pid for pid, command in below(process.pid).items() if command.startswith(ACTOR)]
     assert len(actors) == 3
     os.kill(actors[0], signal.SIGKILL)
-    _, said = process.communicate(timeout=600)
-    assert process.returncode == 0, said
+    out, said = process.communicate(timeout=600)
+    assert (process.returncode, out) == (0, ""), said
     assert f"{RECORDINGS} of {RECORDINGS} recordings done" in said
     assert results(tmp_path / "out") == results(plain)
     assert settled(tmp_path / "out") == settled(plain)
+
+
+def test_what_ends_every_actor_costs_no_other_job(tmp_path: Path) -> None:
+    """A recording that brings the decoder down would otherwise take its batch with it, or be tried for ever."""
+    command = [sys.executable, "-m", "tests.support.ray_jobs", "24", "5"]
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    results = json.loads(done.stdout)  # nothing of Ray's stands there
+    assert sorted(results) == [[number, None if number == 5 else f"JOB {number}"] for number in range(24)]
 
 
 def test_a_driver_that_is_killed_leaves_no_process_and_is_taken_up(archive: tuple[Path, Path], tmp_path: Path) -> None:
     folder, plain = archive
     process = start(folder, tmp_path / "out")
     wait_for_lines(tmp_path / "out", 4, process)
-    children = below(process.pid)
+    children = {pid: started_at(pid) for pid in below(process.pid)}
     process.kill()
     process.communicate()
     deadline = time.monotonic() + 120
-    while alive := [pid for pid, command in children.items() if is_running(pid, command)]:
+    while alive := [pid for pid, started in children.items() if started is not None and started_at(pid) == started]:
         assert time.monotonic() < deadline, alive
         threading.Event().wait(0.1)
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*.json")}
@@ -114,14 +125,6 @@ def test_a_driver_that_is_killed_leaves_no_process_and_is_taken_up(archive: tupl
     whole = {path for path in before if path.with_suffix(".srt").exists()}
     assert all(path.stat().st_mtime_ns == before[path] for path in whole)
     assert results(tmp_path / "out") == results(plain)
-
-
-def is_running(pid: int, command: str) -> bool:
-    """Whether it is there, and no zombie and no other process of that number."""
-    try:
-        return bool(command) and Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode() == command
-    except (OSError, ValueError):
-        return False
 
 
 # ---- a store -------------------------------------------------------------------------------------------------------------

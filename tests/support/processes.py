@@ -3,6 +3,15 @@
 from pathlib import Path
 
 
+def started_at(pid: int) -> str | None:
+    """When a process started, which tells it from a later one of its number; None where it has ended. Linux alone."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+    return None if fields[0] in "ZX" else fields[19]
+
+
 def below(pid: int) -> dict[int, str]:
     """Ids and command lines of all descendants of a process. Linux alone."""
     parents, commands = {}, {}

@@ -74,10 +74,11 @@ Status = Literal["done", "damaged", "failed"]
 
 @dataclass
 class Item:
-    """A recording, and where its results go. outputs: by format."""
+    """A recording, and where its results go. outputs: by format. stored: what a store had at first; None for a folder."""
 
     path: str
     outputs: dict[str, Path] = field(default_factory=dict)
+    stored: frozenset[str] | None = None
 
     @property
     def size(self) -> int | None:
@@ -90,6 +91,8 @@ class Item:
     @property
     def is_written(self) -> bool:
         """Whether there is a result in every format; each is whole."""
+        if self.stored is not None:  # to ask a store for each would take as long as to transcribe it
+            return all(str(path) in self.stored for path in self.outputs.values())
         return all(path.exists() for path in self.outputs.values())
 
 
@@ -177,12 +180,15 @@ def plan(
     stems = {path: past.stems[path] for path in paths if path in past.stems}
     for stem in past.stems.values():
         taken |= _names(join(out, stem), formats)
-    if not past.exists and not reuse and out.is_dir():
-        taken |= {path.casefold() for path in walk(out)}
+    stored = frozenset(walk(out)) if is_url(out) else None
+    if not past.exists and not reuse and (stored is not None or out.is_dir()):
+        taken |= {path.casefold() for path in (stored if stored is not None else walk(out))}
     for path in sorted(set(paths) - set(stems)):  # not in the order of their coming, which an earlier run may have shuffled
         stems[path] = _free_stem(_mirrored(path, roots), out, formats, taken)
         taken |= _names(join(out, stems[path]), formats)
-    return [Item(path, {name: place(f"{join(out, stems[path])}{SUFFIXES[name]}") for name in formats}) for path in paths]
+    return [
+        Item(path, {name: place(f"{join(out, stems[path])}{SUFFIXES[name]}") for name in formats}, stored) for path in paths
+    ]
 
 
 def _mirrored(path: str, roots: Sequence[Path | str]) -> PurePath:

@@ -14,6 +14,7 @@ import contextlib
 import logging
 import math
 import os
+import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -69,6 +70,7 @@ class Pool:
 def connected(pool: Pool) -> Iterator[None]:
     """This process, which has not imported Ray yet, as a driver of Ray. Raises MoshiSttError where there is no Ray."""
     with contextlib.ExitStack() as stack:
+        stack.enter_context(contextlib.redirect_stdout(sys.stderr))  # Ray prints on it what goes wrong with actors
         address = pool.address
         if address is None:
             cores = max(float(usable_cores()), (pool.actors or 1) * pool.cpus_per_actor)
