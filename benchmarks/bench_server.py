@@ -2,7 +2,7 @@
 """Live paced WebSocket streams against the real server, `moshi-stt worker`, in a process of its own.
 
     bench_server.py [--shape 1b|tiny] [--streams 1024] [--seconds 60] [--kv auto|bf16|fp8] [--device auto] [--clients 8]
-                    [--processes auto] [--bin] [--checkpoint FOLDER] [--out FILE]
+                    [--processes auto] [--devices all --slots N] [--bin] [--checkpoint FOLDER] [--out FILE]
     bench_server.py --find-most --state FILE [--arm sockets|engine] [--packet-ms 80|20] [--start 64] [--trial N,SECONDS]
                     [--speech WAV] [--shape 1b|tiny] [--kv …] [--device …] [--clients …] [--checkpoint FOLDER]
 
@@ -177,7 +177,7 @@ async def listen(speaker: Speaker, lags: list[float], counted_from: float) -> No
 class Server:
     """A worker of our own."""
 
-    def __init__(self, config: Path, log: Path, processes: str, program: str = "") -> None:
+    def __init__(self, config: Path, log: Path, processes: str, program: str = "", devices: str = "") -> None:
         """program: run in the place of `moshi-stt`, with its arguments; modules of this folder can be imported."""
         self.log = log
         with socket.socket() as probe:
@@ -186,7 +186,7 @@ class Server:
         program = program or "from moshi_stt.cli import main; sys.exit(main())"
         command = [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); {program}"]
         command += ["worker", "--config", str(config), "--addr", "127.0.0.1", "--port", str(self.port)]
-        command += ["--socket-processes", processes]
+        command += ["--socket-processes", processes, *(["--devices", devices] if devices else [])]
         with log.open("wb") as file:
             self.process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT)
 
@@ -286,7 +286,7 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     engine = {"device": args.device, "kv_dtype": args.kv, "mimi_dtype": args.mimi}
     config = write_toml(args.shape, folder, slots=args.slots or args.streams, engine=engine)
     begun = time.monotonic()
-    server = Server(config, folder / "worker.out", args.processes)
+    server = Server(config, folder / "worker.out", args.processes, devices=args.devices)
     try:
         server.wait_ready()
         ready = time.monotonic() - begun
@@ -334,6 +334,7 @@ def main() -> None:
     parser.add_argument("--kv", default="auto")
     parser.add_argument("--mimi", default="tf32")
     parser.add_argument("--device", default="auto")
+    parser.add_argument("--devices", default="", help="`--devices` of the worker; --slots is then the number on each")
     parser.add_argument("--clients", type=int, default=8)
     parser.add_argument("--processes", default="auto", help="`--socket-processes` of the worker")
     parser.add_argument("--bin", action="store_true", help="send samples as raw float32, which moshi-server does not take")

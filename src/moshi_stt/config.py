@@ -67,6 +67,8 @@ class LimitsConfig(msgspec.Struct, frozen=True, kw_only=True):
     """Longest audio of a POST, decoded."""
     socket_processes: int | Literal["auto"] = "auto"
     """Further processes that carry the WebSockets of Kyutai's models; auto: none below 128 streams (docs/internals/gpu.md)."""
+    devices: str = ""
+    """Devices that run a model process each, as in `worker --devices`; empty: this process alone."""
     ignore_unsupported: bool = False
     """Take options of other protocols that a caller relies on and that this server cannot do, and ignore them."""
 

@@ -13,7 +13,8 @@ from tests.support.serving import Answer, raw_request, server_config, serving, u
 
 from moshi_stt.config import EmbeddedModule, ServerConfig
 from moshi_stt.errors import CheckpointError, ConfigError
-from moshi_stt.server.app import Server, bind, create_app
+from moshi_stt.server.addresses import bind
+from moshi_stt.server.app import Server, create_app
 from moshi_stt.server.metrics import Metrics
 
 

@@ -16,6 +16,7 @@ from tests.support.socket_processes import counts, lent, served, speech
 
 from moshi_stt.engine.batch import BatchEngine
 from moshi_stt.server.workers import pool as worker_pool
+from moshi_stt.server.workers import supervisor
 from moshi_stt.server.workers.pool import WorkerPool
 
 pytestmark = pytest.mark.skipif(not hasattr(socket, "send_fds"), reason="this system cannot hand sockets over")
@@ -75,7 +76,7 @@ async def test_counts_outlive_their_process_without_growing(monkeypatch: pytest.
 
 async def test_a_process_that_hangs_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
     """It holds sockets and slots that nobody serves: it is killed, its clients see an end, and the slots come back."""
-    monkeypatch.setattr(worker_pool, "HANG_SECONDS", 10.0)
+    monkeypatch.setattr(supervisor, "HANG_SECONDS", 10.0)
     monkeypatch.setattr(worker_pool, "COUNT_SECONDS", 0.01)
     async with served(monkeypatch, streams=2) as (running, processes, _), await RawClient.connect(running.port) as client:
         assert (await client.receive_event())["type"] == "Ready"
@@ -99,7 +100,7 @@ async def test_a_process_that_hangs_is_replaced(monkeypatch: pytest.MonkeyPatch)
 
 async def test_a_process_that_owes_an_answer_gets_no_socket(monkeypatch: pytest.MonkeyPatch) -> None:
     """Clients that come while one process is stopped are served by the others at once, and by it when it goes on."""
-    monkeypatch.setattr(worker_pool, "OWED_SECONDS", 0.3)
+    monkeypatch.setattr(supervisor, "OWED_SECONDS", 0.3)
     async with served(monkeypatch, streams=8) as (running, processes, _):
         stopped = processes._workers[0]
         assert stopped.process is not None

@@ -16,6 +16,7 @@ from moshi_stt.engine.engine import Engine
 from moshi_stt.server.app import Server
 from moshi_stt.server.connection import Connection
 from moshi_stt.server.connections import Connections
+from moshi_stt.server.devices.pool import DevicePool
 from moshi_stt.server.doors import DOORS
 from moshi_stt.server.doors.door import AnyDoor
 
@@ -65,12 +66,16 @@ async def serving(
     config: ServerConfig | None = None,
     *,
     doors: Sequence[AnyDoor] = DOORS,
+    devices: DevicePool | None = None,
     **limits: Any,
 ) -> AsyncIterator[Running]:
-    """Start a server over this engine; stop it at the end. limits: of `server_config`, where no config is given."""
+    """Start a server over this engine; stop it at the end. limits: of `server_config`, where no config is given.
+
+    devices: the model processes whose engines are given.
+    """
     config = config or server_config(**limits)
     engines = {"asr": engine} if isinstance(engine, Engine) else engine
-    server = Server(config, engines, "127.0.0.1", 0, doors=doors)
+    server = Server(config, engines, "127.0.0.1", 0, doors=doors, devices=devices)
     await server.start()
     try:
         yield Running(server, server.port)

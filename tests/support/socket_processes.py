@@ -13,7 +13,7 @@ from tests.support.serving import Running, serving
 from moshi_stt.engine.batch import BatchEngine
 from moshi_stt.server.doors import DOORS
 from moshi_stt.server.doors.door import AnyDoor
-from moshi_stt.server.workers import pool as worker_pool
+from moshi_stt.server.workers import supervisor
 from moshi_stt.server.workers.pool import WorkerPool
 
 PROCESSES = 2
@@ -31,7 +31,7 @@ async def served(
     monkeypatch: pytest.MonkeyPatch, streams: int = 8, doors: Sequence[AnyDoor] = DOORS
 ) -> AsyncIterator[tuple[Running, WorkerPool, Model]]:
     """A server whose sockets are elsewhere."""
-    monkeypatch.setattr(worker_pool, "FIRST_PAUSE_SECONDS", 0.01)
+    monkeypatch.setattr(supervisor, "FIRST_PAUSE_SECONDS", 0.01)
     model = Model()
 
     def make(slots: int) -> FakeBackend:

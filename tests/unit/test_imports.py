@@ -19,6 +19,7 @@ LEAVES = {
     "config",
     "config_table",
     "data",
+    "devices",
     "install",
     "constants",
     "cores",

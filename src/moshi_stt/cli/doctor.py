@@ -206,7 +206,7 @@ def microphone() -> Iterator[Finding]:
 
 
 def port(number: int) -> Iterator[Finding]:
-    from moshi_stt.server.app import bind
+    from moshi_stt.server.addresses import bind
 
     try:
         bind("127.0.0.1", number).close()

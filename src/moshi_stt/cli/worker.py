@@ -3,9 +3,10 @@
 import argparse
 import ipaddress
 import logging
+import os
 import socket
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -15,6 +16,7 @@ import msgspec
 from moshi_stt.cli.arguments import port_number
 from moshi_stt.config import (
     MOST_SOCKET_PROCESSES,
+    EmbeddedModule,
     EngineConfig,
     KyutaiModule,
     Module,
@@ -26,7 +28,9 @@ from moshi_stt.constants import DEFAULT_PORT, PUBLIC_KEY
 from moshi_stt.errors import ConfigError
 
 if TYPE_CHECKING:
+    from moshi_stt.devices import Device
     from moshi_stt.engine.engine import Engine
+    from moshi_stt.server.devices.pool import DevicePool
     from moshi_stt.server.takeover import Takeover
 
 log = logging.getLogger(__name__)
@@ -52,6 +56,11 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     parser.add_argument("--silent", action="store_true", help="no log on stdout, only in the log file")
     ours = parser.add_argument_group("not in moshi-server", "These override [modules.NAME.moshi_stt] of the file.")
     ours.add_argument("--device", choices=["auto", "cpu", "cuda", "mps", "mlx"], help="what runs the models")
+    ours.add_argument(
+        "--devices",
+        metavar="LIST",
+        help="one model process on each: all (every NVIDIA GPU), cuda:0,cuda:1, or sets of cores: cpu:0-3,cpu:4-7",
+    )
     ours.add_argument("--quantize", choices=["none", "int8", "int4"], help="weights of fewer bits")
     ours.add_argument("--batch-size", type=_batch_size, metavar="N", help="streams at once, of every module")
     ours.add_argument(
@@ -98,15 +107,52 @@ def run(args: argparse.Namespace) -> int:
     log.info("configuration: %s", loaded.source)
     for warning in loaded.warnings + warnings_of(config, host):
         log.warning("%s", warning)
+    devices = devices_of(args, config)
+    if len(devices) == 1:
+        config = use_device(config, devices[0])
     engines = build_engines(config, force_cpu=args.cpu)
     for name, engine in engines.items():
         log.info("loading %s%s", name, f": {engine.info.model}" if engine.info.model else "")
 
     from moshi_stt.server.app import serve
 
-    takeover = takeover_of(args, config, engines)
+    pool = None
+    if len(devices) > 1:
+        from moshi_stt.server.devices.pool import DevicePool
+
+        pool = DevicePool(config, devices, build_engines)
+        engines = dict(pool.engines)
+    takeover = takeover_of(args, config, engines, pool)
     pid_file = Path(args.pid_file) if args.pid_file else None
-    return serve(packaged_page_if_missing(config), engines, host, args.port, takeover, pid_file)
+    return serve(packaged_page_if_missing(config), engines, host, args.port, takeover, pid_file, pool)
+
+
+def devices_of(args: argparse.Namespace, config: ServerConfig) -> "Sequence[Device]":
+    """Those of --devices, else of the configuration; empty where neither names any. Raises ConfigError."""
+    wanted = config.limits.devices if args.devices is None else args.devices
+    if not wanted:
+        return ()
+    if args.device is not None or args.cpu:
+        flag = "--cpu" if args.cpu else f"--device {args.device}"
+        raise ConfigError(f"{flag} and devices {wanted} contradict each other: give one of them")
+    from moshi_stt.devices import parse_devices
+
+    devices = parse_devices(wanted)
+    gpu = next((device.name for device in devices if device.gpu is not None), None)
+    if gpu is not None and any(isinstance(module, EmbeddedModule) for module in config.modules):
+        raise ConfigError(
+            f"--devices {wanted}: the embedded model runs on the CPU alone, not on {gpu}; choose Kyutai's by --config"
+        )
+    return devices
+
+
+def use_device(config: ServerConfig, device: "Device") -> ServerConfig:
+    """Let this process use this device alone, and its modules run on it."""
+    from moshi_stt.server.devices.pool import on_device
+
+    device.pin()
+    os.environ.update(device.environment())
+    return on_device(config, device)
 
 
 def name_process() -> None:
@@ -120,7 +166,9 @@ def name_process() -> None:
         ctypes.CDLL(None).prctl(set_name, b"moshi-server", 0, 0, 0)
 
 
-def takeover_of(args: argparse.Namespace, config: ServerConfig, engines: "Mapping[str, Engine]") -> "Takeover | None":
+def takeover_of(
+    args: argparse.Namespace, config: ServerConfig, engines: "Mapping[str, Engine]", pool: "DevicePool | None" = None
+) -> "Takeover | None":
     """How this server replaces another and is replaced, by --handover and --take-over. Raises ConfigError."""
     if args.handover is None:
         if args.take_over:
@@ -131,6 +179,9 @@ def takeover_of(args: argparse.Namespace, config: ServerConfig, engines: "Mappin
     from moshi_stt.server.takeover import Takeover
 
     async def check() -> None:
+        if pool is not None:
+            await pool.self_test(self_test)
+            return
         for module in config.modules:
             await self_test(module, engines[module.name])
 

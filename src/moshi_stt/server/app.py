@@ -1,7 +1,6 @@
 """The server: routes, and the process's three phases: start, loop, shutdown."""
 
 import asyncio
-import errno
 import gc
 import logging
 import os
@@ -9,6 +8,7 @@ import signal
 import socket
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +21,18 @@ from moshi_stt.engine.engine import Engine
 from moshi_stt.errors import ConfigError, EngineFailed, MoshiSttError
 from moshi_stt.origins import is_loopback
 from moshi_stt.server import framing, info, upload, ws
+from moshi_stt.server.addresses import bind, bind_private
 from moshi_stt.server.aiohttp_internals import send_continue
 from moshi_stt.server.auth import query_pairs
 from moshi_stt.server.cors import cors
+from moshi_stt.server.devices.pool import DevicePool
 from moshi_stt.server.doors import DOORS
 from moshi_stt.server.doors.door import AnyDoor, Door, FileDoor, HttpDoor, PageDoor, Refused, Route
 from moshi_stt.server.handshake import handshake_of, query_string, refused
 from moshi_stt.server.listeners import SocketListeners
 from moshi_stt.server.metrics import Metrics
 from moshi_stt.server.runtime import raise_file_limit, run, tune_interpreter
-from moshi_stt.server.service import Service
+from moshi_stt.server.service import Member, Service
 from moshi_stt.server.static import StaticFiles
 from moshi_stt.server.takeover import Takeover, offer, take
 
@@ -75,12 +77,13 @@ def create_app(
     engines: Mapping[str, Engine],
     metrics: Metrics | None = None,
     doors: Sequence[AnyDoor] = DOORS,
+    member: Member | None = None,
 ) -> web.Application:
     """The routes over these engines, by module name. Starting and stopping the engines is the caller's business.
 
     Raises ConfigError for two modules or doors on one path, and for a path that is none.
     """
-    service = Service.build(config, engines, metrics)
+    service = Service.build(config, engines, metrics, member)
     app = web.Application(middlewares=[cors(service.gate.origins)])
     app[SERVICE] = service
     routes = app.router
@@ -225,13 +228,22 @@ class Server:
         metrics: Metrics | None = None,
         doors: Sequence[AnyDoor] = DOORS,
         takeover: Takeover | None = None,
+        member: Member | None = None,
+        devices: DevicePool | None = None,
     ) -> None:
-        """doors: the protocols that it speaks. takeover: how it replaces another server, and is replaced."""
+        """doors: the protocols that it speaks. takeover: how it replaces another server, and is replaced.
+
+        member: it is a model process of another server, and has no port. devices: its model processes, with their `engines`.
+        """
         self._takeover = takeover
+        self._member = member
         self._host, self._port = host, port
         self._engines = {module.name: engines[module.name] for module in config.modules}
-        self._app = create_app(config, engines, metrics, doors)
+        self._app = create_app(config, engines, metrics, doors, member)
         self.service = self._app[SERVICE]
+        self.service.devices = devices
+        if devices is not None:
+            devices.attach(self.service)
         self.service.gate.is_private = is_loopback(host) and config.authorized_ids <= {PUBLIC_KEY}
         self.listeners = SocketListeners(self.service, doors, bind)
         self._runner = web.AppRunner(
@@ -262,7 +274,7 @@ class Server:
         Raises ConfigError where the address cannot be had, and what an engine's start raises; the server is stopped then.
         """
         replaces = self._takeover is not None and self._takeover.take
-        listener = None if replaces else bind(self._host, self._port)
+        listener = None if replaces else self._bind()
         try:
             await self._runner.setup()
             if listener is not None:
@@ -280,9 +292,13 @@ class Server:
             raise
         self.service.started.set()
 
+    def _bind(self) -> socket.socket:
+        return bind(self._host, self._port) if self._member is None else bind_private(self._member.http)
+
     async def _listen(self, listener: socket.socket) -> None:
         self._listener = listener
-        self._port = listener.getsockname()[1]
+        if self._member is None:
+            self._port = listener.getsockname()[1]
         await web.SockSite(self._runner, listener, backlog=BACKLOG).start()
 
     async def _replace(self) -> None:
@@ -351,8 +367,9 @@ class Server:
         await self._runner.cleanup()
         for watcher in self._watchers:
             watcher.cancel()
-        if service.workers is not None:
-            await service.workers.stop()
+        for pool in (service.workers, service.devices):
+            if pool is not None:
+                await pool.stop()
         await service.decoders.stop()
         for name, engine in self._engines.items():
             try:
@@ -375,32 +392,6 @@ def _not_their_fault(record: logging.LogRecord) -> bool:
     return not (record.exc_info and isinstance(record.exc_info[1], HttpProcessingError | web.RequestPayloadError))
 
 
-def bind(host: str, port: int) -> socket.socket:
-    """A bound TCP socket. Raises ConfigError in plain words, with the next command to run."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listener = socket.socket(family, socket.SOCK_STREAM)
-    try:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind((host, port))
-        listener.setblocking(False)
-    except (OSError, OverflowError) as error:
-        listener.close()
-        number = getattr(error, "errno", None)
-        if number == errno.EADDRINUSE:
-            raise ConfigError(
-                f"port {port} on {host} is in use. To see by what: `lsof -i :{port}`. If it is this server: `scripts/stop.sh`. "
-                f"To take another port: `moshi-stt worker --port {port + 1}`"
-            ) from None
-        if number in (errno.EACCES, errno.EPERM):
-            raise ConfigError(
-                f"port {port} on {host} may not be bound by this user: take one above 1023: `moshi-stt worker --port 8080`"
-            ) from None
-        if number == errno.EADDRNOTAVAIL:
-            raise ConfigError(f"{host} is no address of this machine: `moshi-stt worker --addr 127.0.0.1`") from None
-        raise ConfigError(f"cannot listen on {host} port {port}: {error}") from None
-    return listener
-
-
 def serve(
     config: ServerConfig,
     engines: Mapping[str, Engine],
@@ -408,26 +399,23 @@ def serve(
     port: int,
     takeover: Takeover | None = None,
     pid_file: Path | None = None,
+    devices: DevicePool | None = None,
 ) -> int:
     """Serve until a signal (0), a failure (1), or another server has taken over (0). SIGTERM and SIGHUP let live streams go on
     for `drain_seconds`, SIGINT does not; a second signal ends the process at once.
 
-    pid_file: gets this process's id once it accepts connections.
+    pid_file: gets this process's id once it accepts connections. devices: see `Server`.
 
     Raises ConfigError, CheckpointError or EngineError where the server cannot start.
     """
     raise_file_limit()
     tune_interpreter()
-    return run(_serve(config, engines, host, port, takeover, pid_file))
+    server = partial(Server, config, engines, host, port, takeover=takeover, devices=devices)
+    return run(_serve(config, server, host, takeover is not None, pid_file))
 
 
 async def _serve(
-    config: ServerConfig,
-    engines: Mapping[str, Engine],
-    host: str,
-    port: int,
-    takeover: Takeover | None,
-    pid_file: Path | None,
+    config: ServerConfig, make: Callable[[], Server], host: str, offers_its_place: bool, pid_file: Path | None
 ) -> int:
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
@@ -443,7 +431,7 @@ async def _serve(
             loop.remove_signal_handler(each)
             signal.signal(each, signal.SIG_DFL)
 
-    server = Server(config, engines, host, port, takeover=takeover)
+    server = make()
     for each in signals:
         with suppress(NotImplementedError):  # Windows
             loop.add_signal_handler(each, on_signal, each.name)
@@ -463,7 +451,7 @@ async def _serve(
         log.info("%s", line)
     if pid_file is not None:
         write_pid(pid_file)
-    handing = asyncio.create_task(_hand_over(server, stop)) if takeover is not None else None
+    handing = asyncio.create_task(_hand_over(server, stop)) if offers_its_place else None
     try:
         status = await server.wait(stop)
         if not status:

@@ -43,6 +43,8 @@ class Gate:
         self._pause: Callable[[float], Awaitable[None]] = asyncio.sleep
         self.is_private = False
         """Whether only this machine can connect, and nobody has configured a key of their own."""
+        self.is_open = False
+        """Whether every request has been let in already, by the process that passed it on."""
         self.origins = Origins(limits.allowed_origins)
         self._waiting: Counter[str] = Counter()
         self._wrong: Counter[str] = Counter()
@@ -57,6 +59,8 @@ class Gate:
         """
         if self._is_exhausted():
             raise door.refusal("full", EXHAUSTED)
+        if self.is_open:
+            return
         self._check_origin(door, request)
         address = request.address
         if self._waiting[address] >= WRONG_KEYS_AT_ONCE:
@@ -77,7 +81,7 @@ class Gate:
 
     def allows(self, door: HttpDoor, key: str | None) -> bool:
         """Whether a request with this key, or with none, is let in. At the native door a key is always needed."""
-        return (self.is_private and door.keyless_on_loopback) or self._keys.allow(key)
+        return self.is_open or (self.is_private and door.keyless_on_loopback) or self._keys.allow(key)
 
     def enter(self, door: HttpDoor, request: Handshake) -> "Entry":
         """Count a connection for its key and address. Raises Refused beyond their limits; close the entry at its end."""

@@ -126,5 +126,8 @@ def ready(service: Service) -> web.Response:
 
 async def metrics(service: Service) -> web.Response:
     """The counts of all processes."""
+    if service.devices is not None:
+        text = await service.devices.metrics(service.metrics.render().decode())
+        return web.Response(body=text.encode(), headers={"Content-Type": CONTENT_TYPE})
     others, queued = await service.workers.count() if service.workers is not None else ([], {})
     return web.Response(body=service.metrics.render(others, queued), headers={"Content-Type": CONTENT_TYPE})

@@ -77,12 +77,17 @@ class SocketListeners:
         peer = f"{address} {door.name}"
         modules = {each.module.name: each.engine.info for each in service if each.engine.ready}
         opening = door.accept(peer, service.config, modules)
-        engine = service.find(opening.module).engine
-        connection = service.connections.take(arrival.transport, bytes(arrival.early), engine, door, opening, peer)
+        served = service.find(opening.module)
+        transport, early = arrival.transport, bytes(arrival.early)
         entry = service.refusal() or service.gate.enter_port(address)
         if isinstance(entry, str):
+            connection = service.connections.take(transport, early, served.engine, door, opening, peer)
             connection.end(Error(entry, framing.TRY_AGAIN))
             return None
+        devices = service.devices if service.is_started else None
+        if devices and devices.hand_over(served.module.name, door, opening, transport, early, peer, entry.close):
+            return None
+        connection = service.connections.take(transport, early, served.engine, door, opening, peer)
         connection.lost.add_done_callback(lambda _: entry.close())
         if service.is_started:
             connection.open()

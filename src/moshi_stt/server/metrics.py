@@ -25,6 +25,12 @@ LAG_SECONDS = (0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.5, 0.64, 1.0, 1.28, 2.0, 2.
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 
 
+ENGINE_FAMILIES = frozenset(
+    f"moshi_stt_{name}" for name in ("info", "queued_seconds", "waiting_files", "used_slots", "total_slots", "ready")
+)
+"""What the engines know themselves, and is read from them at each scrape."""
+
+
 class Metrics:
     """The counts of one process. Satisfies `EngineObserver`."""
 
@@ -110,7 +116,7 @@ class Metrics:
 
     def families(self) -> list[Metric]:
         """What this process has counted, less what the engines know themselves. Plain values, which can be pickled."""
-        return [family for family in self.registry.collect() if family.name not in _Engines.NAMES]
+        return [family for family in self.registry.collect() if family.name not in ENGINE_FAMILIES]
 
     def render(self, others: Iterable[Metric] = (), queued_samples: Mapping[str, int] | None = None) -> bytes:
         """The text of a scrape, sorted by name.
@@ -161,9 +167,6 @@ class _Engines(Collector):
     """What the engines know themselves."""
 
     QUEUED = "moshi_stt_queued_seconds"
-    NAMES = frozenset(
-        f"moshi_stt_{name}" for name in ("info", "queued_seconds", "waiting_files", "used_slots", "total_slots", "ready")
-    )
 
     def __init__(self, engines: Callable[[], Iterable[tuple[str, Engine]]]) -> None:
         self._engines = engines

@@ -5,6 +5,7 @@ import logging
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from moshi_stt.config import Module, ServerConfig
 from moshi_stt.engine.engine import Engine
@@ -12,6 +13,7 @@ from moshi_stt.engine.sharing import ShareableEngine
 from moshi_stt.server.auth import Keys
 from moshi_stt.server.connections import Connections
 from moshi_stt.server.decoders import Decoders
+from moshi_stt.server.devices.pool import DevicePool
 from moshi_stt.server.doors.door import Handshake, HttpDoor
 from moshi_stt.server.gate import Gate
 from moshi_stt.server.metrics import Metrics
@@ -19,6 +21,19 @@ from moshi_stt.server.resume import Place, replica_name
 from moshi_stt.server.workers.pool import WorkerPool
 
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Member:
+    """What a server knows that is a model process of a larger one, which has let in everybody who comes.
+
+    http: the Unix socket on which it answers. place: its own, for tokens. servers: how many share what the limits say of all
+    streams together.
+    """
+
+    http: Path
+    place: Place
+    servers: int
 
 
 @dataclass(frozen=True)
@@ -47,17 +62,34 @@ class Service:
     decoders: Decoders = field(default_factory=Decoders)
     workers: WorkerPool | None = None
     """Who else carries WebSockets."""
+    devices: DevicePool | None = None
+    """The model processes, where this one has no model."""
+    servers: int = 1
+    """See `Member`."""
 
     @classmethod
-    def build(cls, config: ServerConfig, engines: Mapping[str, Engine], metrics: Metrics | None = None) -> "Service":
-        """engines: by module name, one for each of config.modules. They report to `metrics` from now on."""
+    def build(
+        cls,
+        config: ServerConfig,
+        engines: Mapping[str, Engine],
+        metrics: Metrics | None = None,
+        member: Member | None = None,
+    ) -> "Service":
+        """engines: by module name, one for each of config.modules. They report to `metrics` from now on.
+
+        Raises ConfigError for a name of this replica that is none.
+        """
         metrics = metrics or Metrics()
         served = tuple(Served(module, engines[module.name]) for module in config.modules)
         for each in served:
             each.engine.observer = metrics
         metrics.watch(lambda: ((each.module.name, each.engine) for each in served))
         gate = Gate(Keys(config.authorized_ids), config.limits, metrics, time.monotonic)
-        return cls(config, served, metrics, gate, Connections(config.limits, metrics, place=Place(replica_name())))
+        gate.is_open = member is not None
+        place = Place(replica_name()) if member is None else member.place
+        servers = 1 if member is None else member.servers
+        connections = Connections(config.limits, metrics, place=place, processes=servers)
+        return cls(config, served, metrics, gate, connections, servers=servers)
 
     @property
     def is_started(self) -> bool:
@@ -99,20 +131,19 @@ class Service:
         shared = {name: engine for name, engine in engines.items() if engine.processes}
         if shared:
             count = min(engine.processes for engine in shared.values())
-            self.workers = WorkerPool(self.config, shared, count, self.connections.place)
+            self.workers = WorkerPool(self.config, shared, count, self.connections.place, self.servers)
             await self.workers.start()
 
     async def drain_connections(self, sentence: str, code: int, drain_seconds: float, within_seconds: float) -> None:
         """Let live streams go on for a while, then let what they sent be transcribed and close them; cut the rest."""
-        elsewhere = (
-            self.workers.drain(sentence, code, drain_seconds, within_seconds) if self.workers is not None else asyncio.sleep(0)
-        )
-        await asyncio.gather(self.connections.drain(sentence, code, drain_seconds, within_seconds), elsewhere)
+        seconds = drain_seconds, within_seconds
+        elsewhere = [pool.drain(sentence, code, *seconds) for pool in (self.workers, self.devices) if pool is not None]
+        await asyncio.gather(self.connections.drain(sentence, code, *seconds), *elsewhere)
 
     async def close_connections(self, sentence: str, code: int, within_seconds: float) -> None:
         """End every connection with this Error and status; cut those that have not gone in time."""
-        elsewhere = self.workers.end(sentence, code, within_seconds) if self.workers is not None else asyncio.sleep(0)
-        await asyncio.gather(self.connections.close(sentence, code, within_seconds), elsewhere)
+        elsewhere = [pool.end(sentence, code, within_seconds) for pool in (self.workers, self.devices) if pool is not None]
+        await asyncio.gather(self.connections.close(sentence, code, within_seconds), *elsewhere)
 
     async def finish_uploads(self, drain_seconds: float, within_seconds: float) -> None:
         """Let the POST requests that run go on for a while, then end them. Each answers 503 itself."""

@@ -30,17 +30,18 @@ from moshi_stt.constants import SAMPLE_RATE
 from moshi_stt.engine.recording import USUAL_CUT, InFlight, RecordingEvent, RecordingOptions, in_thread, recording_events
 from moshi_stt.errors import AudioError, EngineError, NoFreeSlot
 from moshi_stt.events import EndWord, Word
+from moshi_stt.server.devices.forward import Forwarded
 from moshi_stt.server.doors.door import (
     FileAnswer,
     FileDoor,
     FileOptions,
     FileRequest,
     Handshake,
-    RefusalKind,
     Refused,
     Route,
     Transcript,
 )
+from moshi_stt.server.faults import Fault
 from moshi_stt.server.forms import MOST_FIELD_BYTES, BadForm, Fields, FormTimeout, read_form
 from moshi_stt.server.handshake import handshake_of, refused
 from moshi_stt.server.service import Served, Service
@@ -73,17 +74,6 @@ class _TooLong(AudioError):
     """More audio than is taken of one file."""
 
 
-class _Fault(Exception):
-    """The request cannot be answered as asked."""
-
-    def __init__(self, kind: RefusalKind, sentence: str, status: int | None = None) -> None:
-        super().__init__(sentence)
-        self.kind = kind
-        self.sentence = sentence
-        self.status = status
-        """Where it is not the usual one."""
-
-
 async def handle(request: web.Request, service: Service, door: FileDoor, route: Route) -> web.StreamResponse:
     """Transcribe the body."""
     handshake = handshake_of(request, service)
@@ -107,7 +97,8 @@ async def handle(request: web.Request, service: Service, door: FileDoor, route: 
         response.force_close()
     finally:
         service.uploads.discard(task)
-    service.metrics.uploads.labels(str(response.status)).inc()
+    if not isinstance(response, Forwarded):
+        service.metrics.uploads.labels(str(response.status)).inc()
     if not response.prepared and request.headers.get("X-Request-ID", "") == handshake.peer.rpartition(" ")[2]:
         response.headers["X-Request-ID"] = request.headers["X-Request-ID"]
     return response
@@ -122,7 +113,7 @@ async def _answer(
     except Refused as refusal:
         log.info("POST %s: %d: %s", handshake.peer, refusal.status, refusal.body.decode("utf-8", "replace"))
         return refused(refusal)
-    except _Fault as fault:
+    except Fault as fault:
         log.info("POST %s: %s: %s", handshake.peer, fault.kind, fault.sentence)
         answer = door.refusal(fault.kind, fault.sentence)
         if fault.status is not None:
@@ -132,7 +123,7 @@ async def _answer(
 
 @asynccontextmanager
 async def _bounded(limits: LimitsConfig, deadline: float | None = None) -> AsyncIterator[asyncio.Timeout]:
-    """Raises _Fault in a block that has not ended by then. deadline: of the loop's clock; None: `stream_seconds` from now."""
+    """Raises Fault in a block that has not ended by then. deadline: of the loop's clock; None: `stream_seconds` from now."""
     if deadline is None and limits.stream_seconds:
         deadline = asyncio.get_running_loop().time() + limits.stream_seconds
     try:
@@ -141,7 +132,7 @@ async def _bounded(limits: LimitsConfig, deadline: float | None = None) -> Async
     except TimeoutError:
         if not bound.expired():
             raise
-        raise _Fault("timeout", total_sentence(limits)) from None
+        raise Fault("timeout", total_sentence(limits)) from None
 
 
 async def _transcribe(
@@ -150,16 +141,21 @@ async def _transcribe(
     """bound: ends it; a response that is streamed sees to that by itself from its first byte on."""
     reason = service.refusal()
     if reason is not None:
-        raise _Fault("stopping" if service.failure is None else "failed", reason)
+        raise Fault("stopping" if service.failure is None else "failed", reason)
     coding = request.headers.get(hdrs.CONTENT_ENCODING, "identity").lower()
     if coding != "identity":  # a few bytes may unpack to a full disk, and recordings are compressed already
-        raise _Fault("bad_request", f"Content-Encoding {coding} is not taken: send the file as it is", 415)
+        raise Fault("bad_request", f"Content-Encoding {coding} is not taken: send the file as it is", 415)
     door.check(handshake)
     content_type = request.headers.get(hdrs.CONTENT_TYPE, "")
+    if service.devices is not None:
+        with _faults():
+            await _wait_started(service)
+        bound.reschedule(None)  # the model process has one of its own
+        return await service.devices.post(request, handshake, service.find(route.module).module.name)
     form = door.form or ("file" if content_type.lower().startswith("multipart/form-data") else None)
     async with _received(request, service.config.limits, form) as (file, fields, file_name):
         if form and file_name is None and door.form is None:
-            raise _Fault("bad_request", 'the form has no file called "file": send it with curl -F file=@talk.wav')
+            raise Fault("bad_request", 'the form has no file called "file": send it with curl -F file=@talk.wav')
         options = door.parse(FileRequest(handshake, fields, file_name, content_type, lambda: sha256_of(file)))
         served = service.find(options.module or route.module)
         source = _Decoded(file, service.config.limits.max_audio_seconds, options.selection, options.raw)
@@ -242,13 +238,13 @@ def _faults() -> Iterator[None]:
     try:
         yield
     except _TooLong as error:
-        raise _Fault("too_large", str(error)) from None
+        raise Fault("too_large", str(error)) from None
     except AudioError as error:
-        raise _Fault("bad_audio", str(error)) from None
+        raise Fault("bad_audio", str(error)) from None
     except NoFreeSlot as error:
-        raise _Fault("full", str(error)) from None
+        raise Fault("full", str(error)) from None
     except EngineError as error:
-        raise _Fault("internal", str(error)) from None
+        raise Fault("internal", str(error)) from None
 
 
 async def _stream_answer(
@@ -277,7 +273,7 @@ async def _stream_answer(
                         await response.write(data)
                     event = await anext(events, None)
         await response.write(answer.end(Transcript(said, source.seconds)))
-    except _Fault as fault:
+    except Fault as fault:
         log.info("POST %s: %s: %s", request.path, fault.kind, fault.sentence)
         await response.write(answer.error(fault.kind, fault.sentence))
     await response.write_eof()
@@ -296,7 +292,7 @@ async def _received(
     limit = limits.max_upload_bytes
     too_large = f"{UNBUFFERED}length limit exceeded: at most {limit} bytes are taken (max_upload_bytes)"
     if request.content_length is not None and request.content_length > limit + (MOST_FIELD_BYTES if form else 0):
-        raise _Fault("too_large", too_large)
+        raise Fault("too_large", too_large)
     with tempfile.TemporaryFile() as file:
         body = _Body(file, limit, too_large, limits.upload_bytes_per_second)
         fields: Fields = ()
@@ -310,13 +306,13 @@ async def _received(
             await body.flush()
         except (web.RequestPayloadError, BadForm) as error:
             reason = " ".join(str(getattr(error.__cause__, "message", error)).split())
-            raise _Fault("bad_request", f"{UNBUFFERED}{reason}") from None
+            raise Fault("bad_request", f"{UNBUFFERED}{reason}") from None
         except FormTimeout:
-            raise _Fault("timeout", f"{UNBUFFERED}nothing came for {limits.idle_seconds:g} s") from None
+            raise Fault("timeout", f"{UNBUFFERED}nothing came for {limits.idle_seconds:g} s") from None
         except ConnectionError:
             raise
         except OSError as error:
-            raise _Fault("internal", f"{UNBUFFERED}{error.strerror}", 507) from None
+            raise Fault("internal", f"{UNBUFFERED}{error.strerror}", 507) from None
         file.seek(0)
         yield file, fields, name
 
@@ -337,11 +333,11 @@ class _Body:
     async def add(self, piece: bytes) -> None:
         self._received += len(piece)
         if self._received > self._limit:
-            raise _Fault("too_large", self._too_large)
+            raise Fault("too_large", self._too_large)
         seconds = time.monotonic() - self._started
         if seconds > RATE_SECONDS and self._received < seconds * self._least_rate:
             sentence = f"{self._received} bytes in {seconds:.0f} s are less than upload_bytes_per_second ({self._least_rate})"
-            raise _Fault("timeout", UNBUFFERED + sentence)
+            raise Fault("timeout", UNBUFFERED + sentence)
         self._buffer += piece
         if len(self._buffer) >= BUFFER_BYTES:
             await self.flush()
@@ -365,7 +361,7 @@ async def _next_piece(request: web.Request, patience_seconds: float) -> bytes:
         async with asyncio.timeout(patience_seconds):
             return await request.content.readany()
     except TimeoutError:
-        raise _Fault("timeout", f"{UNBUFFERED}nothing came for {patience_seconds:g} s") from None
+        raise Fault("timeout", f"{UNBUFFERED}nothing came for {patience_seconds:g} s") from None
 
 
 async def _write(file: IO[bytes], data: bytearray) -> None:

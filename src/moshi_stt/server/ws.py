@@ -3,6 +3,7 @@
 import asyncio
 import logging
 from collections.abc import Callable
+from contextlib import suppress
 
 from aiohttp import web
 
@@ -18,6 +19,8 @@ from moshi_stt.server.service import Served, Service
 from moshi_stt.server.upgrade import switch_protocols, upgrade_problem
 
 log = logging.getLogger(__name__)
+
+LOADING = "the model is still loading: connect again later"
 
 
 async def handle(request: web.Request, service: Service, door: Door, route: Route) -> web.StreamResponse:
@@ -50,15 +53,25 @@ async def _converse(
     switch_protocols(request, transport, opening.subprotocol, opening.headers)
     service.metrics.connects.inc()
     others = service.workers if service.is_started else None
+    if service.devices is not None and not service.is_started:
+        transport.pause_reading()  # what comes meanwhile is for the device to read
+        with suppress(TimeoutError):
+            await asyncio.wait_for(service.started.wait(), service.config.limits.slot_wait_seconds)
     if opening.resume is not None and opening.resume.token is not None:
         entry.close()  # the stream has its place
         return await _resume(service, door, opening, transport, early, peer, lost)
+    if service.devices is not None and service.is_started:
+        name = served.module.name
+        if service.devices.hand_over(name, door, opening, transport, early, peer, entry.close):
+            return TakenOver()
     if others is not None and others.hand_over(served.module.name, door, opening, transport, early, peer, entry.close):
         return TakenOver()
     connection = service.connections.take(transport, early, served.engine, door, opening, peer, lost)
     gone = connection.lost  # of this socket: the stream may go on over another
     try:
-        if not service.is_started:
+        if not service.is_started and service.devices is not None:
+            connection.end(Error(LOADING, framing.TRY_AGAIN))
+        elif not service.is_started:
             await _wait_started(service, connection)
         connection.open()
         await gone
@@ -81,10 +94,14 @@ async def _resume(
     """Take a client back to its stream, which another process may have."""
     assert opening.resume is not None
     place, workers = place_of(opening.resume.token or ""), service.workers
-    if place is not None and place.process and place._replace(process=0) == service.connections.place and workers is not None:
+    own = service.connections.place
+    taken = False
+    if place is not None and service.devices is not None and place.replica == own.replica:
+        taken = service.devices.take_back_client(place, door, opening, transport, early, peer)
+    elif place is not None and workers is not None and place._replace(process=0) == own:
         taken = workers.take_back_client(place.process, door, opening, transport, early, peer)
-        if taken:
-            return TakenOver()
+    if taken:
+        return TakenOver()
     connection = service.connections.resume(transport, early, door, opening, peer, lost)
     if connection is not None:
         await connection.lost
@@ -99,6 +116,6 @@ async def _wait_started(service: Service, connection: Connection) -> None:
             (started, connection.lost), timeout=service.config.limits.slot_wait_seconds, return_when=asyncio.FIRST_COMPLETED
         )
         if not started.done():
-            connection.end(Error("the model is still loading: connect again later", framing.TRY_AGAIN))
+            connection.end(Error(LOADING, framing.TRY_AGAIN))
     finally:
         started.cancel()
