@@ -81,7 +81,7 @@ class NotedTransport(asyncio.Transport):
         self.settle()
         rest = data if self._is_partial or self._inner.is_closing() else self._write_now(data)
         if rest:
-            if not self._is_over:
+            if not self._is_over and not self._is_partial:
                 self._is_partial = True
                 self._note(PARTIAL)
             self._inner.write(rest)
