@@ -105,9 +105,9 @@ def test_flags_that_contradict_each_other() -> None:
 
 def test_the_configuration_names_devices_too(tmp_path: Path) -> None:
     file = tmp_path / "two.toml"
-    file.write_text(
-        'authorized_ids = ["k"]\n[moshi_stt]\ndevices = "cpu:0,cpu:1"\n[modules.asr]\ntype = "Embedded"\npath = "/x"\n'
-    )
+    server = 'static_dir = "s"\nlog_dir = "l"\ninstance_name = "i"\nauthorized_ids = ["k"]\n'
+    ours = '[moshi_stt]\ndevices = "cpu:0,cpu:1"\n[modules.asr]\ntype = "Embedded"\npath = "/x"\n'
+    file.write_text(server + ours)
     config = load_config(str(file)).config
     assert [each.name for each in worker.devices_of(arguments(), config)] == ["cpu:0", "cpu:1"]
     assert [each.name for each in worker.devices_of(arguments("--devices", "cpu:3"), config)] == ["cpu:3"]
