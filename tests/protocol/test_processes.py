@@ -91,7 +91,9 @@ async def test_a_process_that_hangs_is_replaced(monkeypatch: pytest.MonkeyPatch)
             await counts(running)
         assert asked.count("Count") <= 1  # it is not asked again before it has answered
         assert not first.counted.is_set()
-        first.asked_at -= 1_000  # as if that was long ago; the others have their time
+        await until(lambda: first.pinged_at is not None, "a ping")
+        assert first.pinged_at is not None
+        first.pinged_at -= 1_000  # as if that was long ago; the others have their time
         assert (await client.rest())[1] == -1
         await until(lambda: first.process is not process and first.ready.is_set(), "the new process")
         await until(lambda: running.server.service.served[0].engine.used_slots == 0, "the slots")
