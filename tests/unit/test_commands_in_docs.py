@@ -57,11 +57,12 @@ NOT_RUN = {
     r" mic\b": "needs a microphone: tests/unit/test_mic.py",
     r"^ffmpeg|\| jq": "needs ffmpeg, jq and a network",
     r" (--config|--model) (stt|moshi-stt)| quantize stt| validate my": "needs Kyutai's weights",
+    r" --ray\b": "needs Ray, and for the others a cluster: .ci/full ray",
     r" worker\b| wyoming\b": "serves until it is stopped: tests/protocol/test_worker.py",
     r"^uv run": "fetches packages: tests/protocol/test_live_clients.py runs the program",
     r"/v1/audio|/v1/listen": "the recipes of that page have a test of their own",
     r"benchmarks/": "a benchmark",
-    r"^(sudo|brew|pip|git|docker|systemctl) ": "changes the machine, or needs a network",
+    r"^(sudo|brew|pip|git|docker|systemctl|loginctl|launchctl) ": "changes the machine, or needs a network",
 }
 
 PYTHON_RUN_BY = {
@@ -83,14 +84,15 @@ def blocks(path: Path) -> Iterator[tuple[str, str]]:
 
 
 def commands() -> list[Command]:
-    """Each line of a shell block whose first word is a program, without its comment."""
+    """Each line of a block marked `sh`, and of other blocks those whose first word is a program; without comments."""
     found = []
     for path in PAGES:
         for language, text in blocks(path):
             for line in text.replace("\\\n", " ").splitlines() if language in SHELL else ():
                 bare = re.sub(r"\s+#\s.*", "", line).strip().removeprefix("$ ")
                 first = bare.split(" ")[0].removeprefix(".venv/bin/")
-                if first in PROGRAMS or first.startswith("scripts/") or bare.startswith(".venv/bin/"):
+                known = first in PROGRAMS or first.startswith("scripts/") or bare.startswith(".venv/bin/")
+                if known or (language in ("sh", "bash") and bare and not bare.startswith("#")):
                     found.append(Command(path.relative_to(ROOT).as_posix(), bare))
     return found
 
@@ -113,6 +115,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         path = made / name
         path.parent.mkdir(exist_ok=True)
         path.write_bytes(encode(pcm, SAMPLE_RATE))  # WAV: the content decides, not the ending
+    (made / "scripts").symlink_to(ROOT / "scripts")
+    for name in (".config/systemd/user", "Library/LaunchAgents"):  # of the home folder, which this is, too
+        (made / name).mkdir(parents=True)
     binaries = made / ".venv" / "bin"
     binaries.mkdir(parents=True)
     for name in ("moshi-stt", "moshi-server"):
@@ -129,7 +134,9 @@ def test_there_are_commands() -> None:
 
 
 @pytest.mark.parametrize("command", RUN, ids=lambda command: command.text[:70])
-async def test_a_command_runs_as_printed(command: Command, folder: Path) -> None:
+async def test_a_command_runs_as_printed(command: Command, folder: Path, tmp_path: Path) -> None:
+    """Each in a copy of its own: no two commands find each other's results."""
+    folder = shutil.copytree(folder, tmp_path / "docs", symlinks=True)
     if command.text.startswith("curl") and shutil.which("curl") is None:
         pytest.skip("curl is not installed")
     async with serving(ScriptedEngine(counting(5))) as running:
@@ -137,7 +144,7 @@ async def test_a_command_runs_as_printed(command: Command, folder: Path) -> None
         done: list[subprocess.CompletedProcess[str]] = []
 
         def run() -> None:
-            env = os.environ | {"PATH": f"{folder}/.venv/bin:{os.environ['PATH']}"}
+            env = os.environ | {"PATH": f"{folder}/.venv/bin:{os.environ['PATH']}", "HOME": str(folder)}
             done.append(
                 subprocess.run(
                     ["bash", "-euc", text], cwd=folder, env=env, capture_output=True, text=True, timeout=240, check=False

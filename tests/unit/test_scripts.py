@@ -479,7 +479,16 @@ def test_the_service_files_run_a_command_that_there_is() -> None:
     unit = configparser.ConfigParser(strict=False)
     unit.optionxform = str  # type: ignore[assignment,method-assign]
     unit.read(folder / "moshi-stt.service")
-    for command in (plist["ProgramArguments"], unit["Service"]["ExecStart"].split()):
+    own_unit = configparser.ConfigParser(strict=False)
+    own_unit.optionxform = str  # type: ignore[assignment,method-assign]
+    own_unit.read(folder / "moshi-stt-user.service")
+    assert own_unit["Service"]["Restart"] == "on-failure"
+    assert int(own_unit["Service"]["TimeoutStopSec"]) >= 60
+    for command in (
+        plist["ProgramArguments"],
+        unit["Service"]["ExecStart"].split(),
+        own_unit["Service"]["ExecStart"].split(),
+    ):
         program, subcommand, *flags = command
         assert program.endswith("/.venv/bin/moshi-stt")
         assert subcommand == "worker"
