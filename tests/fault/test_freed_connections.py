@@ -5,9 +5,14 @@ The cycle collector is off: a server runs it rarely, and a client could fill the
 
 import asyncio
 import gc
+import json
 import logging
+import os
+import signal
+import socket
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from pathlib import Path
 
 import aiohttp
 import numpy as np
@@ -16,6 +21,7 @@ from tests.support.callers import ALL_DOORS, CALLERS, Caller
 from tests.support.engines import BatchKind, Kind, SegmentKind, speech
 from tests.support.media import encode
 from tests.support.serving import KEY, Running, serving, until
+from tests.support.socket_processes import served
 
 from moshi_stt.audio.framer import Framer
 from moshi_stt.audio.opus import OpusStream
@@ -40,6 +46,8 @@ PARTS = (
 )
 CONNECTIONS = 20
 """Of each way to end."""
+IN_PROCESSES = 200 if "MOSHI_STT_FULL" in os.environ else 40
+"""The same, in socket processes."""
 AT_EACH_DOOR = 3
 """The same, at the doors that are not the native one."""
 
@@ -183,3 +191,66 @@ async def test_ended_uploads_leave_nothing(running: Running, way: Callable[[Runn
         await way(running)
     await until(lambda: not running.server.service.uploads, "the uploads")
     await assert_freed(running, before)
+
+
+# ---- socket processes ----------------------------------------------------------------------------------------------------
+
+LOOK_INSIDE = """
+import collections, gc, json, os, signal
+
+def tell(*_):
+    gc.disable()
+    kinds = map(type, gc.get_objects())
+    counts = collections.Counter(kind.__name__ for kind in kinds if str(kind.__module__).startswith("moshi_stt."))
+    path = os.path.join({folder!r}, str(os.getpid()))
+    with open(path + ".new", "w") as file:
+        json.dump(counts, file)
+    os.rename(path + ".new", path)
+
+signal.signal(signal.SIGUSR1, tell)
+"""
+"""A `sitecustomize` module: the process says at a signal which of the package's objects are in its memory."""
+
+
+async def parts_inside(processes: list[int], folder: Path) -> Counter[str]:
+    found: Counter[str] = Counter()
+    for pid in processes:
+        said = folder / str(pid)
+        said.unlink(missing_ok=True)
+        os.kill(pid, signal.SIGUSR1)
+        await until(said.exists, "its answer")
+        found += Counter(json.loads(said.read_text()))
+    return found
+
+
+@pytest.mark.skipif(not hasattr(socket, "send_fds"), reason="this system cannot hand sockets over")
+@pytest.mark.timeout(1_800)
+async def test_ended_connections_leave_nothing_in_socket_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of any class of the package, whatever it is."""
+    (tmp_path / "sitecustomize.py").write_text(LOOK_INSIDE.format(folder=str(tmp_path)))
+    monkeypatch.syspath_prepend(tmp_path)
+    async with served(monkeypatch, streams=4) as (running, pool, _):
+        processes = [worker.process.pid for worker in pool._workers if worker.process is not None]
+        native = CALLERS["native"]
+
+        async def come_and_go(way: Way, times: int) -> None:
+            for _ in range(times):
+                await way(running, native)
+                await until(lambda: running.server.service.served[0].engine.used_slots < 3, "a slot")
+            await until(lambda: running.server.service.served[0].engine.used_slots == 0, "every slot")
+
+        for way in (finish, close, cut, garbage, flood, mark):
+            await come_and_go(way, 4)  # what is made once is there
+        async with await native.connect(running.port):
+            await until(lambda: running.server.service.served[0].engine.used_slots == 1, "a stream")
+            assert (await parts_inside(processes, tmp_path))["Connection"] == 1, "what is there is seen"
+        await until(lambda: running.server.service.served[0].engine.used_slots == 0, "no stream")
+        before = await parts_inside(processes, tmp_path)
+        for way in (finish, close, cut, garbage, flood, mark):
+            await come_and_go(way, IN_PROCESSES)
+            left: Counter[str] = Counter()
+            for _ in range(100):
+                left = await parts_inside(processes, tmp_path) - before
+                if not left:
+                    break
+            assert not left, f"left in memory after {way.__name__}"

@@ -3,7 +3,10 @@
 import asyncio
 import contextlib
 import gzip
+import logging
 import socket
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,6 +18,7 @@ from tests.support.raw_ws import BINARY, HANDSHAKE, NotUpgraded, RawClient, fram
 from tests.support.serving import DEADLINE, KEY, raw_request, until
 
 from moshi_stt import protocol
+from moshi_stt.cli.logs import DailyFileHandler
 from moshi_stt.constants import DEFAULT_PATH, SAMPLE_RATE
 from moshi_stt.server import app, upload
 
@@ -196,6 +200,28 @@ async def test_thousands_of_connections(kind: Kind) -> None:
 
         await asyncio.gather(*(come_and_go() for _ in range(10)))
         await there.alone()
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+async def test_logs_on_a_full_disk_cost_no_stream(kind: Kind, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for day in (0, 1):  # the test may run past midnight
+        date = time.strftime("%Y-%m-%d", time.gmtime(time.time() + day * 86_400))
+        (tmp_path / f"log.test.{date}").symlink_to("/dev/full")
+    root = logging.getLogger()
+    handler = DailyFileHandler(tmp_path, "test")
+    root.addHandler(handler)
+    root.setLevel(logging.DEBUG)
+    try:
+        async with house(kind, NATIVE) as there:
+            for _ in range(5):
+                async with there.visitor(NATIVE) as (call, _):
+                    call.say(speech(NUMBERS))
+                    call.send(NATIVE.mark(1))
+                    assert await call.words_until_marked(1) == WORDS
+    finally:
+        root.removeHandler(handler)
+        handler.close()
+    assert "log lines are lost" in capsys.readouterr().err
 
 
 # ---- POST ----------------------------------------------------------------------------------------------------------------

@@ -61,7 +61,7 @@ class House:
         """A client next to the neighbour, and the server's side of it."""
         before = set(self.running.server.service.connections)
         async with await caller.connect(self.port, receive_buffer=receive_buffer) as call:
-            await until(lambda: len(self.running.server.service.connections) > len(before), "the connection")
+            await until(lambda: set(self.running.server.service.connections) - before, "the connection")
             (connection,) = set(self.running.server.service.connections) - before
             yield call, connection
 

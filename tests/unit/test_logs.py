@@ -127,6 +127,22 @@ def test_a_new_day_opens_a_new_file(tmp_path: Path) -> None:
     assert files["log.tts.1970-01-02"] == 2
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+def test_a_full_disk_is_said_once_and_again_after_it_had_room(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for day in (1, 3):
+        (tmp_path / f"log.tts.1970-01-0{day}").symlink_to("/dev/full")
+    handler = DailyFileHandler(tmp_path, "tts")
+    handler.setFormatter(LineFormatter())
+    said = []
+    for day in range(3):
+        for line in range(3):
+            handler.emit(record(f"line {line}", 86_400.0 * day + line))
+        said.append(capsys.readouterr().err)
+    handler.close()
+    assert said == [f"log lines are lost: {tmp_path}: No space left on device\n", "", said[0]]
+    assert (tmp_path / "log.tts.1970-01-02").read_text().count("\n") == 3
+
+
 def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match=r"cannot write a log file there: Not a directory\. Name a folder"):

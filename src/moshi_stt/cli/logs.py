@@ -10,6 +10,7 @@ import re
 import sys
 import time
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 
 from moshi_stt.constants import API_KEY_HEADER, API_KEY_QUERY, PUBLIC_KEY
@@ -96,6 +97,8 @@ class DailyFileHandler(logging.Handler):
         self._name = name
         self._date = ""
         self._file: io.TextIOWrapper | None = None
+        self._failed = False
+        """Whether the last line could not be written."""
         try:
             folder.mkdir(parents=True, exist_ok=True)
             self._open(time.time())
@@ -111,19 +114,26 @@ class DailyFileHandler(logging.Handler):
             assert self._file is not None
             self._file.write(self.format(record) + "\n")
             self._file.flush()
-        except Exception:  # a full disk must not end the server; logging prints what happened to stderr
+            self._failed = False
+        except OSError as error:  # a full disk must neither end the server nor fill another file with the same sentence
+            if not self._failed and sys.stderr is not None:
+                print(f"log lines are lost: {self._folder}: {error.strerror or error}", file=sys.stderr)
+            self._failed = True
+        except Exception:
             self.handleError(record)
 
     def close(self) -> None:
-        if self._file is not None:
-            self._file.close()
-            self._file = None
+        self._replace(None)
         super().close()
 
     def _open(self, now: float) -> None:
         date = time.strftime("%Y-%m-%d", time.gmtime(now))
         if date != self._date or self._file is None:
-            opened = (self._folder / f"log.{self._name}.{date}").open("a", encoding="utf-8")
-            if self._file is not None:
-                self._file.close()
-            self._file, self._date = opened, date
+            self._replace((self._folder / f"log.{self._name}.{date}").open("a", encoding="utf-8"))
+            self._date = date
+
+    def _replace(self, file: io.TextIOWrapper | None) -> None:
+        old, self._file = self._file, file
+        if old is not None:
+            with suppress(OSError):  # what a full disk did not take
+                old.close()
