@@ -1,5 +1,5 @@
 # shellcheck shell=bash disable=SC2034
-# Shared by the scripts beside this file: where things are, what is said, which Python. Sourced, never run.
+# Shared by the scripts in this folder: where things are, what is said, which Python. Sourced, never run.
 # Written for bash 3.2, which macOS has.
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)

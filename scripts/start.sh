@@ -11,7 +11,7 @@ Usage: scripts/start.sh [--model NAME] [--port N] [--addr IP] [--wait SECONDS] [
   --port N        at first 8080
   --addr IP       at first 127.0.0.1, this machine alone; 0.0.0.0 for every interface
   --wait SECONDS  how long loading may take; default 600
-  --take-over     where a server runs: load the new model beside it, test it, then take its place on its port; its streams may end
+  --take-over     where a server runs: load the new model next to it, test it, then take its place on its port; its streams may end
 
 Model, port, address and the flags after -- are remembered: the next start without them takes the same.
 TEXT

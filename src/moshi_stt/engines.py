@@ -136,7 +136,7 @@ def _kyutai(
     if module.engine.quantize != "none" and (device.startswith("cuda") or device == "mps"):
         raise ConfigError(
             f'[modules.{module.name}.moshi_stt] quantize = "{module.engine.quantize}" with device = "{device}": PyTorch runs '
-            'weights of fewer bits on the CPU alone; use "none", or device = "cpu"'
+            'quantized weights on the CPU alone; use "none", or device = "cpu"'
         )
     missing = missing_packages(FRAMEWORK_PACKAGES[framework])
     if missing:

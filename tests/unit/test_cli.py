@@ -143,7 +143,10 @@ def test_a_log_folder_that_cannot_be_written(tmp_path: Path) -> None:
     assert done.stderr.startswith(f"Error: log_dir = '{tmp_path}/file/logs': cannot write a log file there: Not a directory.")
 
 
-@pytest.mark.parametrize("words", [("worker",), ("transcribe", "a.wav"), ("mic",), ("selftest",), ("doctor",)])
+POSITIONAL = {"transcribe": ("a.wav",), "validate": ("a.toml",), "quantize": ("a", "b")}
+
+
+@pytest.mark.parametrize("words", [(command, *POSITIONAL.get(command, ())) for command in COMMANDS if command != "cluster"])
 def test_an_unknown_flag_shows_the_subcommands_own_usage(words: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as raised:
         main([*words, "--nope"])
@@ -153,7 +156,10 @@ def test_an_unknown_flag_shows_the_subcommands_own_usage(words: tuple[str, ...],
     assert said.endswith(f"moshi-stt {words[0]}: error: unrecognized arguments: --nope\n")
 
 
-@pytest.mark.parametrize(("command", "rest"), [("worker", []), ("transcribe", ["a.wav"]), ("mic", []), ("selftest", [])])
+@pytest.mark.parametrize(
+    ("command", "rest"),
+    [("worker", []), ("transcribe", ["a.wav"]), ("mic", []), ("selftest", []), ("wyoming", []), ("size", [])],
+)
 def test_model_means_what_config_means(command: str, rest: list[str]) -> None:
     module = importlib.import_module(f"moshi_stt.cli.{command}")
     parser = module.add_parser(argparse.ArgumentParser().add_subparsers())

@@ -139,7 +139,7 @@ def gpu() -> Iterator[Finding]:
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=30)
     if done.returncode:
         said = (done.stdout + done.stderr).strip()[:200]
-        yield Finding("note", "GPU", f"nvidia-smi fails: {said}", "install the NVIDIA driver anew")
+        yield Finding("note", "GPU", f"nvidia-smi fails: {said}", "install the NVIDIA driver again")
         return
     names = "; ".join(done.stdout.strip().splitlines())
     if version_of("torch") is None:

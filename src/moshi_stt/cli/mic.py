@@ -51,7 +51,7 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
         "--config", "--model", metavar="FILE", help="TOML file or name of a shipped one (see `moshi-stt configs`)"
     )
     parser.add_argument("--cpu", action="store_true", help="run the model on the CPU, whatever else is there")
-    parser.add_argument("--quantize", choices=["none", "int8", "int4"], help="weights of fewer bits (the configuration's)")
+    parser.add_argument("--quantize", choices=["none", "int8", "int4"], help="quantized weights (the configuration's)")
     parser.set_defaults(parser=parser)
     return parser
 

@@ -61,7 +61,7 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
         metavar="LIST",
         help="one model process on each: all (every NVIDIA GPU), cuda:0,cuda:1, or sets of cores: cpu:0-3,cpu:4-7",
     )
-    ours.add_argument("--quantize", choices=["none", "int8", "int4"], help="weights of fewer bits")
+    ours.add_argument("--quantize", choices=["none", "int8", "int4"], help="quantize the weights while loading")
     ours.add_argument("--batch-size", type=_batch_size, metavar="N", help="streams at once, of every module")
     ours.add_argument(
         "--socket-processes", type=_processes, metavar="N", help="further processes that carry WebSockets, or auto (default)"

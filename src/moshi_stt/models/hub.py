@@ -121,7 +121,7 @@ def parse_reference(text: str) -> HubFile | None:
     parts = name.split("/")
     if len(parts) < 3 or not all(parts) or ".." in parts:
         raise CheckpointError(
-            f'"{text}" is no name of a hub file: expected "hf://OWNER/REPOSITORY/FILE", or with "@REVISION" behind.'
+            f'"{text}" is no name of a hub file: expected "hf://OWNER/REPOSITORY/FILE", or that with "@REVISION" at its end.'
         )
     return HubFile("/".join(parts[:2]), "/".join(parts[2:]), revision or None)
 
