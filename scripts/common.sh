@@ -215,6 +215,9 @@ logged() {
   local status=0
   "$@" >"$run_dir/install.log" 2>&1 &
   local pid=$! shown=0 total
+  # A script's background processes do not hear Ctrl-C.
+  # shellcheck disable=SC2064  # this pid
+  trap "kill $pid 2>/dev/null || :; wait $pid 2>/dev/null || :; exit 130" INT TERM
   while :; do
     local alive=0
     kill -0 "$pid" 2>/dev/null && alive=1
@@ -229,6 +232,7 @@ logged() {
     sleep 1
   done
   wait "$pid" || status=$?
+  trap - INT TERM
   return "$status"
 }
 

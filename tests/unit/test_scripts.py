@@ -4,6 +4,7 @@ import contextlib
 import os
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -441,6 +442,27 @@ def test_pip_goes_on_where_uv_cannot_reach_the_index(checkout: Path, bare_path: 
     assert done.returncode == 0, done.stderr
     assert done.stdout == "uv cannot reach the package index; trying pip.\n"
     assert re.search(r"^-m pip install .* something$", (checkout / "asked").read_text(), re.M)
+
+
+def test_ctrl_c_ends_pip_too(checkout: Path, bare_path: Path, tmp_path: Path) -> None:
+    """A background process of a script ignores SIGINT: the installation used to go on by itself."""
+    (checkout / ".venv" / "bin").mkdir(parents=True)
+    (checkout / "run").mkdir()
+    told = tmp_path / "told"
+    os.mkfifo(told)
+    program(checkout / ".venv" / "bin", "python", f"echo $$ > {told}; exec sleep 600")
+    code = f". '{checkout}/scripts/common.sh'; pip_install '{checkout}/.venv' something; echo went on"
+    env = {"PATH": str(bare_path), "HOME": str(checkout), "MOSHI_STT_UV": "0"}
+    script = subprocess.Popen(["bash", "-euc", code], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env)
+    try:
+        pid = int(told.read_text())
+        script.send_signal(signal.SIGINT)
+        output, _ = script.communicate(timeout=60)
+    finally:
+        script.kill()
+    assert (script.returncode, output) == (130, "")
+    with pytest.raises(ProcessLookupError):
+        os.kill(pid, 0)
 
 
 @pytest.mark.parametrize("extras", ["microphone", "mic,nothing"])
