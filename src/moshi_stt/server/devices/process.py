@@ -10,6 +10,7 @@ import logging
 import socket
 from collections import defaultdict
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, cast
 
@@ -41,6 +42,7 @@ class DeviceProcess(ChildProcess):
         self._loop = asyncio.get_running_loop()
         self._server: Server | None = None
         self._boundaries: Boundaries | None = None
+        self._http: Path | None = None
         self._transports: dict[int, NotedTransport] = {}
         """By id, of the sockets that this process carries itself."""
         self._coming: dict[str, dict[int, int]] = defaultdict(dict)
@@ -57,6 +59,7 @@ class DeviceProcess(ChildProcess):
     async def _set_up(self, order: messages.SetUp, descriptors: list[int]) -> None:
         log_to(self.channel, order.log_level, order.prefix)
         self._boundaries = Boundaries(descriptors[0])
+        self._http = Path(order.http)
         if order.sharers > 1:
             limit_cores(max(1, usable_cores() // order.sharers))
         try:
@@ -106,6 +109,11 @@ class DeviceProcess(ChildProcess):
         if self._server is not None:
             sentence = "the server's first process has ended: start a new stream"
             await self._service.close_connections(sentence, framing.INTERNAL, DESERTED_SECONDS)
+        if self._http is not None:  # nobody else tidies up
+            with suppress(OSError):
+                self._http.unlink()
+            with suppress(OSError):
+                self._http.parent.rmdir()
 
     async def close(self) -> None:
         if self._server is not None:
