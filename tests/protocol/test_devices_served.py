@@ -2,8 +2,12 @@
 
 import asyncio
 import os
+import re
 import signal
 import socket
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import aiohttp
@@ -12,10 +16,12 @@ import pytest
 from tests.support.batch import noise
 from tests.support.client_flows import FLOWS, Transcript
 from tests.support.device_processes import (
+    DEVICES,
     NAMES,
     STREAMS,
     clients,
     kill,
+    levels,
     levels_with_a_worker,
     no_model,
     on_devices,
@@ -24,15 +30,16 @@ from tests.support.device_processes import (
 )
 from tests.support.door_clients import LIVE, Sound
 from tests.support.media import encode
-from tests.support.raw_ws import RawClient, frame
-from tests.support.serving import KEY, Running, raw_request, until
+from tests.support.raw_ws import NotUpgraded, RawClient, frame
+from tests.support.serving import KEY, Running, raw_request, server_config, until
 from tests.support.socket_processes import counts
 
 from moshi_stt import protocol
 from moshi_stt.constants import API_KEY_HEADER, DEFAULT_PATH, SAMPLE_RATE
 from moshi_stt.errors import CheckpointError
+from moshi_stt.server.app import Server
 from moshi_stt.server.devices.farewell import LONGEST_CLOSE, ends_with_close
-from moshi_stt.server.devices.pool import DIED
+from moshi_stt.server.devices.pool import DIED, DevicePool
 from moshi_stt.server.resume import REFUSED
 from moshi_stt.server.workers import supervisor
 
@@ -136,6 +143,40 @@ async def test_a_device_that_declines_gives_the_socket_to_the_other(monkeypatch:
             assert await refused.receive_event() == {"type": "Error", "message": "no free channels"}
             assert (await refused.rest())[1] == 1013
         await leave(client, *some)
+
+
+async def test_clients_that_come_while_the_models_load() -> None:
+    """They wait for a slot, and what they have sent is not lost."""
+    config = server_config()
+    pool = DevicePool(config, DEVICES, levels)
+    server = Server(config, dict(pool.engines), "127.0.0.1", 0, devices=pool)
+    starting = asyncio.create_task(server.start())
+    try:
+        await until(lambda: server.port, "the port")
+        async with await RawClient.connect(server.port, early=frame(2, protocol.encode_audio(noise(1)))) as client:
+            client.audio(noise(1))
+            assert [(await client.receive_event())["type"] for _ in range(3)] == ["Ready", "Step", "Step"]
+        await starting
+        ready = await raw_request(server.port, b"GET /ready HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+        assert ready.status == 200
+    finally:
+        starting.cancel()
+        await asyncio.gather(starting, return_exceptions=True)
+        await server.stop()
+
+
+async def test_limits_of_an_address_are_kept() -> None:
+    """A connection counts as long as its device has it."""
+    async with on_devices(connections_per_address=1) as (running, pool):
+        first, _ = await ready_client(running)
+        with pytest.raises(NotUpgraded, match=r"429"):
+            await RawClient.connect(running.port)
+        first.close()
+        await first.rest()
+        await leave(first)
+        await until(lambda: clients(pool) == [0, 0], "its end")
+        second, _ = await ready_client(running)
+        await leave(second)
 
 
 # ---- files -----------------------------------------------------------------------------------------------------------------
@@ -447,3 +488,43 @@ async def passes(module: object, engine: object) -> None:
 async def fails(module: object, engine: object) -> None:
     """Another one."""
     raise CheckpointError("the model says nothing")
+
+
+# ---- the command -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system does not let a process choose its cores")
+@pytest.mark.parametrize("ending", ["SIGKILL", "SIGTERM"])
+async def test_the_end_of_the_first_process(ending: str, tmp_path: Path) -> None:
+    """However it ends, its clients are told, and its model processes end with it and leave nothing."""
+    cores = sorted(os.sched_getaffinity(0))[:2]
+    if len(cores) < 2:
+        pytest.skip("this process may use one core alone")
+    pid_file, log = tmp_path / "pid", tmp_path / "log"
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "moshi_stt", "worker", "--addr", "127.0.0.1", "--port", str(port), "--batch-size", "1"]
+    command += ["--devices", ",".join(f"cpu:{core}" for core in cores), "--pid-file", str(pid_file)]
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    with log.open("wb") as out:
+        first = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=environment)
+    try:
+        await until(lambda: pid_file.exists() or first.poll() is not None, "its start")
+        processes = [int(found) for found in re.findall(r"serves: process (\d+)", log.read_text())]
+        assert len(processes) == 2, log.read_text()
+        assert {frozenset(os.sched_getaffinity(each)) for each in processes} == {frozenset({core}) for core in cores}
+        some = [await RawClient.connect(port) for _ in range(2)]
+        for client in some:
+            assert (await client.receive_event())["type"] == "Ready"
+        first.send_signal(signal.Signals[ending])
+        for client in some:
+            events, code = await client.rest()
+            assert (events[-1]["type"], code) == ("Error", 1011 if ending == "SIGKILL" else 1001)
+            await client.__aexit__()
+        assert await asyncio.to_thread(first.wait, 60) == (-signal.SIGKILL if ending == "SIGKILL" else 0)
+        await until(lambda: not any(Path(f"/proc/{each}").exists() for each in processes), "the end of the others")
+        assert not list(tmp_path.glob("moshi-stt-*"))
+    finally:
+        first.kill()
+        first.wait()

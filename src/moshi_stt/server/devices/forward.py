@@ -6,7 +6,6 @@ from collections.abc import AsyncIterator
 
 import aiohttp
 from aiohttp import web
-from multidict import CIMultiDict
 from yarl import URL
 
 from moshi_stt.server.doors.door import Handshake
@@ -35,11 +34,9 @@ async def forward(request: web.Request, handshake: Handshake, session: aiohttp.C
 
     Raises Fault where the process dies before it answers. Where it dies later, the connection is cut amid the body.
     """
-    headers = CIMultiDict(
-        (name, value) for name, value in request.headers.items() if name.lower() not in _HOP and name.lower() not in _OURS
-    )
-    headers["X-Real-IP"] = handshake.address
-    headers["X-Request-ID"] = handshake.peer.rpartition(" ")[2]
+    known_as = handshake.peer.rpartition(" ")[2]
+    headers = [("X-Real-IP", handshake.address), ("X-Request-ID", known_as)]
+    headers += [(name, value) for name, value in request.headers.items() if name.lower() not in _HOP | _OURS]
     body = _Body(request)
     timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_SECONDS)
     url = URL(f"http://localhost{request.raw_path}", encoded=True)
@@ -52,8 +49,8 @@ async def forward(request: web.Request, handshake: Handshake, session: aiohttp.C
             for name, value in answer.headers.items():
                 if name.lower() not in _HOP and name != "X-Request-ID":
                     response.headers.add(name, value)
-            if request.headers.get("X-Request-ID", "") == headers["X-Request-ID"]:
-                response.headers["X-Request-ID"] = headers["X-Request-ID"]
+            if request.headers.get("X-Request-ID", "") == known_as:
+                response.headers["X-Request-ID"] = known_as
             await response.prepare(request)
             async for piece in answer.content.iter_any():
                 await response.write(piece)
