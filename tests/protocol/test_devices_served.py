@@ -507,8 +507,7 @@ async def test_the_end_of_the_first_process(ending: str, tmp_path: Path) -> None
     command = [sys.executable, "-m", "moshi_stt", "worker", "--addr", "127.0.0.1", "--port", str(port), "--batch-size", "1"]
     command += ["--devices", ",".join(f"cpu:{core}" for core in cores), "--pid-file", str(pid_file)]
     environment = {**os.environ, "TMPDIR": str(tmp_path)}
-    with log.open("wb") as out:
-        first = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=environment)
+    first = started(command, log, environment)
     try:
         await until(lambda: pid_file.exists() or first.poll() is not None, "its start")
         processes = [int(found) for found in re.findall(r"serves: process (\d+)", log.read_text())]
@@ -524,7 +523,17 @@ async def test_the_end_of_the_first_process(ending: str, tmp_path: Path) -> None
             await client.__aexit__()
         assert await asyncio.to_thread(first.wait, 60) == (-signal.SIGKILL if ending == "SIGKILL" else 0)
         await until(lambda: not any(Path(f"/proc/{each}").exists() for each in processes), "the end of the others")
-        assert not list(tmp_path.glob("moshi-stt-*"))
+        assert left(tmp_path) == []
     finally:
         first.kill()
         first.wait()
+
+
+def started(command: list[str], log: Path, environment: dict[str, str]) -> "subprocess.Popen[bytes]":
+    with log.open("wb") as out:
+        return subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=environment)
+
+
+def left(folder: Path) -> list[str]:
+    """What processes of a server have left in the folder for temporary files."""
+    return [path.name for path in folder.glob("moshi-stt-*")]
