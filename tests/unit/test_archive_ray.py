@@ -7,6 +7,7 @@ import argparse
 import asyncio
 import contextlib
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -139,6 +140,22 @@ def test_results_of_a_run_that_was_killed_before_its_first_line_keep_their_names
     actors.after = 10**6
     main(["transcribe", "--ray", str(folder), "-o", str(out)])
     assert {path for path in out.rglob("*") if path.is_file()} == before
+
+
+def test_progress_is_told_in_hours_an_hour(
+    readers: list[Reader],
+    actors: _Actors,
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(archive_ray, "LINE_SECONDS", 0.0)
+    main(["transcribe", "--ray", str(folder), "-o", str(tmp_path / "out")])
+    told = re.findall(r"^(\d+) of 7 recordings, [0-9.]+ h of audio, \d+ h an hour$", capsys.readouterr().err, re.M)
+    assert told == [str(number) for number in range(1, 8)]
+    main(["transcribe", "--ray", "--quiet", "--overwrite", str(folder), "-o", str(tmp_path / "out")])
+    assert "an hour" not in capsys.readouterr().err
 
 
 def test_what_ends_its_actor_every_time_has_failed(

@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from moshi_stt.cluster.archive import Pool
 
 CPUS_PER_ACTOR, CPUS_PER_ACTOR_ON_GPU = 2.0, 1.0
+LINE_SECONDS = 60.0
+"""From one line on progress to the next, where standard error is no terminal."""
+
 _BROKEN = 70
 
 
@@ -69,11 +72,16 @@ class _RayArchive(Archive):
                 bar = self.progress_bar()
                 stack.callback(bar.close)
                 begun = time.monotonic()
+                next_line = begun + LINE_SECONDS
                 for number, result in run(functools.partial(recordings, _settings(self.args)), jobs, pool):
                     self._take(items[number], result, warnings, bar)
-                    hours = self._seconds / 3_600
-                    bar.set_postfix_str(f"{hours:.2f} h of audio, {3_600 * hours / (time.monotonic() - begun):.0f} h an hour")
+                    now = time.monotonic()
+                    rate = f"{self._seconds / 3_600:.2f} h of audio, {self._seconds / max(1e-3, now - begun):.0f} h an hour"
+                    bar.set_postfix_str(rate)
                     bar.update(1)
+                    if now >= next_line and not sys.stderr.isatty() and not self.args.quiet:
+                        next_line = now + LINE_SECONDS
+                        print(f"{self._done + self.failed} of {len(self.items)} recordings, {rate}", file=sys.stderr)
                 self._wall = time.monotonic() - begun
             for warning in sorted(warnings):
                 print(f"Warning: {warning}", file=sys.stderr)
