@@ -1,4 +1,7 @@
-"""A cluster of two replicas under load, while one part after the other is killed: who notices, and how long it takes."""
+"""A cluster under load, while one part after the other is killed: who notices, and how long it takes.
+
+Two replicas of the embedded model with six streams, and three of a small model of Kyutai's architecture with 24.
+"""
 
 import asyncio
 import json
@@ -6,7 +9,7 @@ import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -25,32 +28,49 @@ from moshi_stt.data import SAMPLE, data_file
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1_800)]
 
-STREAMS = 6
 DRAIN_SECONDS = 200.0
 """Above the longest stream, also where the machine is busy."""
 ROOT = Path(__file__).parents[2]
 
 
+class Setting(NamedTuple):
+    config: str
+    replicas: int
+    streams: int
+
+
+@pytest.fixture(
+    scope="module", params=[Setting("embedded", 2, 6), Setting("phrases", 3, 24)], ids=lambda setting: setting.config
+)
+def setting(request: pytest.FixtureRequest) -> Setting:
+    chosen: Setting = request.param
+    if chosen.config != "embedded":
+        pytest.importorskip("torch", reason="PyTorch is not installed")
+    return chosen
+
+
 @pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    text = shipped_text("embedded").replace("[modules.asr]", f"[moshi_stt]\ndrain_seconds = {DRAIN_SECONDS}\n\n[modules.asr]")
-    config = tmp_path_factory.mktemp("cluster") / "embedded.toml"
+def cluster(setting: Setting, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    text = shipped_text(setting.config).replace(
+        "[modules.asr]", f"[moshi_stt]\ndrain_seconds = {DRAIN_SECONDS}\n\n[modules.asr]"
+    )
+    config = tmp_path_factory.mktemp("cluster") / "served.toml"
     config.write_text(text)
-    made = Cluster(str(config), "--worker-flags", "--batch-size 6")
+    made = Cluster(str(config), "--worker-flags", f"--batch-size {setting.streams}")
     try:
-        made.up("--replicas", "2")
+        made.up("--replicas", str(setting.replicas))
         yield made
     finally:
         made.down()
 
 
 @pytest.fixture(scope="module")
-def recordings() -> list[NDArray[np.float32]]:
+def recordings(setting: Setting) -> list[NDArray[np.float32]]:
     """Real speech of some 20 s, each stream's another one."""
     sample, cities = read_file(data_file(SAMPLE)), read_file(ROOT / "tests" / "data" / "two_cities.flac")
     pause = np.zeros(24_000, np.float32)
     whole = np.concatenate([sample, pause, cities, pause, sample])
-    return [whole[start * 12_000 :][: 20 * 24_000] for start in range(STREAMS)]
+    return [whole[start * 6_000 :][: 20 * 24_000] for start in range(setting.streams)]
 
 
 @pytest.fixture(scope="module")
@@ -64,14 +84,14 @@ def expected(cluster: Cluster, recordings: list[NDArray[np.float32]]) -> list[li
 
 
 async def callers(cluster: Cluster, recordings: list[NDArray[np.float32]]) -> list[Caller]:
-    """Streams on both replicas, as many on each, some seconds after their start."""
-    await cluster.until("two replicas ready and free", lambda state: all_ready(2)(state) and used(state) == 0)
+    """Streams on all replicas, as many on each, some seconds after their start."""
+    await cluster.until("all replicas ready and free", lambda state: all_ready(cluster.replicas)(state) and used(state) == 0)
     made = []
     for pcm in recordings:
         made.append(Caller(cluster.url, pcm))
         await made[-1].greeted.wait()  # or HAProxy would not know yet that this replica has one more
     await asyncio.sleep(3.0)  # so that each is in the middle of its recording
-    assert {caller.outcome.replica for caller in made} == {"r0", "r1"}
+    assert {caller.outcome.replica for caller in made} == {f"r{number}" for number in range(cluster.replicas)}
     return made
 
 
@@ -98,7 +118,7 @@ async def test_kill_the_worker_of_a_replica(
     before = await cluster.reports()
     kill(before["r0"].pid)
     seconds = await cluster.until(
-        "another worker", lambda state: all_ready(2)(state) and state.fleet.reports[0].pid != before["r0"].pid
+        "another worker", lambda state: all_ready(cluster.replicas)(state) and state.fleet.reports[0].pid != before["r0"].pid
     )
     told("a killed worker: its replica is ready again after", seconds)
     lost = 0
@@ -109,7 +129,7 @@ async def test_kill_the_worker_of_a_replica(
             assert "start a new one" in outcome.error or "was lost" in outcome.error, outcome.error
         else:
             assert (outcome.error, outcome.events) == ("", events)
-    assert 0 < lost < STREAMS
+    assert 0 < lost < len(made)
     await cluster.until("every slot free", lambda state: used(state) == 0)
 
 
@@ -121,7 +141,7 @@ async def test_kill_the_actor_of_a_replica(
     kill(before["r0"].actor_pid)
     seconds = await cluster.until(
         "another actor",
-        lambda state: all_ready(2)(state) and state.fleet.reports[0].actor_pid != before["r0"].actor_pid,
+        lambda state: all_ready(cluster.replicas)(state) and state.fleet.reports[0].actor_pid != before["r0"].actor_pid,
     )
     told("a killed actor: answers again after", seconds)
     assert (await cluster.reports())["r0"].pid == before["r0"].pid, "the worker outlives its actor"
@@ -157,7 +177,8 @@ async def test_kill_the_controller(cluster: Cluster, recordings: list[NDArray[np
     assert fleet is not None
     kill(fleet.controller_pid)
     seconds = await cluster.until(
-        "another controller", lambda state: all_ready(2)(state) and state.fleet.controller_pid != fleet.controller_pid
+        "another controller",
+        lambda state: all_ready(cluster.replicas)(state) and state.fleet.controller_pid != fleet.controller_pid,
     )
     told("a killed controller: another one answers after", seconds)
     after = await cluster.reports()
@@ -177,7 +198,8 @@ async def test_kill_ray(cluster: Cluster, recordings: list[NDArray[np.float32]],
     seconds = await cluster.until(
         "another Ray",
         lambda state: (
-            all_ready(2)(state) and {r.actor_pid for r in state.fleet.reports}.isdisjoint(r.actor_pid for r in before.values())
+            all_ready(cluster.replicas)(state)
+            and {r.actor_pid for r in state.fleet.reports}.isdisjoint(r.actor_pid for r in before.values())
         ),
     )
     told("Ray killed: the cluster is watched again after", seconds)
@@ -190,7 +212,7 @@ async def test_a_rolling_restart_under_load(
     cluster: Cluster, recordings: list[NDArray[np.float32]], expected: list[list[Any]]
 ) -> None:
     """No connection is refused, no stream is cut, every transcript is that of a single server."""
-    await cluster.until("two replicas ready", all_ready(2))
+    await cluster.until("all replicas ready", all_ready(cluster.replicas))
     before = await cluster.reports()
     restarting = await asyncio.create_subprocess_exec(
         *cluster.command("restart"), stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT
@@ -222,7 +244,7 @@ def test_down_leaves_nothing(cluster: Cluster) -> None:
     assert own is not None
     records = [json.loads(path.read_text()) for path in (cluster.paths.front, cluster.paths.haproxy)]
     records += [json.loads(path.read_text()) for path in cluster.folder.glob("r[0-9]*.json")]
-    assert len(records) == 4
+    assert len(records) == 2 + cluster.replicas
     running = [Running(record["pid"], record["started"]) for record in records]
     running += [Running(pid, started) for pid, started in _with_descendants(own.folder).items()]
     assert all(process.is_alive(each.pid, each.started) for each in running)

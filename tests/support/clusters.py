@@ -47,12 +47,15 @@ class Cluster:
         self.port = free_port()
         self.config, self.flags = config, flags
         self.path = "/api/asr-streaming"
+        self.replicas = 0
 
     @property
     def url(self) -> str:
         return f"ws://127.0.0.1:{self.port}{self.path}"
 
     def up(self, *counts: str) -> str:
+        """Start it, with `--replicas N` or the like."""
+        self.replicas = int(counts[1])
         return self.run("up", self.config, "--port", str(self.port), *self.flags, *counts)
 
     def run(self, deed: str, *arguments: str) -> str:

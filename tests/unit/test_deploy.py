@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from moshi_stt.cli.cluster import add_parser as add_cluster_parser
 from moshi_stt.cli.worker import add_parser
 from moshi_stt.engine.engine import Engine
 from moshi_stt.server.metrics import Metrics
@@ -113,3 +114,27 @@ def test_the_compose_file_builds_this_image() -> None:
     assert (DEPLOY / service["build"]["context"] / service["build"]["dockerfile"]).resolve() == DEPLOY / "Containerfile"
     assert service["ports"] == ["127.0.0.1:8080:8080"]
     assert f"VOLUME {service['volumes'][0].partition(':')[2]}\n" in CONTAINERFILE
+
+
+def test_the_kuberay_manifest_runs_commands_that_there_are() -> None:
+    """Its schema is KubeRay's own; that of our part is checked here."""
+    yaml = pytest.importorskip("yaml", reason="PyYAML is not installed")
+    ray_cluster, service = yaml.safe_load_all((DEPLOY / "kuberay.yaml").read_text())
+    pod = ray_cluster["spec"]["headGroupSpec"]["template"]["spec"]
+    (head,) = pod["containers"]
+    script = head["lifecycle"]["postStart"]["exec"]["command"][-1]
+    (up,) = re.findall(r"moshi-stt (cluster up [^)]+)\)", script)
+    parser = argparse.ArgumentParser()
+    add_cluster_parser(parser.add_subparsers())
+    started = parser.parse_args(shlex.split(up))
+    ended = parser.parse_args(head["lifecycle"]["preStop"]["exec"]["command"][1:])
+    assert started.address == ended.address
+    ports = {port["name"]: port["containerPort"] for port in head["ports"]}
+    assert (started.addr, started.port) == ("0.0.0.0", ports[service["spec"]["ports"][0]["targetPort"]])
+    (worker,) = ray_cluster["spec"]["workerGroupSpecs"]
+    (container,) = worker["template"]["spec"]["containers"]
+    assert container["resources"]["limits"]["nvidia.com/gpu"] == started.gpus_per_replica
+    assert worker["maxReplicas"] == started.max
+    mounted = {mount["mountPath"] for each in (head, container) for mount in each["volumeMounts"]}
+    assert mounted == {str(Path(started.config).parent)}
+    assert service["spec"]["selector"] == {"ray.io/cluster": ray_cluster["metadata"]["name"], "ray.io/node-type": "head"}
