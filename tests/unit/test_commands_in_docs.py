@@ -58,6 +58,7 @@ NOT_RUN = {
     r"^ffmpeg|\| jq": "needs ffmpeg, jq and a network",
     r" (--config|--model) (stt|moshi-stt)| quantize stt| validate my": "needs Kyutai's weights",
     r" --ray\b": "needs Ray, and for the others a cluster: .ci/full ray",
+    r" cluster (up|status|scale|restart|down)\b": "starts Ray and HAProxy: tests/cluster",
     r" worker\b| wyoming\b": "serves until it is stopped: tests/protocol/test_worker.py",
     r"^uv run": "fetches packages: tests/protocol/test_live_clients.py runs the program",
     r"/v1/audio|/v1/listen": "the recipes of that page have a test of their own",

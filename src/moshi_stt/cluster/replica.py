@@ -172,6 +172,8 @@ class Replica:
             command += ["--wyoming", f"tcp://{f'[{host}]' if ':' in host else host}:{wyoming_port}"]
         if not self._is_next_to_haproxy:
             command += ["--trusted-proxy", spec.proxy]
+        if spec.gpus > 1 and "--devices" not in spec.worker_flags:
+            command += ["--devices", "all"]
         return [*command, *spec.worker_flags]
 
     def _environment(self) -> dict[str, str]:
