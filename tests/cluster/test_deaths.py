@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 pytest.importorskip("ray", reason="Ray is not installed: the extra `ray`")
 
-from tests.support.clusters import Caller, Cluster, all_ready, alone, kill
+from tests.support.clusters import DEADLINE, Caller, Cluster, all_ready, alone, kill
 
 from moshi_stt.audio.decode import read_file
 from moshi_stt.cluster import own_ray, process
@@ -75,10 +75,15 @@ def recordings(setting: Setting) -> list[NDArray[np.float32]]:
 
 @pytest.fixture(scope="module")
 def expected(cluster: Cluster, recordings: list[NDArray[np.float32]]) -> list[list[Any]]:
-    """What a replica hears of each when it has nothing else to do."""
+    """What a replica hears of each when nothing is killed."""
+    at_once = asyncio.Semaphore(4)
+
+    async def hear_one(pcm: NDArray[np.float32]) -> list[Any]:
+        async with at_once:
+            return await alone(cluster.url, pcm)
 
     async def hear() -> list[list[Any]]:
-        return [await alone(cluster.url, pcm) for pcm in recordings]
+        return list(await asyncio.gather(*map(hear_one, recordings)))
 
     return asyncio.run(hear())
 
@@ -90,7 +95,9 @@ async def callers(cluster: Cluster, recordings: list[NDArray[np.float32]]) -> li
     for pcm in recordings:
         made.append(Caller(cluster.url, pcm))
         await made[-1].greeted.wait()  # or HAProxy would not know yet that this replica has one more
-    await asyncio.sleep(3.0)  # so that each is in the middle of its recording
+    async with asyncio.timeout(DEADLINE):
+        for caller in made:
+            await caller.has_heard.wait()  # so that each is in the middle of its recording
     assert {caller.outcome.replica for caller in made} == {f"r{number}" for number in range(cluster.replicas)}
     return made
 

@@ -146,6 +146,8 @@ class Caller:
         self._url, self._resume = url, resume
         self.outcome = Outcome()
         self.greeted = asyncio.Event()
+        self.has_heard = asyncio.Event()
+        """Set with the first word."""
         self.done: asyncio.Task[Outcome] = asyncio.create_task(self._run())
 
     async def _run(self) -> Outcome:
@@ -161,6 +163,7 @@ class Caller:
             self.outcome.error = str(error) or "too late"
         finally:
             self.greeted.set()
+            self.has_heard.set()
         return self.outcome
 
     async def _hear(self, client: Client) -> None:
@@ -171,6 +174,7 @@ class Caller:
                 self.greeted.set()
             elif isinstance(event, Word | EndWord | Marker):
                 self.outcome.events.append(event)
+                self.has_heard.set()
                 if isinstance(event, Marker):
                     return
 
