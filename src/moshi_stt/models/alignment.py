@@ -83,6 +83,7 @@ class Aligner:
     """A pool of decoders. Thread-safe; a call waits while all are busy."""
 
     def __init__(self, decoders: int) -> None:
+        self.source = f"{decoders} decoder{'s' if decoders > 1 else ''} of pocketsphinx"
         self._pool: queue.SimpleQueue[_Decoder] = queue.SimpleQueue()
         for _ in range(decoders):
             self._pool.put(_Decoder())

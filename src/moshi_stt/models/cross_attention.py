@@ -34,6 +34,8 @@ SMOOTHING = np.full(3, 1 / 3)
 class AttentionAligner:
     """Places words by the recogniser's own decoder. Thread-safe: holds no state."""
 
+    source = "from the decoder (pocketsphinx is not installed)"
+
     def __init__(self, moonshine: "Moonshine", tokenizer: "EmbeddedTokenizer") -> None:
         self._moonshine = moonshine
         self._tokenizer = tokenizer

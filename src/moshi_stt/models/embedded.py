@@ -198,6 +198,9 @@ def _best(logits: NDArray[np.float32]) -> tuple[int, float]:
 class WordAligner(Protocol):
     """Says when words were said. Thread-safe."""
 
+    source: str
+    """Where the times come from, for the log."""
+
     def align(self, samples: NDArray[np.float32], texts: Sequence[str], needed: int | None = None) -> list[Span]: ...
 
     def close(self) -> None: ...
@@ -222,7 +225,7 @@ class EmbeddedRecogniser:
         self._vad = vad
         self._aligner = aligner
         self._sample = sample
-        self.notes = {} if isinstance(aligner, Aligner) else {"word times": "from the decoder (pocketsphinx is not installed)"}
+        self.notes = {"word times": aligner.source}
         self.notes |= {"language": "English only; for French serve Kyutai's weights: `moshi-stt worker --config stt-1b-en_fr`"}
 
     def sample(self) -> NDArray[np.float32]:
