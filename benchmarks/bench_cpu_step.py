@@ -121,7 +121,8 @@ def random_checkpoint(job: Job) -> tuple[Any, Any, Path, Path]:
     import msgspec
 
     from moshi_stt.config import EngineConfig, KyutaiModule
-    from moshi_stt.models.spec import MimiSpec, ModelSpec, lm_spec_from_json
+    from moshi_stt.models.spec import MimiSpec, ModelSpec
+    from moshi_stt.models.spec_tables import lm_spec_from_json
 
     checkpoint, is_packed = Path(job.checkpoint), job.dtype in PACKED_BYTES
     lm = lm_spec_from_json(msgspec.json.decode((checkpoint / "config.json").read_bytes()))
@@ -148,7 +149,7 @@ def shipped(job: Job) -> tuple[Any, Any, Path, Path]:
 
     from moshi_stt.config import KyutaiModule
     from moshi_stt.config_load import load_config
-    from moshi_stt.models.spec import spec_from_module
+    from moshi_stt.models.spec_tables import spec_from_module
 
     (module,) = load_config("phrases").config.modules
     assert isinstance(module, KyutaiModule)

@@ -376,25 +376,25 @@ async def measure(args: argparse.Namespace, device: Any) -> dict[str, Any]:
             moments.append(time.monotonic())
 
         parts = [await hear(engine, observer, streams, args.lifetime, args.seconds, 0, note)]
-    lags = [lag for part in parts for lag in part.lags]
     counted = min(moments) + WARM_SECONDS, max(moments)
     steps = [(seconds, rows) for ended, seconds, rows in observer.steps if counted[0] < ended < counted[1]]
     details = engine.info.details
     await engine.stop()
+    asked = {name: getattr(args, name) for name in ("shape", "kv", "mimi", "streams", "processes", "seconds")}
+    context = "full" if args.old else "growing"
+    rest = {"context": context, "start_seconds": round(started, 1), "details": details}
+    return asked | summary(parts, steps, counted[1] - counted[0]) | rest
+
+
+def summary(parts: list[Heard], steps: list[tuple[float, int]], seconds: float) -> dict[str, Any]:
+    """What all processes heard. steps: seconds and rows of those that count."""
+    lags = [lag for part in parts for lag in part.lags]
     return {
-        "shape": args.shape,
-        "kv": args.kv,
-        "mimi": args.mimi,
-        "streams": streams,
-        "processes": processes,
-        "seconds": args.seconds,
-        "context": "full" if args.old else "growing",
-        "start_seconds": round(started, 1),
         "joined": sum(part.joined for part in parts),
         "frames": len(lags),
         "steps": len(steps),
         "rows_a_step": round(float(np.mean([rows for _, rows in steps])), 1) if steps else 0,
-        "busy": round(sum(seconds for seconds, _ in steps) / (counted[1] - counted[0]), 3),
+        "busy": round(sum(taken for taken, _ in steps) / seconds, 3),
         "step_ms": percentiles([seconds for seconds, _ in steps]),
         "lag_ms": percentiles(lags),
         "late": sum(lag > FRAME_SECONDS for lag in lags),
@@ -402,7 +402,6 @@ async def measure(args: argparse.Namespace, device: Any) -> dict[str, Any]:
         "refused": sum(part.refused for part in parts),
         "lost": sum(part.lost for part in parts),
         "errors": sum(part.errors for part in parts),
-        "details": details,
     }
 
 

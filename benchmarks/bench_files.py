@@ -228,29 +228,32 @@ async def run_archive(folder: Path, out: Path, flags: list[str]) -> dict[str, An
         transcribers.InProcess.__aexit__ = leave  # type: ignore[method-assign]
     if status:
         raise SystemExit("some recordings failed")
-    own, children = resource.getrusage(resource.RUSAGE_SELF), resource.getrusage(resource.RUSAGE_CHILDREN)
     span = max(1e-9, meter.last - meter.first)
-    return (
-        about
-        | stages.result()
-        | {
-            "seconds_audio": archive._seconds,
-            "files": len(archive.items),
-            "listing_s": listed - begun,
-            "loading_s": ready[0] - listed,
-            "first_to_last_s": span,
-            "real_time_factor": archive._seconds / span,
-            "with_loading": archive._seconds / (time.monotonic() - begun),
-            "step_busy": meter.busy / span,
-            "limit": limit_of(meter.busy / span, stages.result()["cores_in_use"]),
-            "steps": meter.steps,
-            "rows_a_step": meter.rows / max(1, meter.steps),
-            "step_ms": 1e3 * meter.busy / max(1, meter.steps),
-            "gpu_busy_smi": float(np.mean(busy[2:-2])) / 100 if len(busy) > 8 else None,
-            "cpu_s": own.ru_utime + own.ru_stime,
-            "cpu_decoders_s": children.ru_utime + children.ru_stime,
-        }
-    )
+    found = {
+        "seconds_audio": archive._seconds,
+        "files": len(archive.items),
+        "listing_s": listed - begun,
+        "loading_s": ready[0] - listed,
+        "first_to_last_s": span,
+        "real_time_factor": archive._seconds / span,
+        "with_loading": archive._seconds / (time.monotonic() - begun),
+        "gpu_busy_smi": float(np.mean(busy[2:-2])) / 100 if len(busy) > 8 else None,
+    }
+    return about | stages.result() | found | costs(meter, span, stages.result()["cores_in_use"])
+
+
+def costs(meter: Meter, span: float, cores: float) -> dict[str, Any]:
+    """What the model and the processes worked in these seconds. cores: in use on the average."""
+    own, children = resource.getrusage(resource.RUSAGE_SELF), resource.getrusage(resource.RUSAGE_CHILDREN)
+    return {
+        "step_busy": meter.busy / span,
+        "limit": limit_of(meter.busy / span, cores),
+        "steps": meter.steps,
+        "rows_a_step": meter.rows / max(1, meter.steps),
+        "step_ms": 1e3 * meter.busy / max(1, meter.steps),
+        "cpu_s": own.ru_utime + own.ru_stime,
+        "cpu_decoders_s": children.ru_utime + children.ru_stime,
+    }
 
 
 def limit_of(step_busy: float, cores: float) -> str:

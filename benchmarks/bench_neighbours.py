@@ -32,7 +32,8 @@ from numpy.typing import NDArray
 from moshi_stt.config import EngineConfig, KyutaiModule
 from moshi_stt.config_load import load_config
 from moshi_stt.constants import FRAME_SAMPLES
-from moshi_stt.models.spec import MimiSpec, ModelSpec, lm_spec_from_json, spec_from_module
+from moshi_stt.models.spec import MimiSpec, ModelSpec
+from moshi_stt.models.spec_tables import lm_spec_from_json, spec_from_module
 from moshi_stt.models.torch_impl import linear
 from moshi_stt.models.torch_impl.backend import TorchBackend
 from moshi_stt.models.torch_impl.build import load_backend

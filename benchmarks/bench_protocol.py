@@ -25,7 +25,7 @@ import timeit
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import door_costs
 import numpy as np
@@ -35,6 +35,9 @@ import uvloop
 from moshi_stt import protocol
 from moshi_stt.constants import DEFAULT_PATH, FRAME_SAMPLES, FRAME_SECONDS
 from moshi_stt.events import Step
+
+if TYPE_CHECKING:
+    from moshi_stt.engine.engine import Engine
 
 PROJECT = Path(__file__).resolve().parents[1]
 SERVERS = ("aiohttp echo", "aiohttp short reply", "moshi-stt")
@@ -73,18 +76,12 @@ async def serve_aiohttp(reply: bytes | None) -> int:
     return port
 
 
-async def serve_ours() -> int:
-    """Our whole server over an engine that answers each frame with a `Step`, on the event loop itself."""
-    from moshi_stt.audio import watch
-    from moshi_stt.config import EmbeddedModule, ServerConfig
+def null_engine() -> "Engine":
+    """An engine that answers each frame with a `Step`, on the event loop itself."""
     from moshi_stt.engine.commands import Audio
     from moshi_stt.engine.engine import NO_EXTRAS, Engine, EngineInfo, StreamOptions
     from moshi_stt.engine.stream import Delivery, Stream, StreamLimits, deliver_all
     from moshi_stt.events import Ready
-    from moshi_stt.server.app import Server
-
-    # A stream's first seconds are listened to for a wrong rate or level; this measures what stays after them.
-    watch.LAST_LOOK = watch.FAINT_SECONDS = 1
 
     class NullEngine(Engine):
         info = EngineInfo("null", "none", "", (), "none", "none", 1 << 20)
@@ -131,6 +128,18 @@ async def serve_ours() -> int:
 
         queued_samples = 0
 
+    return NullEngine()
+
+
+async def serve_ours() -> int:
+    """Our whole server over an engine that does nothing."""
+    from moshi_stt.audio import watch
+    from moshi_stt.config import EmbeddedModule, ServerConfig
+    from moshi_stt.server.app import Server
+
+    # A stream's first seconds are listened to for a wrong rate or level; this measures what stays after them.
+    watch.LAST_LOOK = watch.FAINT_SECONDS = 1
+
     config = ServerConfig(
         static_dir=None,
         log_dir=None,
@@ -138,7 +147,7 @@ async def serve_ours() -> int:
         authorized_ids=frozenset({"public_token"}),
         modules=(EmbeddedModule(name="asr", path=DEFAULT_PATH),),
     )
-    server = Server(config, {"asr": NullEngine()}, "127.0.0.1", 0)
+    server = Server(config, {"asr": null_engine()}, "127.0.0.1", 0)
     await server.start()
     globals()["_server"] = server  # lives as long as the process
     return server.port

@@ -44,7 +44,8 @@ from moshi_stt.constants import FRAME_SAMPLES, SAMPLE_RATE
 from moshi_stt.engine.commands import Audio, Finish
 from moshi_stt.engines import build_engine, framework_of
 from moshi_stt.events import Word
-from moshi_stt.models.spec import MimiSpec, ModelSpec, lm_spec_from_json
+from moshi_stt.models.spec import MimiSpec, ModelSpec
+from moshi_stt.models.spec_tables import lm_spec_from_json
 from moshi_stt.text.tokenizer import TextTokenizer
 from moshi_stt.text.word_errors import word_errors
 from moshi_stt.text.words import WordAssembler

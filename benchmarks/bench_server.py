@@ -124,6 +124,11 @@ async def client(port: int, streams: int, seconds: float, seed: int, as_bin: boo
             await speaker.ws.close()
         for task in listeners:
             task.cancel()
+    return counts(speakers, lags) | {"worst_send_delay_ms": round(1e3 * worst_late, 1)}
+
+
+def counts(speakers: list[Speaker], lags: list[float]) -> dict[str, Any]:
+    """What one process of the load has seen."""
     return {
         "lags": [round(1e3 * lag, 2) for lag in lags],
         "streams": len(speakers),
@@ -135,7 +140,6 @@ async def client(port: int, streams: int, seconds: float, seed: int, as_bin: boo
         "words": sum(s.words for s in speakers),
         "errors": [s.error for s in speakers if s.error][:3],
         "failed": sum(bool(s.error) for s in speakers),
-        "worst_send_delay_ms": round(1e3 * worst_late, 1),
     }
 
 

@@ -1,6 +1,6 @@
 """A TOML file, or the name of a shipped one, to a checked `ServerConfig`. Fetches nothing and starts nothing.
 
-Types are read here; what a model table may say is the law of `models/spec.py`.
+Types are read here; what a model table may say is the law of `models/spec_tables.py`.
 
 The tables are read as moshi-server reads them (contract section 4). Where that server panics, hangs or looks the other way,
 this one says what is wrong; what is merely odd is a warning.
@@ -33,7 +33,7 @@ from moshi_stt.config import (
 from moshi_stt.config_table import Table, did_you_mean, show
 from moshi_stt.constants import DEFAULT_PATH, FRAME_RATE, PUBLIC_KEY
 from moshi_stt.errors import ConfigError
-from moshi_stt.models.spec import conditioner_specs, driving_faults, table_faults
+from moshi_stt.models.spec_tables import conditioner_specs, driving_faults, table_faults
 from moshi_stt.origins import is_ip, normal_origin
 
 OTHER_KINDS = ("Tts", "Lm", "Mimi", "Py", "PyPost")

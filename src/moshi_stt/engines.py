@@ -29,11 +29,12 @@ from moshi_stt.engine.slots import spare_slots
 from moshi_stt.engine.stream import StreamLimits
 from moshi_stt.errors import CheckpointError, ConfigError
 from moshi_stt.install import install_command
-from moshi_stt.models.spec import delay_frames
+from moshi_stt.models.spec_tables import delay_frames
 
 if TYPE_CHECKING:
     from moshi_stt.models.mlx_impl.backend import MLXBackend
-    from moshi_stt.models.spec import LMSpec
+    from moshi_stt.models.report import LoadReport
+    from moshi_stt.models.spec import LMSpec, ModelSpec
     from moshi_stt.models.token_log import TokenLog
     from moshi_stt.models.torch_impl.backend import TorchBackend
     from moshi_stt.models.torch_impl.cuda.backend import CudaBackend
@@ -185,7 +186,7 @@ def load_kyutai(
     Raises ConfigError, CheckpointError or DownloadError.
     """
     from moshi_stt.models.hub import resolve
-    from moshi_stt.models.spec import spec_from_module
+    from moshi_stt.models.spec_tables import spec_from_module
     from moshi_stt.text.tokenizer import TextTokenizer
     from moshi_stt.text.words import WordAssembler
 
@@ -200,37 +201,22 @@ def load_kyutai(
         return streams + spare_slots(streams, processes_for(streams, processes))
 
     streams = 1 if module.batch_size == "auto" else module.batch_size
-    backend: KyutaiBackend
-    if framework == "mlx":
-        from moshi_stt.models.mlx_impl.build import load_backend as load_mlx
-
-        backend = load_mlx(module, lm_file, mimi_file, spec, slots_for(streams))
-    else:
-        from moshi_stt.models.torch_impl.build import load_backend
-
-        backend = load_backend(module, lm_file, mimi_file, spec, slots_for(streams))
+    backend = _load_backend(module, framework, lm_file, mimi_file, spec, slots_for(streams))
     if module.batch_size == "auto":
         streams = fit_streams(backend, slots_for)
     while streams > 1 and slots_for(streams) > backend.slots:  # memory had room for fewer, and the report says so
         streams -= 1
-    report = backend.report
-    assert report is not None
-    details = {
-        "loaded in": f"{time.monotonic() - begun:.1f} s",
-        "weights": f"{report.weight_bytes / MEGABYTE:,.0f} MB",
-        "state of a stream": f"{report.slot_bytes / MEGABYTE:,.1f} MB",
-    }
-    details |= {f"note {i}": note for i, note in enumerate(report.notes, 1)}
+    assert backend.report is not None
     info = EngineInfo(
         kind="py_batched_asr" if module.type == "PyBatchedAsr" else "batched_asr",
         model=str(lm_file),
         audio_tokenizer=str(mimi_file),
         languages=languages_of(module.lm_model_file),
-        device=report.device,
-        dtype=report.dtype,
+        device=backend.report.device,
+        dtype=backend.report.dtype,
         total_slots=streams,
         prefix_silence_seconds=spec.prefix_silence_seconds,
-        details=details,
+        details={"loaded in": f"{time.monotonic() - begun:.1f} s"} | _details(backend.report),
     )
     recorder = None
     if module.log_frequency_s is not None and token_logs is not None:
@@ -245,6 +231,27 @@ def load_kyutai(
         processes=processes_for(streams, processes),
         recorder=recorder,
     )
+
+
+def _load_backend(
+    module: KyutaiModule, framework: Framework, lm_file: Path, mimi_file: Path, spec: "ModelSpec", slots: int
+) -> "KyutaiBackend":
+    if framework == "mlx":
+        from moshi_stt.models.mlx_impl.build import load_backend as load_mlx
+
+        return load_mlx(module, lm_file, mimi_file, spec, slots)
+    from moshi_stt.models.torch_impl.build import load_backend
+
+    return load_backend(module, lm_file, mimi_file, spec, slots)
+
+
+def _details(report: "LoadReport") -> dict[str, str]:
+    """What a load came to, for the log."""
+    details = {
+        "weights": f"{report.weight_bytes / MEGABYTE:,.0f} MB",
+        "state of a stream": f"{report.slot_bytes / MEGABYTE:,.1f} MB",
+    }
+    return details | {f"note {i}": note for i, note in enumerate(report.notes, 1)}
 
 
 def make_token_log(base: Path, spec: "LMSpec", streams: int, seconds: float) -> "TokenLog":

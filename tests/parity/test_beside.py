@@ -11,7 +11,7 @@ import torch
 from moshi_stt.config import KyutaiModule
 from moshi_stt.config_load import load_config
 from moshi_stt.engine.backend import StepOutput
-from moshi_stt.models.spec import spec_from_module
+from moshi_stt.models.spec_tables import spec_from_module
 from moshi_stt.models.torch_impl.backend import TorchBackend
 from moshi_stt.models.torch_impl.beside import Beside, RowShare
 from moshi_stt.models.torch_impl.build import load_backend

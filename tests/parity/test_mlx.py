@@ -20,7 +20,8 @@ from tests.support.frameworks import loader, poison
 from tests.support.stepping import Outputs, drive, noise, step_rows, to_numpy
 
 from moshi_stt.errors import ConfigError
-from moshi_stt.models.spec import MimiSpec, ModelSpec, lm_spec_from_json
+from moshi_stt.models.spec import MimiSpec, ModelSpec
+from moshi_stt.models.spec_tables import lm_spec_from_json
 
 mx = pytest.importorskip("mlx.core", reason="mlx not installed")
 

@@ -33,7 +33,7 @@ from moshi_stt.engine.engine import EngineInfo
 from moshi_stt.engine.loaded import LoadedModel
 from moshi_stt.engine.slots import spare_slots
 from moshi_stt.events import AnyEvent, EndWord, Marker, Ready, Step, Word
-from moshi_stt.models.spec import delay_frames, spec_from_module
+from moshi_stt.models.spec_tables import delay_frames, spec_from_module
 from moshi_stt.models.torch_impl.build import load_backend
 from moshi_stt.text.tokenizer import TextTokenizer
 from moshi_stt.text.words import WordAssembler

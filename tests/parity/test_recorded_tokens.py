@@ -14,7 +14,8 @@ from tests.support.checkpoints import shared_checkpoint
 from tests.support.frameworks import FRAMEWORKS, loader
 from tests.support.stepping import Outputs, drive
 
-from moshi_stt.models.spec import MimiSpec, ModelSpec, lm_spec_from_json
+from moshi_stt.models.spec import MimiSpec, ModelSpec
+from moshi_stt.models.spec_tables import lm_spec_from_json
 
 both = pytest.mark.parametrize("framework", FRAMEWORKS)
 

@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 from tests.support.checkpoints import module
 from tests.support.stepping import drive
 
-from moshi_stt.models.spec import MimiSpec, ModelSpec, lm_spec_from_json
+from moshi_stt.models.spec import MimiSpec, ModelSpec
+from moshi_stt.models.spec_tables import lm_spec_from_json
 from moshi_stt.models.torch_impl.build import load_backend
 
 FRAMES = 320

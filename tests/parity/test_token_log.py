@@ -18,7 +18,7 @@ from moshi_stt.engine.commands import Audio, Finish
 from moshi_stt.engine.engine import EngineInfo
 from moshi_stt.engine.loaded import LoadedModel
 from moshi_stt.engine.slots import spare_slots
-from moshi_stt.models.spec import spec_from_module
+from moshi_stt.models.spec_tables import spec_from_module
 from moshi_stt.models.token_log import TokenLog
 from moshi_stt.text.words import WordAssembler
 

@@ -19,7 +19,7 @@ from training.voices import espeak_library
 
 from moshi_stt.config import KyutaiModule
 from moshi_stt.config_load import parse_config
-from moshi_stt.models.spec import spec_from_module
+from moshi_stt.models.spec_tables import spec_from_module
 from moshi_stt.models.torch_impl.build import load_backend
 
 STEPS = 4

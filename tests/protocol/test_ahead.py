@@ -17,8 +17,8 @@ from websockets.sync.client import connect as sync_connect
 
 from moshi_stt import protocol
 from moshi_stt.engine.stream import StreamLimits
-from moshi_stt.server import connection
 from moshi_stt.server import spool as spool_module
+from moshi_stt.server import timers
 
 MESSAGE = frame(BINARY, protocol.encode_audio(np.zeros(24_000, np.float32)))
 
@@ -54,7 +54,7 @@ async def test_pings_are_answered_behind_minutes_of_audio(tmp_path: Path) -> Non
 
 async def test_a_client_beyond_the_spool_is_told_the_setting(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Its stream ends with an Error and 1008; another one, and the room that all share, are as before."""
-    monkeypatch.setattr(connection, "FULL_SECONDS", 0.1)
+    monkeypatch.setattr(timers, "FULL_SECONDS", 0.1)
     engine = ScriptedEngine(counting(3), limits=StreamLimits(inbox_samples=48_000))
     async with (
         serving(engine, spool_dir=str(tmp_path), spool_bytes=2_000_000, ping_seconds=0.2) as running,

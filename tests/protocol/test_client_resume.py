@@ -25,9 +25,8 @@ async def spoken(running: Running, breaks: int, seed: int = 1) -> list[str]:
                 if i % 10 == 5 and i // 10 < breaks:
                     await asyncio.sleep(rng.choice([0.0, 0.05, 0.3]))
                     for connection in running.server.service.connections:
-                        transport = connection._transport
-                        if transport is not None:
-                            transport.abort()
+                        if connection._socket is not None:
+                            connection._socket.abort()
             await client.mark(5)
 
         sending = asyncio.create_task(send())

@@ -28,7 +28,7 @@ from moshi_stt.engine.slots import spare_slots
 from moshi_stt.engine.stream import StreamLimits
 from moshi_stt.engine.stream_state import HOLD_FRAMES
 from moshi_stt.events import AnyEvent
-from moshi_stt.models.spec import spec_from_module
+from moshi_stt.models.spec_tables import spec_from_module
 from moshi_stt.text.subtitles import TimedWord, pair_words
 from moshi_stt.text.words import PAD, WordAssembler
 

@@ -13,7 +13,7 @@ from moshi_stt.config import EmbeddedModule, EncoderConfig, EngineConfig, Kyutai
 from moshi_stt.config_load import embedded_config, expand, load_config, parse_config, shipped_names, shipped_text
 from moshi_stt.constants import DEFAULT_PATH, FRAME_RATE
 from moshi_stt.errors import ConfigError
-from moshi_stt.models.spec import delay_frames
+from moshi_stt.models.spec_tables import delay_frames
 
 ROOT = Path(__file__).parents[2]
 ONE_B = shipped_text("stt-1b-en_fr")

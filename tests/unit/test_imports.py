@@ -72,6 +72,7 @@ ALLOWED = {
 
 TORCH_FREE_MODELS = {
     "spec",
+    "spec_tables",
     "weights",
     "report",
     "tensors",

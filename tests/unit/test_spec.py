@@ -9,12 +9,8 @@ import pytest
 
 from moshi_stt.config import KyutaiModule, ModelConfig
 from moshi_stt.errors import CheckpointError, ConfigError
-from moshi_stt.models.spec import (
-    LMSpec,
-    lm_spec_from_json,
-    lm_spec_from_toml,
-    spec_from_module,
-)
+from moshi_stt.models.spec import LMSpec
+from moshi_stt.models.spec_tables import lm_spec_from_json, lm_spec_from_toml, spec_from_module
 
 TRANSFORMER: dict[str, Any] = {
     "d_model": 2048,

@@ -10,7 +10,7 @@ import pytest
 from moshi_stt.cli import main
 from moshi_stt.config import KyutaiModule
 from moshi_stt.config_load import load_config, shipped_text
-from moshi_stt.models.spec import spec_from_module
+from moshi_stt.models.spec_tables import spec_from_module
 from moshi_stt.models.weights import lm_table, mimi_table
 
 HIDDEN = 32

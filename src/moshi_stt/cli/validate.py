@@ -85,7 +85,7 @@ def find_files(module: KyutaiModule) -> list[FileCheck]:
 def check_fit(module: KyutaiModule, found: dict[str, Path]) -> None:
     """Check the files that are there against the module's shape: names and shapes of tensors, size of the vocabulary."""
     from moshi_stt.engines import read_json
-    from moshi_stt.models.spec import spec_from_module
+    from moshi_stt.models.spec_tables import spec_from_module
     from moshi_stt.models.weights import plan_lm, plan_mimi
 
     if module.config_file is not None and "config_file" not in found:

@@ -22,25 +22,22 @@ from collections.abc import Callable, Iterable
 
 from moshi_stt.constants import FRAME_SAMPLES
 from moshi_stt.engine.engine import Engine
-from moshi_stt.errors import EngineError, NoFreeSlot, ProtocolError, SpoolError
 from moshi_stt.events import Ack, Error
 from moshi_stt.server import framing
+from moshi_stt.server.client_socket import ClientSocket
 from moshi_stt.server.conversation import Conversation
 from moshi_stt.server.doors.door import Opening
+from moshi_stt.server.failures import failure_of
 from moshi_stt.server.framing import Closed, Framing, Ping, Violation
 from moshi_stt.server.inputs import END_OF_INPUT, InputQueue, Item, Request
 from moshi_stt.server.resume import Again, ResumeRequest
 from moshi_stt.server.spool import Backlog, Spool
-from moshi_stt.server.surroundings import AbandonedSocket, Surroundings, nobody
+from moshi_stt.server.surroundings import Surroundings
 from moshi_stt.server.tally import Tally
 from moshi_stt.server.timers import TOTAL, ClosingTimer, ConnectionTimers
 from moshi_stt.session import Close, Message, Reply, Session
 
 log = logging.getLogger(__name__)
-
-
-FULL_SECONDS = 10.0
-"""How long the spool may be full before the stream ends: less than clients wait for an answer to their pings."""
 
 
 class State(enum.IntEnum):
@@ -59,7 +56,6 @@ class Connection(asyncio.Protocol):
         engine: Engine,
         opening: Opening,
         session: Session,
-        frames: Framing,
         server: Surroundings,
         peer: str,
         token: str | None = None,
@@ -69,65 +65,67 @@ class Connection(asyncio.Protocol):
         self.peer = peer
         self.tally = Tally(door, asyncio.get_running_loop().time())
         self._told_tally = False
-        talk = Conversation(engine, opening, session, token, self.tally)
-        self._talk, self._streams, self._session, self._resumption = talk, talk.streams, session, talk.resumption
+        self._talk = Conversation(engine, opening, session, token, self.tally)
         self._parked_at: float | None = None
-        self._told_lost: Callable[[Exception | None], None] = nobody
         self._loop = asyncio.get_running_loop()
-        self.lost: asyncio.Future[None] = self._loop.create_future()
-        """Done when the socket is gone."""
+        self.lost: asyncio.Future[None]
+        """Done when the latest socket is gone."""
         self.has_clock = type(session).tick is not Session.tick
         """Whether `tick_session` is to be called."""
         self._server = server
-        self._framing = frames
-        self._on_demand = opening.on_demand
         spool = Spool(server.spool, self._schedule_resume, self._input_failed) if server.spool.total else None
         backlog: Backlog[Item] = Backlog(server.limits.ahead_bytes, spool)
         self._queue = InputQueue(session, self._act, self._schedule_resume, self._input_failed, backlog)
-        self._full_since: float | None = None
-        """Since when the spool has had no room."""
         self._opened_at = self._loop.time()
         self._timers = ConnectionTimers(server.limits, self._opened_at, may_idle=session.may_idle)
         self._closing = ClosingTimer()
-        self._transport: asyncio.Transport | None = None
+        self._socket: ClientSocket | None = None
         self._state = State.WAITING
         self._final: Error | None = None
         """What a drained connection ends with."""
         self._early = b""
-        self._reading = True
-        self._eof = False
         self._flush_due = False
-        self._write_paused = False
-        self._owed_pong: bytes | None = None
         self._heard = True
+        """Whether anything came since the last tick."""
         self._sent_at = self._loop.time()
         """When the client sent a message last."""
 
     # ---- opening -----------------------------------------------------------------------------------------------------
 
-    def start(self, transport: asyncio.Transport, early: bytes, lost: Callable[[Exception | None], None] | None) -> None:
+    def start(
+        self,
+        transport: asyncio.Transport,
+        early: bytes,
+        framing: Framing,
+        lost: Callable[[Exception | None], None] | None,
+    ) -> None:
         """Take the socket over. early: what the client sent after its request. lost: told when it is gone. Then wait for
         `open`.
         """
-        self._told_lost = lost or nobody
-        self._transport = transport
-        transport.set_protocol(self)
+        self._take_over(transport, framing, lost)
         self._early = early
         self._pause_reading()
+
+    def _take_over(
+        self, transport: asyncio.Transport, framing: Framing, lost: Callable[[Exception | None], None] | None
+    ) -> None:
+        self._socket = ClientSocket(transport, framing, self.tally, lost)
+        self.lost = self._socket.lost
+        transport.set_protocol(self)
 
     def open(self) -> None:
         """Take the slots, or say why not and close."""
         if self._state is not State.WAITING:
             return
         self._state = State.LIVE
-        if not self._on_demand:
+        if not self._talk.on_demand:
             self._guarded(self._open_streams)
         if self._state is State.LIVE:
-            self._input(self._session.opened())
+            self._input(self._talk.session.opened())
         self._feed_early()
 
     def _open_streams(self) -> None:
-        self._streams.open(self._schedule_flush, self._schedule_resume)
+        self._talk.streams.open(self._schedule_flush, self._schedule_resume)
         self._schedule_flush()
 
     def _feed_early(self) -> None:
@@ -140,12 +138,15 @@ class Connection(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         self._heard = True
         self.tally.received_bytes += len(data)
-        for frame in self._framing.feed(data):
+        if self._socket is None:
+            return
+        for frame in self._socket.framing.feed(data):
             if type(frame) is bytes or isinstance(frame, str | Violation):
                 if self._state is State.LIVE:
                     self._input(frame)
             elif isinstance(frame, Ping):
-                self._pong(frame.payload)
+                if self._state < State.CLOSING:
+                    self._socket.pong(frame.payload)
             elif isinstance(frame, Closed):
                 self._client_closed(frame)
                 return
@@ -164,13 +165,14 @@ class Connection(asyncio.Protocol):
         """Whether the client has sent nothing for so long, and everything that it sent is transcribed."""
         if self.is_parked or self._state in (State.WAITING, State.CLOSING, State.LOST):
             return True
-        return now - self._sent_at >= seconds and not self._queue.blocked and self._streams.pending_samples < FRAME_SAMPLES
+        return now - self._sent_at >= seconds and not self._queue.blocked and self._talk.streams.pending_samples < FRAME_SAMPLES
 
     def eof_received(self) -> bool:
         """The client shut its sending half: the rest of its transcript still goes out. True keeps our half open."""
-        if self._resumption is not None and self._state is State.LIVE:
+        if self._talk.resumption is not None and self._state is State.LIVE:
             return False  # no Close came before it: the connection broke
-        self._eof = True
+        if self._socket is not None:
+            self._socket.half_closed = True
         if self._state is State.CLOSING:
             return False
         if self._state is State.LIVE:
@@ -180,23 +182,21 @@ class Connection(asyncio.Protocol):
         return True
 
     def pause_writing(self) -> None:
-        self._write_paused = True
+        if self._socket is not None:
+            self._socket.is_full = True
 
     def resume_writing(self) -> None:
-        self._write_paused = False
-        if self._owed_pong is not None:
-            owed, self._owed_pong = self._owed_pong, None
-            self._pong(owed)
+        if self._socket is not None:
+            self._socket.drained(may_answer=self._state < State.CLOSING)
         self._schedule_flush()
         self._schedule_resume()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._transport = None
-        if not self.lost.done():
-            self.lost.set_result(None)
-        told, self._told_lost = self._told_lost, nobody
-        told(exc)
-        if self._resumption is not None and self._state in (State.LIVE, State.DRAINING) and self._server.may_park(self):
+        socket, self._socket = self._socket, None
+        if socket is not None:
+            socket.gone(exc)
+        resumption = self._talk.resumption
+        if resumption is not None and self._state in (State.LIVE, State.DRAINING) and self._server.may_park(self):
             self._parked_at = self._loop.time()
             log.info("%s: the socket is lost; the stream waits for its client", self.peer)
             return
@@ -213,7 +213,7 @@ class Connection(asyncio.Protocol):
     @property
     def token(self) -> str | None:
         """Names the stream for a client that may come back to it."""
-        return None if self._resumption is None else self._resumption.token
+        return None if self._talk.resumption is None else self._talk.resumption.token
 
     @property
     def is_parked(self) -> bool:
@@ -224,7 +224,7 @@ class Connection(asyncio.Protocol):
         self,
         transport: asyncio.Transport,
         early: bytes,
-        frames: Framing,
+        framing: Framing,
         request: ResumeRequest,
         lost: Callable[[Exception | None], None] | None,
     ) -> bool:
@@ -235,18 +235,13 @@ class Connection(asyncio.Protocol):
         missed = self._talk.missed(request.events)
         if missed is None or self._state not in (State.LIVE, State.DRAINING):
             return False
-        if self._transport is not None:  # the old socket, which we did not know to be dead
-            self._transport.set_protocol(AbandonedSocket(self.lost, self._told_lost))
-            self._transport.abort()
-        self.lost = self._loop.create_future()
-        self._told_lost = lost or nobody
-        self._transport, self._framing = transport, frames
+        if self._socket is not None:  # the old one, which we did not know to be dead
+            self._socket.abandon()
         self._parked_at = None
-        self._reading, self._eof, self._write_paused, self._owed_pong = True, False, False, None
         self._heard = True
-        may_idle, opened = self._session.may_idle, self._opened_at
+        may_idle, opened = self._talk.session.may_idle, self._opened_at
         self._timers = ConnectionTimers(self._server.limits, self._loop.time(), may_idle=may_idle, opened=opened)
-        transport.set_protocol(self)
+        self._take_over(transport, framing, lost)
         self._send(missed)
         if self._state is State.LIVE:
             self._input([Again(request.samples)])
@@ -290,40 +285,29 @@ class Connection(asyncio.Protocol):
         if self._state is not State.LIVE:
             return
         queue = self._queue
-        if queue.ended or (self._streams.finishing and not self._on_demand):
+        if queue.ended or (self._talk.streams.finishing and not self._talk.on_demand):
             self._drain()
         elif queue.wants_pause:
             self._pause_reading()
-        elif not self._reading:
-            self._resume_reading()
+        elif self._socket is not None:
+            self._socket.resume_reading()
 
     def _input_failed(self, error: BaseException) -> None:
         if self._state is not State.LIVE:
             return
-        errors = self._server.metrics.errors
-        if isinstance(error, ProtocolError):  # nothing more is taken, and what was good still comes out before the error
-            log.info("%s: %s", self.peer, error)
-            errors.labels("malformed").inc()
-            self._final = Error(str(error), error.close_code)
+        failure = failure_of(error, self.peer)
+        if failure.kind is not None:
+            self._server.metrics.errors.labels(failure.kind).inc()
+        if failure.drains:
+            self._final = failure.error
             self._drain()
-        elif isinstance(error, NoFreeSlot):
-            self.end(Error(str(error), framing.TRY_AGAIN))
-        elif isinstance(error, SpoolError):
-            log.error("%s: %s", self.peer, error)
-            errors.labels("spool").inc()
-            self.end(Error(str(error), framing.INTERNAL))
-        elif isinstance(error, EngineError):
-            errors.labels("engine").inc()
-            self.end(Error(str(error), framing.INTERNAL))
         else:
-            log.error("%s: the connection failed", self.peer, exc_info=error)
-            errors.labels("internal").inc()
-            self.end(Error("the server failed on this connection; its log says why", framing.INTERNAL))
+            self.end(failure.error)
 
     def _act(self, action: Request) -> Request | None:
         """Carry out what the session asks for; returns what there is no room for."""
         if isinstance(action, Reply):
-            if self._write_paused:
+            if self._socket is not None and self._socket.is_full:
                 return action
             self._send([action.message])
             return None
@@ -336,8 +320,9 @@ class Connection(asyncio.Protocol):
         """No more input: let what was fed come out, then close as `_final` says."""
         self._state = State.DRAINING
         self._queue.clear()
-        self._streams.finish()
-        self._resume_reading()
+        self._talk.streams.finish()
+        if self._socket is not None:
+            self._socket.resume_reading()
         self._schedule_flush()
 
     # ---- output ------------------------------------------------------------------------------------------------------
@@ -350,7 +335,8 @@ class Connection(asyncio.Protocol):
     def _flush(self) -> None:
         """Send every event that is there, in one write."""
         self._flush_due = False
-        if self._write_paused or self._transport is None or self._state not in (State.LIVE, State.DRAINING):
+        socket = self._socket
+        if socket is None or socket.is_full or self._state not in (State.LIVE, State.DRAINING):
             return
         try:
             messages, failure, over = self._talk.listen(last_words=self._final is None)
@@ -366,36 +352,21 @@ class Connection(asyncio.Protocol):
             self._streams_ended()
 
     def _streams_ended(self) -> None:
-        if self._state is State.DRAINING or not self._on_demand:
+        if self._state is State.DRAINING or not self._talk.on_demand:
             self.end(self._final)
-        elif self._streams.is_open:
-            self._streams.close()
+        elif self._talk.streams.is_open:
+            self._talk.streams.close()
             self._schedule_resume()
 
     def _send(self, messages: Iterable[Message]) -> None:
-        encode = self._framing.encode
-        parts = [encode(message) for message in messages]
         self._queue.was_active = True
-        self._server.metrics.frames_sent += len(parts)
-        self._write(parts[0] if len(parts) == 1 else b"".join(parts))
-
-    def _write(self, data: bytes) -> None:
-        if data and self._transport is not None and not self._transport.is_closing():
-            self.tally.sent_bytes += len(data)
-            self._transport.write(data)
+        if self._socket is not None:
+            self._server.metrics.frames_sent += self._socket.send(messages)
 
     def _ping(self) -> None:
         self._timers.pinged(self._loop.time())
-        if self._state < State.CLOSING:
-            self._write(self._framing.ping())
-
-    def _pong(self, payload: bytes) -> None:
-        if self._state >= State.CLOSING:
-            return
-        if self._write_paused:
-            self._owed_pong = payload  # the latest one is enough (RFC 6455 section 5.5.3)
-        else:
-            self._write(self._framing.pong(payload))
+        if self._socket is not None and self._state < State.CLOSING:
+            self._socket.ping()
 
     # ---- the end -----------------------------------------------------------------------------------------------------
 
@@ -404,11 +375,12 @@ class Connection(asyncio.Protocol):
         if self.is_parked:
             self._over()
             return
-        if self._state >= State.CLOSING or self._transport is None:
+        if self._state >= State.CLOSING or self._socket is None:
             return
+        session = self._talk.session
         try:
-            messages: Iterable[Message] = () if error is None else self._session.send(error)
-            close = self._session.close(error)
+            messages: Iterable[Message] = () if error is None else session.send(error)
+            close = session.close(error)
         except Exception:
             log.exception("%s: the session failed", self.peer)
             messages, close = (), Close(framing.INTERNAL)
@@ -417,34 +389,29 @@ class Connection(asyncio.Protocol):
         self._close(close)
 
     def _close(self, close: Close) -> None:
-        transport = self._transport
-        if self._state >= State.CLOSING or transport is None:
+        socket = self._socket
+        if self._state >= State.CLOSING or socket is None:
             return
         self._state = State.CLOSING
-        self._write(self._framing.close(close.code, close.reason))
+        socket.send_close(close.code, close.reason)
         self.tally.code, self.tally.reason = close.code, close.reason
         self._release()
         self._begin_closing()
-        if self._eof or not self._framing.handshakes:
-            transport.close()
-            return
-        if self._framing.broken and transport.can_write_eof():  # its Close cannot be read any more: it sees the end of ours
-            transport.write_eof()
-        self._resume_reading()
-        self._feed_early()
+        if not socket.finish_closing():
+            self._feed_early()
 
     def _client_closed(self, closed: Closed) -> None:
         """The client's Close: answer it, unless it is itself the answer, and close the socket."""
-        transport = self._transport
-        if transport is None:
+        socket = self._socket
+        if socket is None:
             return
         if self._state < State.CLOSING:
             self.tally.code, self.tally.reason = closed.code, "closed by the client"
-            self._write(self._framing.close(framing.NORMAL if closed.code == framing.NO_STATUS else closed.code))
+            socket.send_close(framing.NORMAL if closed.code == framing.NO_STATUS else closed.code)
             self._state = State.CLOSING
             self._begin_closing()
         self._release()
-        transport.close()
+        socket.close()
 
     def _begin_closing(self) -> None:
         self._heard = False
@@ -457,21 +424,21 @@ class Connection(asyncio.Protocol):
             return
         if self._state < State.CLOSING:
             self._state = State.CLOSING  # nobody is to come back to it
-        if self._transport is not None:
-            self._transport.abort()
+        if self._socket is not None:
+            self._socket.abort()
 
     def _release(self) -> None:
         """Give the slots back, and drop what was not fed."""
-        if self._streams.is_open:
+        if self._talk.streams.is_open:
             self._log_warnings()
-            self._streams.close()
+            self._talk.streams.close()
         self._queue.clear()
         if not self._told_tally:
             self._told_tally = True
             log.info("%s: ended: %s", self.peer, self.tally.line(self._loop.time()))
 
     def _log_warnings(self) -> None:
-        for warning in self._session.warnings(self._streams.pending_samples):
+        for warning in self._talk.session.warnings(self._talk.streams.pending_samples):
             log.warning("%s: %s", self.peer, warning)
 
     # ---- time --------------------------------------------------------------------------------------------------------
@@ -490,22 +457,22 @@ class Connection(asyncio.Protocol):
             return
         if not self._queue.in_thread:
             self._log_warnings()
-        self.tally.most_waiting_samples = max(self.tally.most_waiting_samples, self._streams.pending_samples)
+        self.tally.most_waiting_samples = max(self.tally.most_waiting_samples, self._talk.streams.pending_samples)
         if self._timers.ping_due(now):
             self._ping()
-        if self._too_far_ahead(now):
-            return
         self._acknowledge()
-        unread = not self._reading
+        socket = self._socket
+        unread = socket is not None and not socket.is_read
         self._timers.note(
             now,
             heard=self._heard or unread,
             active=self._queue.was_active or self._queue.blocked or unread or self._busy(),
-            unsent=self._transport.get_write_buffer_size() if self._write_paused and self._transport else None,
+            unsent=socket.unsent_bytes if socket is not None and socket.is_full else None,
+            ahead=self._queue.spooled_bytes if self._queue.is_full else None,
         )
         self._heard = self._queue.was_active = False
         finishing = self._final is not None or self._state is State.DRAINING
-        verdict = self._timers.judge(now, half_closed=self._eof, finishing=finishing)
+        verdict = self._timers.judge(now, half_closed=socket is not None and socket.half_closed, finishing=finishing)
         if verdict is not None:
             log.info("%s: closed: %s", self.peer, verdict.sentence)
             self._server.metrics.errors.labels(verdict.kind).inc()
@@ -513,25 +480,10 @@ class Connection(asyncio.Protocol):
             end(Error(verdict.sentence, verdict.code))
 
     def _acknowledge(self) -> None:
-        samples = self._resumption.acknowledgement() if self._resumption is not None else None
-        if samples is not None and not self._write_paused:
-            self._send(self._session.send(Ack(samples)))
-
-    def _too_far_ahead(self, now: float) -> bool:
-        """End the connection of a client whose audio has had no room for a while, before its own keepalive cuts it."""
-        if not self._queue.is_full:
-            self._full_since = None
-            return False
-        if self._full_since is None:
-            self._full_since = now
-        if now - self._full_since < FULL_SECONDS:
-            return False
-        self._server.metrics.errors.labels("ahead").inc()
-        held = self._queue.spooled_bytes
-        log.info("%s: closed: %d bytes ahead of recognition", self.peer, held)
-        sentence = f"{held} bytes of audio wait for recognition, which is all that spool_bytes and spool_total_bytes allow"
-        self.end(Error(f"{sentence}: send more slowly", framing.POLICY))
-        return True
+        resumption, socket = self._talk.resumption, self._socket
+        samples = resumption.acknowledgement() if resumption is not None else None
+        if samples is not None and socket is not None and not socket.is_full:
+            self._send(self._talk.session.send(Ack(samples)))
 
     def tick_session(self, now: float) -> None:
         """Let the session look at its clock."""
@@ -540,43 +492,35 @@ class Connection(asyncio.Protocol):
 
     def _put_ticks(self, now: float) -> None:
         was_active = self._queue.was_active
-        self._queue.put(self._session.tick(now))
+        self._queue.put(self._talk.session.tick(now))
         self._queue.was_active = was_active  # the client did nothing
 
     def _busy(self) -> bool:
         """Whether the client may rightly be waiting for us."""
-        return self._state is State.WAITING or self._streams.pending_samples >= FRAME_SAMPLES
+        return self._state is State.WAITING or self._talk.streams.pending_samples >= FRAME_SAMPLES
 
     # ---- reading -----------------------------------------------------------------------------------------------------
 
     @property
     def unheard(self) -> bool:
         """Whether the socket is not read now, or has no more to say: only a look at it tells whether the client is there."""
-        return self._state < State.CLOSING and (not self._reading or self._eof)
+        socket = self._socket
+        return socket is not None and self._state < State.CLOSING and (not socket.is_read or socket.half_closed)
 
     @property
     def held_bytes(self) -> int:
         """Bytes held for this connection on both sides of its streams: read and not fed, written and not sent."""
-        unsent = self._transport.get_write_buffer_size() if self._transport is not None else 0
-        return self._framing.pending_bytes + self._queue.waiting_bytes + unsent
+        socket = self._socket
+        return self._queue.waiting_bytes + (0 if socket is None else socket.framing.pending_bytes + socket.unsent_bytes)
 
     def fileno(self) -> int:
         """The socket's descriptor, -1 when there is none."""
-        sock = self._transport.get_extra_info("socket") if self._transport is not None else None
-        return sock.fileno() if sock is not None else -1
+        return -1 if self._socket is None else self._socket.fileno()
 
     def probe(self) -> None:
         """Make a client that has gone away altogether betray itself."""
         self._ping()
 
     def _pause_reading(self) -> None:
-        if self._reading and not self._eof and self._transport is not None:
-            self._reading = False
-            self._transport.pause_reading()
+        if self._socket is not None and self._socket.pause_reading():
             self._server.watch(self)
-
-    def _resume_reading(self) -> None:
-        if not self._reading and self._transport is not None:
-            self._reading = True
-            if not self._transport.is_closing():
-                self._transport.resume_reading()

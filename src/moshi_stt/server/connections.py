@@ -71,13 +71,12 @@ class Connections:
         token = None
         if opening.resume is not None and self._limits.resume_seconds > 0:
             token = new_token(self.place)
-        frames = self._framing(door)
-        connection = Connection(engine, opening, door.session(opening), frames, server, peer, token, door.name)
+        connection = Connection(engine, opening, door.session(opening), server, peer, token, door.name)
         self._connections.add(connection)
         if token is not None:
             self._by_token[token] = connection
         self._metrics.websockets.inc()
-        connection.start(transport, early, lost)
+        connection.start(transport, early, self._framing(door), lost)
         log.debug("%s: connected", peer)
         return connection
 

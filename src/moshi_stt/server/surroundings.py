@@ -1,6 +1,5 @@
-"""What a connection has of the server around it, and what its sockets are told when it has left them."""
+"""What a connection has of the server around it."""
 
-import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -26,20 +25,3 @@ class Surroundings:
     may_park: Callable[["Connection"], bool]
     lost: Callable[["Connection"], None]
     watch: Callable[["Connection"], None]
-
-
-def nobody(exc: Exception | None) -> None:
-    """Is told, and does nothing."""
-
-
-class AbandonedSocket(asyncio.Protocol):
-    """The protocol of a socket that its connection has left for another."""
-
-    def __init__(self, lost: "asyncio.Future[None]", told: Callable[[Exception | None], None]) -> None:
-        self._lost = lost
-        self._told = told
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        if not self._lost.done():
-            self._lost.set_result(None)
-        self._told(exc)

@@ -9,6 +9,9 @@ from dataclasses import dataclass
 from moshi_stt.config import LimitsConfig
 from moshi_stt.server import framing
 
+FULL_SECONDS = 10.0
+"""How long the spool may be full before the stream ends: less than clients wait for an answer to their pings."""
+
 CLOSE_SECONDS = 5.0
 """How long the client has to answer our Close, counted again from whatever else still comes of it before."""
 
@@ -52,6 +55,9 @@ class ConnectionTimers:
         self._stuck: float | None = None
         """Since when the send buffer has been full without shrinking."""
         self._unsent = 0
+        self._full: float | None = None
+        """Since when the spool has had no room."""
+        self._ahead = 0
 
     def pinged(self, now: float) -> None:
         self._pinged = now
@@ -59,10 +65,11 @@ class ConnectionTimers:
     def ping_due(self, now: float) -> bool:
         return now - self._pinged >= self._limits.ping_seconds
 
-    def note(self, now: float, *, heard: bool, active: bool, unsent: int | None) -> None:
+    def note(self, now: float, *, heard: bool, active: bool, unsent: int | None, ahead: int | None = None) -> None:
         """Since the last call: whether the client was heard (or could not be), whether it was active (or we busy).
 
-        unsent: bytes in the send buffer while it is too full to be written to, else None.
+        unsent: bytes in the send buffer while it is too full to be written to, else None. ahead: bytes that wait for
+        recognition while the spool has no room for more, else None.
         """
         if heard:
             self._heard = now
@@ -73,6 +80,11 @@ class ConnectionTimers:
         elif self._stuck is None or unsent < self._unsent:
             self._stuck = now
         self._unsent = unsent or 0
+        if ahead is None:
+            self._full = None
+        elif self._full is None:
+            self._full = now
+        self._ahead = ahead or 0
 
     def judge(self, now: float, *, half_closed: bool, finishing: bool = False) -> Verdict | None:
         """What the connection must be ended for, if anything.
@@ -83,6 +95,11 @@ class ConnectionTimers:
         limits = self._limits
         if 0 < limits.stream_seconds <= now - self._opened - (limits.drain_seconds if finishing else 0.0):
             return Verdict(TOTAL, total_sentence(limits), framing.POLICY)
+        if self._full is not None and now - self._full >= FULL_SECONDS:
+            held = (
+                f"{self._ahead} bytes of audio wait for recognition, which is all that spool_bytes and spool_total_bytes allow"
+            )
+            return Verdict("ahead", f"{held}: send more slowly", framing.POLICY)
         if self._stuck is not None and now - self._stuck >= limits.stuck_seconds:
             sentence = f"nothing was read for {limits.stuck_seconds:g} s: read the socket while you write to it"
             return Verdict("stuck", sentence, framing.POLICY)
