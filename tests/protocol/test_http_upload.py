@@ -244,10 +244,10 @@ async def test_engine_failure_is_500_in_plain_words() -> None:
         engine.hold()
         posting = asyncio.create_task(post(running, wav(1.0)))
         await until(lambda: engine.used_slots == 1)
-        engine.release_failing("the device is gone")
+        engine.fail_next("the device is gone")
         status, kind, text = await posting
     assert (status, kind) == (500, "text/plain; charset=utf-8")
-    assert text == "the model failed: the device is gone"
+    assert text == "a model step failed: RuntimeError: the device is gone"
 
 
 async def test_shutdown_answers_503() -> None:

@@ -1,9 +1,11 @@
 """Our own clients against the whole server: the class for programs, `transcribe --url`, and test_client.py as a program."""
 
 import asyncio
+import contextlib
 import importlib.util
 import json
 import sys
+from collections.abc import AsyncIterator
 from pathlib import Path
 from types import ModuleType
 
@@ -11,7 +13,7 @@ import numpy as np
 import pytest
 from tests.support.media import encode, noise, shift_of
 from tests.support.scripted_engine import ScriptedEngine, ScriptedWord, counting
-from tests.support.serving import serving, until
+from tests.support.serving import Running, serving, until
 from tests.support.written import Reader, written
 
 from moshi_stt.audio.opus import OpusEncoder
@@ -76,7 +78,7 @@ async def test_test_client_says_what_went_wrong(
     path = tmp_path / "talk.wav"
     path.write_bytes(encode(noise(0.1), 24_000))
     program = load_test_client()
-    async with serving(ScriptedEngine(slots=0)) as running:
+    async with full_server() as running:
         for args, message in (
             ([str(path), "--url", f"ws://127.0.0.1:{unused_tcp_port}"], "cannot be reached"),
             ([str(path), "--url", running.ws, "--api-key", "wrong"], "answered 401 (wrong --api-key?)"),
@@ -120,9 +122,18 @@ async def test_test_client_says_when_the_server_leaves(
         sys.argv[-1] = running.ws
         task = asyncio.create_task(asyncio.to_thread(load_test_client().main))
         await until(lambda: engine.queued_samples > 40_000, "the recording's arrival")
-        engine.release_failing("the graphics card fell off")
+        engine.fail_next("the graphics card fell off")
         assert await task == 1
     assert "graphics card" in capsys.readouterr().err
+
+
+@contextlib.asynccontextmanager
+async def full_server() -> AsyncIterator[Running]:
+    """Its one slot is taken."""
+    engine = ScriptedEngine(slots=1)
+    async with serving(engine) as running:
+        engine.open()
+        yield running
 
 
 def load_test_client() -> ModuleType:
@@ -189,7 +200,7 @@ async def test_a_recording_larger_than_every_buffer_goes_through() -> None:
 
 
 async def test_no_slot_and_a_failed_engine_are_errors() -> None:
-    async with serving(ScriptedEngine(slots=0)) as running, Client(running.ws) as client:
+    async with full_server() as running, Client(running.ws) as client:
         with pytest.raises(ServerError, match="no free channels"):
             await client.transcribe(noise(0.1))
     engine = ScriptedEngine(counting(3))

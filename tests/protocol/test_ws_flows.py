@@ -9,11 +9,14 @@ import pytest
 from tests.support import client_flows, recorded
 from tests.support.client_flows import FLOWS
 from tests.support.raw_ws import BINARY, TEXT, RawClient, frame
-from tests.support.scripted_engine import ScriptedEngine, ScriptedWord, _Slot, counting
+from tests.support.scripted_engine import ScriptedEngine, ScriptedWord, counting
 from tests.support.serving import serving
+from tests.support.written import Reader
 
 from moshi_stt import protocol
-from moshi_stt.constants import SAMPLE_RATE
+from moshi_stt.constants import FRAME_SAMPLES, SAMPLE_RATE
+from moshi_stt.engine.commands import Audio
+from moshi_stt.engine.stream import Stream
 from moshi_stt.events import AnyEvent, EndWord, Marker, Ready, Step, Word
 
 SPEECH = np.zeros(4 * SAMPLE_RATE, np.float32)
@@ -52,11 +55,12 @@ async def test_word_behind_the_marker_is_not_before_it() -> None:
     assert kinds == ["before", 1, "after", 2]
 
 
-class ScriptedReplay(ScriptedEngine):
+class Replay(Reader):
     """Says exactly what a recorded connection received: with each frame, what came between its step and the next."""
 
     def __init__(self, events: list[AnyEvent]) -> None:
-        super().__init__()
+        super().__init__(files_only=False)
+        self._samples = 0
         self._groups: list[list[AnyEvent]] = []
         for event in events:
             if isinstance(event, Step):
@@ -64,12 +68,13 @@ class ScriptedReplay(ScriptedEngine):
             if not isinstance(event, Ready):
                 self._groups[-1].append(event)
 
-    def _step(self, slot: _Slot) -> list[AnyEvent]:
-        slot.steps += 1
-        return self._groups.pop(0) if self._groups else []
-
-    def _mark(self, slot: _Slot, id: int) -> list[AnyEvent]:
-        return []  # the recording has it where moshi-server sent it
+    def _work(self, stream: Stream) -> None:
+        """The marks of the client are answered where the recording has it."""
+        self._samples += sum(len(command.samples) for command in stream.drain() if isinstance(command, Audio))
+        while self._samples >= FRAME_SAMPLES:
+            self._samples -= FRAME_SAMPLES
+            stream.stepped(FRAME_SAMPLES)
+            stream.deliver(self._groups.pop(0) if self._groups else [])
 
 
 @pytest.mark.parametrize("name", ["words", "one_message", "small_chunks", "marker_partial", "delay_15", "words_1b"])
@@ -77,7 +82,7 @@ async def test_recorded_session_keeps_its_order_and_bytes(name: str, shared: Pat
     """Sent as recorded, through session, stream and socket: what comes is what moshi-server's client got, byte for byte."""
     session = recorded.load(shared / "goldens" / "recorded", name)
     expected = [bytes.fromhex(entry[2]) for entry in session.log if entry[:2] == ["a", "recv"]]
-    engine = ScriptedReplay(session.events())
+    engine = Replay(session.events())
     async with serving(engine) as running, await RawClient.connect(running.port) as client:
         for kind, what in session.sent():
             if kind == "audio":

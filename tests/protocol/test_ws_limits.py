@@ -121,13 +121,13 @@ async def test_reader_that_is_stuck_is_closed_and_its_neighbour_unharmed(clock: 
     ):
         await until(lambda: running.connections() == 1, "the connection")
         (connection,) = running.server.service.connections
-        transport = connection._transport
-        assert transport is not None
+        assert connection._socket is not None
+        transport = connection._socket._transport
         transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 2_048)
         transport.set_write_buffer_limits(high=4_096)
         stuck.reader._transport.pause_reading()  # type: ignore[attr-defined]
         async with await RawClient.connect(running.port) as other:
-            while not connection._write_paused:
+            while not connection._socket.is_full:
                 stuck.silence(24_000)
                 other.silence(1920)
                 other.marker(1)

@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable
-from dataclasses import replace
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -267,8 +266,7 @@ def test_the_whole_command_in_process(monkeypatch: pytest.MonkeyPatch, capsys: p
 
 @pytest.mark.skipif(os.name != "posix", reason="signals")
 def test_the_models_silence_comes_first(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    engine = ScriptedEngine(counting(10), delay_frames=2)
-    engine.info = replace(engine.info, prefix_silence_seconds=0.4)
+    engine = ScriptedEngine(counting(10), delay_frames=2, prefix_silence_seconds=0.4)
     monkeypatch.setattr(mic, "load_library", lambda: interrupting(1.6))
     monkeypatch.setattr(engines, "build_engine", lambda *args, **more: engine)
     assert main(["mic", "--format", "words"]) == 0

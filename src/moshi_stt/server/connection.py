@@ -21,6 +21,7 @@ import logging
 from collections.abc import Callable, Iterable
 
 from moshi_stt.constants import FRAME_SAMPLES
+from moshi_stt.engine.commands import Audio
 from moshi_stt.engine.engine import Engine
 from moshi_stt.events import Ack, Error
 from moshi_stt.server import framing
@@ -306,6 +307,8 @@ class Connection(asyncio.Protocol):
 
     def _act(self, action: Request) -> Request | None:
         """Carry out what the session asks for; returns what there is no room for."""
+        if type(action) is Audio:  # nearly always
+            return self._talk.carry_out(action, self._open_streams)
         if isinstance(action, Reply):
             if self._socket is not None and self._socket.is_full:
                 return action
