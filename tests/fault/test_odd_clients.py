@@ -55,8 +55,8 @@ async def test_reader_that_stops_is_closed(caller: Caller, kind: Kind) -> None:
     """What it does not read fills its socket, then nothing more is taken of its stream; after `stuck_seconds` it is closed."""
     limits = {"ping_seconds": 9_000.0, "silent_seconds": 9_000.0, "idle_seconds": 9_000.0, "stuck_seconds": 600.0}
     async with house(kind, caller, **limits) as there, there.visitor(caller, receive_buffer=2_048) as (call, connection):
-        transport = connection._transport
-        assert transport is not None
+        assert connection._socket is not None
+        transport = connection._socket._transport
         transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 2_048)
         transport.set_write_buffer_limits(high=4_096)
         call.client.reader._transport.pause_reading()  # type: ignore[attr-defined]
@@ -72,7 +72,7 @@ async def test_reader_that_stops_is_closed(caller: Caller, kind: Kind) -> None:
                 await asyncio.sleep(0.01)
 
         pushing = asyncio.create_task(push())
-        await until(lambda: connection._write_paused, "a socket that takes no more")
+        await until(lambda: connection._socket.is_full, "a socket that takes no more")
         pushing.cancel()
         now = asyncio.get_running_loop().time()
         connection.tick(now + 1)
