@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from typing import IO, Final
 
@@ -17,6 +18,7 @@ from moshi_stt.errors import MoshiSttError
 
 START_SECONDS: Final = 120.0
 END_SECONDS: Final = 5.0
+POLL_SECONDS: Final = 0.05
 ATTEMPTS: Final = 3
 """On a busy machine Ray gives up on parts of its own that are only slow."""
 
@@ -86,12 +88,17 @@ def _start(folder: str, port: int, ports: Sequence[int], cpus: int) -> "subproce
 
 
 def _end(process: "subprocess.Popen[str]") -> None:
+    """End it and all of its group, whose last writes would otherwise bring the folder back."""
     process.terminate()  # its processes end with it
-    try:
+    with contextlib.suppress(subprocess.TimeoutExpired):
         process.wait(END_SECONDS)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)  # nothing of it is kept
-        process.wait()
+    deadline = time.monotonic() + END_SECONDS
+    with contextlib.suppress(ProcessLookupError, PermissionError):  # nobody of the group is left
+        while time.monotonic() < deadline:
+            os.killpg(process.pid, signal.SIGKILL)  # nothing of it is kept
+            process.poll()
+            time.sleep(POLL_SECONDS)
+    process.wait()
 
 
 def _wait_started(process: "subprocess.Popen[str]") -> None:
