@@ -50,6 +50,8 @@ class Client:
 class ModelProcess(Child):
     """One process."""
 
+    most_backlog = 1_024  # nobody else can take a socket: one that is slow to read is waited for
+
     def __init__(self, device: Device, number: int) -> None:
         super().__init__(device.name)
         self.device = device

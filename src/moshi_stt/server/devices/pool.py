@@ -177,7 +177,7 @@ class DevicePool(Supervisor[ModelProcess]):
             child.start_failure = EngineError(f"{child.name}: the model process ended while it started; the log says why")
         child.started.set()
         if child.tested is not None and not child.tested.done():
-            child.tested.set_result(f"{child.name}: the model process ended")
+            child.tested.set_result("the model process ended")
 
     async def buried(self, child: ModelProcess) -> None:
         """Tell its clients."""
@@ -291,7 +291,7 @@ class DevicePool(Supervisor[ModelProcess]):
         opening = client.opening
         streams = 0 if opening.on_demand else opening.channels
         while True:
-            able = [each for each in self._devices if each.takes and each.name not in client.declined]
+            able = [each for each in self._able() if each.name not in client.declined]
             device = max(able, key=lambda each: (each.free(client.module), -len(each.clients)), default=None)
             if device is None or (streams and device.free(client.module) < streams):
                 return False
@@ -302,6 +302,11 @@ class DevicePool(Supervisor[ModelProcess]):
             if self._sent(device, client, order):
                 return True
             client.declined.add(device.name)
+
+    def _able(self) -> list[ModelProcess]:
+        """Those that may be given something: the ones that answer, or where none does just now, the ones that did."""
+        answering = [device for device in self._devices if device.takes]
+        return answering or [device for device in self._devices if device.ready.is_set() and not device.failed]
 
     @staticmethod
     def _boundary(device: ModelProcess) -> int | None:
@@ -417,8 +422,7 @@ class DevicePool(Supervisor[ModelProcess]):
 
     async def post(self, request: web.Request, handshake: Handshake, module: str) -> web.StreamResponse:
         """Let the device with most free slots answer. Raises Fault where none serves, or it dies."""
-        able = [device for device in self._devices if device.takes]
-        device = max(able, key=lambda each: (each.free(module) - each.files, -each.files), default=None)
+        device = max(self._able(), key=lambda each: (each.free(module) - each.files, -each.files), default=None)
         if device is None or device.session is None:
             raise Fault("full", NONE_RUNS)
         device.files += 1

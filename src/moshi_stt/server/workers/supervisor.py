@@ -43,6 +43,8 @@ MOST_BACKLOG = 32
 class Child:
     """One process, and the socket to it. Started again, it is the same object."""
 
+    most_backlog = MOST_BACKLOG
+
     def __init__(self, name: str) -> None:
         """name: for the log."""
         self.name = name
@@ -65,7 +67,9 @@ class Child:
         """Whether it can be given a socket."""
         if self.pinged_at is not None and asyncio.get_running_loop().time() - self.pinged_at > OWED_SECONDS:
             return False
-        return self.ready.is_set() and not self.failed and self.channel is not None and self.channel.backlog <= MOST_BACKLOG
+        return (
+            self.ready.is_set() and not self.failed and self.channel is not None and self.channel.backlog <= self.most_backlog
+        )
 
     @property
     def streams(self) -> int:
