@@ -101,6 +101,15 @@ def test_status_without_a_cluster(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert "the front of the cluster does not answer" in capsys.readouterr().err
 
 
+def test_a_running_cluster_keeps_its_address() -> None:
+    known = ClusterSpec(config="a", minimum=1, maximum=1, port=8080)
+    cluster.need_same_address(known, ClusterSpec(config="b", minimum=2, maximum=3, port=8080))
+    with pytest.raises(ConfigError, match=r"has 127\.0\.0\.1:8080, not 127\.0\.0\.1:9090: `moshi-stt cluster down`"):
+        cluster.need_same_address(known, ClusterSpec(config="a", minimum=1, maximum=1, port=9090))
+    with pytest.raises(ConfigError, match="wyoming"):
+        cluster.need_same_address(known, ClusterSpec(config="a", minimum=1, maximum=1, wyoming=("127.0.0.1", 10300)))
+
+
 def test_the_table() -> None:
     reports = (
         Report(name="r0", revision=1, phase="ready", host="10.0.0.1", port=4000, used=3, total=64, lag_seconds=0.08),

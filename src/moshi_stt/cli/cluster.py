@@ -11,6 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import msgspec
+
 from moshi_stt.cli.worker import parse_address
 from moshi_stt.constants import DEFAULT_PORT
 from moshi_stt.errors import ConfigError, MoshiSttError
@@ -112,6 +114,8 @@ def _up(args: argparse.Namespace) -> int:
         if not paths.fleet.exists():
             _need_free_port(spec.host, spec.port)
         controller = Remote.start(spec, paths.folder)
+    else:
+        need_same_address(controller.fleet().spec, spec)
     controller.configure(spec)
     fleet = _wait_settled(controller, args.wait)
     print("\n".join(table(fleet)))
@@ -124,8 +128,6 @@ def _status(args: argparse.Namespace) -> int:
     paths = _paths(args)
     state = asyncio.run(tell(paths, "GET"))
     if args.json:
-        import msgspec
-
         print(msgspec.json.format(msgspec.json.encode(state), indent=2).decode())
     else:
         print("\n".join(state_lines(state)))
@@ -151,9 +153,14 @@ def _restart(args: argparse.Namespace) -> int:
     if args.config is not None:
         from moshi_stt.config_load import load_config
 
-        drain_seconds = load_config(args.config).config.limits.drain_seconds
+        loaded = load_config(args.config).config
+        drain_seconds = loaded.limits.drain_seconds
         config, text = args.config, _text_of(args.config)
     controller = _controller(args)
+    if config is not None:
+        known = controller.fleet().spec
+        wyoming = loaded.wyoming.address if loaded.wyoming is not None else None
+        need_same_address(known, msgspec.structs.replace(known, wyoming=wyoming))
     controller.restart(config, text, drain_seconds)
     print("\n".join(table(_wait_settled(controller, args.wait))))
     return 0
@@ -200,6 +207,18 @@ def need_ray() -> None:
     """Raises MoshiSttError where Ray is not installed, with the command that installs it."""
     if importlib.util.find_spec("ray") is None:
         raise MoshiSttError("Ray is not installed here. To add it: scripts/install.sh --with ray")
+
+
+def need_same_address(known: "ClusterSpec", wanted: "ClusterSpec") -> None:
+    """Raises ConfigError where a running cluster would have to listen somewhere else: its connections would be lost."""
+    for what, here, there in (
+        ("address", f"{known.host}:{known.port}", f"{wanted.host}:{wanted.port}"),
+        ("[wyoming]", known.wyoming, wanted.wyoming),
+    ):
+        if here != there:
+            raise ConfigError(
+                f"{what}: the running cluster has {here or 'none'}, not {there or 'none'}: `moshi-stt cluster down` first"
+            )
 
 
 def _spec(args: argparse.Namespace, minimum: int, maximum: int) -> "ClusterSpec":
