@@ -10,10 +10,11 @@ server is left out where it is not on the PATH.
 
 Every contender is a process of its own that stays loaded; they take turns of `frames` frames, `rounds` times, so that
 what else the machine does meets all of them. A frame is 80 ms of sound. The server's time is that of a round trip on the
-loopback. `floor` is the time that one core takes to read the language model's products once; memory is that of the weights,
-of the process at rest, and of the process with its streams under way. Ours of 8 and of 4 bits take turns with each other, the
-server and PyPI `moshi` in bf16. With --phrases the small model that ships takes turns with the last group, with one row and
-with 64. Prints a table and, as its last line, one JSON document. Random weights say nothing about accuracy.
+loopback. `CPU` is the processor time of all threads, which says most on a machine that is busy otherwise. `floor` is the time
+that one core takes to read the language model's products once; memory is that of the weights, of the process at rest, and of
+the process with its streams under way. Ours of 8 and of 4 bits take turns with each other, the server and PyPI `moshi` in bf16.
+With --phrases the small model that ships takes turns with the last group, with one row and with 64. Prints a table and, as its
+last line, one JSON document. Random weights say nothing about accuracy.
 """
 
 import argparse
@@ -42,8 +43,9 @@ TURN_SECONDS = 900
 PACKED_BYTES = {"int8": 1 + 4 / 64, "int4": 0.5 + 4 / 32}
 """Bytes of a weight that a step reads, its share of a scale included."""
 
-Step = Callable[[np.ndarray, bool], tuple[float, float, float]]
-"""Sound (rows, 1920), and whether streams begin: seconds of the whole step, of the language model, of Mimi."""
+Step = Callable[[np.ndarray, bool], tuple[float, ...]]
+"""Sound (rows, 1920), and whether streams begin: seconds of the whole step, of the language model, of Mimi, and of processor
+time, of all the process's threads together."""
 
 
 # ---- inside a contender's process: `bench_cpu_step.py --child JOB` ---------------------------------------------------------
@@ -104,14 +106,14 @@ def ours(job: Job) -> tuple[Step, dict[str, Any]]:
     timed(backend.mimi, "step", parts, "mimi")
     slots = np.arange(rows)
 
-    def step(pcm: np.ndarray, fresh: bool) -> tuple[float, float, float]:
+    def step(pcm: np.ndarray, fresh: bool) -> tuple[float, ...]:
         if fresh and job.full_context:
             for tensor in backend.state.named.values():
                 tensor.zero_()  # so that what the rings hold is read from memory
             backend.fill_context()
-        start = time.perf_counter()
+        start, used = time.perf_counter(), time.process_time()
         backend.step(pcm, slots, np.full(rows, fresh and not job.full_context))
-        return time.perf_counter() - start, parts["lm"], parts["mimi"]
+        return time.perf_counter() - start, parts["lm"], parts["mimi"], time.process_time() - used
 
     return step, report
 
@@ -193,8 +195,8 @@ def reference(job: Job) -> tuple[Step, dict[str, Any]]:
     lm.streaming_forever(rows)
 
     @torch.no_grad()
-    def step(pcm: np.ndarray, fresh: bool) -> tuple[float, float, float]:
-        start = time.perf_counter()
+    def step(pcm: np.ndarray, fresh: bool) -> tuple[float, ...]:
+        start, used = time.perf_counter(), time.process_time()
         codes = mimi.encode(torch.from_numpy(pcm)[:, None])
         middle = time.perf_counter()
         if fresh:
@@ -202,7 +204,7 @@ def reference(job: Job) -> tuple[Step, dict[str, Any]]:
         middle = middle if not fresh else time.perf_counter()
         lm.step_with_extra_heads(codes)
         end = time.perf_counter()
-        return end - start, end - middle, middle - start
+        return end - start, end - middle, middle - start, time.process_time() - used
 
     return step, {}
 
@@ -365,7 +367,7 @@ async def compete(contenders: list[Any], frames: int, rounds: int) -> list[dict[
 
 
 def summary(contender: Contender, times: list[list[float]]) -> dict[str, Any]:
-    columns = dict(zip(("step", "lm", "mimi"), np.array(times).T * 1e3, strict=False))
+    columns = dict(zip(("step", "lm", "mimi", "cpu"), np.array(times).T * 1e3, strict=False))
     row: dict[str, Any] = {"name": contender.name, "rows": contender.rows, "frames": len(times), **contender.report}
     for key, values in columns.items():
         row |= {f"{key}_ms": float(np.median(values))}
@@ -390,9 +392,12 @@ def table(results: list[dict[str, Any]], bandwidth: float) -> str:
     """A line for each contender. floor: the time that reading the language model's products once takes."""
     columns = (("weights_gb", "weights"), ("rss_gb", "rest"), ("streaming_gb", "stream"))
     head = "".join(f"{title:>9}" for _, title in columns)
-    lines = [f"{'':24}{'rows':>5}{'step ms':>9}{'p10':>7}{'p90':>7}{'LM':>7}{'Mimi':>7}{'floor':>7}{head}{'load s':>8}"]
+    lines = [
+        f"{'':24}{'rows':>5}{'step ms':>9}{'p10':>7}{'p90':>7}{'LM':>7}{'Mimi':>7}{'CPU':>8}{'floor':>7}{head}{'load s':>8}"
+    ]
     for r in results:
         parts = "".join(f"{r[key]:7.1f}" if key in r else f"{'':>7}" for key in ("lm_ms", "mimi_ms"))
+        parts += f"{r['cpu_ms']:8.1f}" if "cpu_ms" in r else f"{'':>8}"
         parts += f"{1e3 * r['streamed_gb'] / bandwidth:7.1f}" if "streamed_gb" in r else f"{'':>7}"
         memory = "".join(f"{r[key]:6.2f} GB" if key in r else f"{'':>9}" for key, _ in columns)
         step = f"{r['step_ms']:9.1f}{r['p10_ms']:7.1f}{r['p90_ms']:7.1f}"
@@ -432,12 +437,16 @@ PHRASES, PHRASES_ROWS = "phrases f32", 64
 
 def phrases_lines(results: list[dict[str, Any]]) -> list[str]:
     """What the small model's steps are to those of the models in the same turns, and what a step of many rows takes."""
-    steps = {r["name"]: r["step_ms"] for r in results}
-    one, many = (steps[f"{PHRASES} x {rows}"] for rows in (1, PHRASES_ROWS))
+    found = {r["name"]: r for r in results}
+    one, many = (found[f"{PHRASES} x {rows}"] for rows in (1, PHRASES_ROWS))
     lines = [
-        f"phrases, one stream: {one / steps[name]:.3f} of the step of {name}" for name in ("moshi-stt int4",) if name in steps
+        f"phrases, one stream: {one['step_ms'] / other['step_ms']:.3f} of the step of {name}, "
+        f"{one['cpu_ms'] / other['cpu_ms']:.3f} of its processor time"
+        for name, other in found.items()
+        if name == "moshi-stt int4"
     ]
-    return [*lines, f"phrases, {PHRASES_ROWS} streams: {many:.1f} ms a step"]
+    times = f"{many['step_ms']:.1f} ms a step, {many['cpu_ms']:.1f} ms of processor time"
+    return [*lines, f"phrases, {PHRASES_ROWS} streams: {times}"]
 
 
 def main() -> None:
