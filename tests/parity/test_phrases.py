@@ -68,11 +68,15 @@ def test_most_of_it_was_said() -> None:
     assert word_errors(said, words) <= 0.15 * len(said)
 
 
-async def test_chunks_slots_and_neighbours_do_not_matter() -> None:
+@pytest.mark.parametrize("framework", ["torch", "mlx"])
+async def test_chunks_slots_and_neighbours_do_not_matter(framework: str) -> None:
     """Both recordings in messages of 20 ms, 80 ms and 0.4 s, all at once, each in another slot: the same to the last bit."""
     chunks = (480, 1_920, 9_600)
-    sessions = await heard(engine("torch"), [(name, chunk) for name in SAID for chunk in chunks])
+    sessions = await heard(engine(framework), [(name, chunk) for name in SAID for chunk in chunks])
     for first, *others in (sessions[: len(chunks)], sessions[len(chunks) :]):
         for other in others:
             assert other.words == first.words
-            assert other.pauses == first.pauses
+            if framework == "torch":
+                assert other.pauses == first.pauses
+            else:  # products of MLX may round a row otherwise next to others
+                np.testing.assert_allclose(other.pauses, first.pauses, atol=2e-3)

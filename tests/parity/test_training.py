@@ -11,7 +11,8 @@ from tests.support.stepping import drive
 pytest.importorskip("soundfile", reason="soundfile, which the recipe needs, is not installed")
 pytest.importorskip("torch", reason="torch not installed")
 
-from training import encode, export, finetune, language, train
+import torch
+from training import emulate, encode, export, finetune, language, report, train
 from training.clips import read_shards, write_shard
 from training.synthesise import espeak_clips
 from training.tokenizer import train_tokenizer
@@ -76,3 +77,21 @@ def test_from_voices_to_a_model_that_is_served(clips: Path, tmp_path: Path, caps
     backend.close()
     assert served.tokens.shape == (4,)
     assert np.isfinite(served.logits).all()
+
+
+def test_a_table_of_the_card_is_replaced_and_nothing_else(tmp_path: Path) -> None:
+    card = tmp_path / "card.md"
+    card.write_text("# Card\n\n<!-- a -->\n\n| old | |\n|---|---|\n| 1 | 2 |\n\n## More\n\n<!-- b -->\n")
+    report.write_card(card, "<!-- a -->", [("measured", ""), ("words", "5 %")])
+    report.write_card(card, "<!-- b -->", [("", "x", "y"), ("int8", "1", "2")])
+    tables = "<!-- a -->\n\n| measured |  |\n|---|---|\n| words | 5 % |\n\n## More\n\n<!-- b -->\n\n"
+    assert card.read_text() == f"# Card\n\n{tables}|  | x | y |\n|---|---|---|\n| int8 | 1 | 2 |\n"
+    with pytest.raises(SystemExit, match="no line"):
+        report.write_card(card, "<!-- c -->", [("a",)])
+
+
+@pytest.mark.parametrize("value", [1.0, -2.5, 3.14159, 1e-20, 65_504.0])
+def test_tf32_has_ten_bits_of_mantissa(value: float) -> None:
+    rounded = emulate.tf32(torch.tensor([value, -value]))
+    assert rounded.view(torch.int32).bitwise_and(0x1FFF).tolist() == [0, 0]
+    torch.testing.assert_close(rounded, torch.tensor([value, -value]), rtol=2**-11, atol=0)
