@@ -92,7 +92,7 @@ def test_engine_failure_ends_it_with_status_1() -> None:
         address(process)
         output, errors = process.communicate(timeout=DEADLINE)
         assert process.returncode == 1, errors
-        assert "module asr failed: the device is gone" in output
+        assert "module asr failed: a model step failed: RuntimeError: the device is gone" in output
 
 
 def test_engine_that_cannot_start_is_said_in_plain_words() -> None:
