@@ -104,13 +104,8 @@ def load_backend(
     if target.type == "cpu":
         keep_freed_memory()
     done = time.perf_counter()
-    log.info(
-        "start: device and files %.1f s, a first kernel %.1f s, weights %.1f s, state and model %.1f s",
-        checked - start,
-        tried - checked,
-        read - tried,
-        done - read,
-    )
+    parts = checked - start, tried - checked, read - tried, done - read
+    log.info("start: device and files %.1f s, a first kernel %.1f s, weights %.1f s, state and model %.1f s", *parts)
     backend.report = replace(report, load_seconds=done - start)  # repacking and compiling included
     return backend
 
