@@ -18,6 +18,21 @@ def test_links_lead_somewhere(path: Path) -> None:
             assert (path.parent / target).exists(), f"{path.name} links to {target}, which is not there"
 
 
+def headings(path: Path) -> set[str]:
+    """The anchors that a page's headings get."""
+    names = re.findall(r"^#+ (.+)$", path.read_text(), re.MULTILINE)
+    plain = [re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", name.strip().lower()) for name in names]
+    return {re.sub(r"[^\w\- ]", "", name).replace(" ", "-") for name in plain}
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_links_lead_to_headings(path: Path) -> None:
+    for target, anchor in re.findall(r"\]\(([^)#\s]*)#([^)]+)\)", path.read_text()):
+        page = path.parent / target if target else path
+        if "://" not in target and page.suffix == ".md":
+            assert anchor in headings(page), f"{path.name} links to {target}#{anchor}, and there is no such heading"
+
+
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
 def test_commands_and_scripts_are_there(path: Path) -> None:
     text = path.read_text()
