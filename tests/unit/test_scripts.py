@@ -50,7 +50,7 @@ def installed(checkout: Path) -> Path:
     return checkout
 
 
-def run(folder: Path, script: str, *args: str, timeout: float = 90, **env: str) -> subprocess.CompletedProcess[str]:
+def run(folder: Path, script: str, *args: str, timeout: float = 600, **env: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         ["bash", str(folder / "scripts" / script), *args],
         capture_output=True,
