@@ -22,7 +22,8 @@ SLOW = {
     "test_mic.py", "test_chunking.py", "test_doors_agree.py", "test_drain.py", "test_engines.py", "test_engines_served.py",
     "test_http_upload.py", "test_install_model.py", "test_live_clients.py", "test_page.py", "test_processes.py",
     "test_protocol_fuzz.py", "test_resume.py", "test_serve_process.py", "test_takeover.py", "test_worker.py",
-    "test_devices_served.py", "test_devices_load.py", "test_ws_flows.py", "test_ws_processes.py", "test_platforms.py", "test_commands_in_docs.py",
+    "test_devices_served.py", "test_devices_load.py",
+    "test_ws_flows.py", "test_ws_processes.py", "test_platforms.py", "test_commands_in_docs.py",
     "test_examples.py", "test_clients_doc.py", "test_protocol_doc.py", "test_ahead.py",
 }  # fmt: skip
 """Files that start processes, load a model, or take more than some seconds: the second half of CI's default tests."""
