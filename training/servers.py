@@ -25,6 +25,8 @@ from moshi_stt.protocol import encode_audio
 RATE = 24_000
 FRAME = 1_920
 FRAME_RATE = 12.5
+READY_SECONDS = 300
+"""How long a model may load."""
 TAIL_SECONDS = 2.0
 """Silence after a recording, so that its last word comes out."""
 
@@ -98,7 +100,11 @@ def our_server(config: str, folder: Path, *, options: Sequence[str] = (), emulat
         config,
         *options,
     ]
-    with serving(command, port, folder / "moshi-stt.log") as url:
+    log = folder / "moshi-stt.log"
+    with serving(command, port, log) as url:
+        wait = [sys.executable, "-m", "moshi_stt", "status", "--url", f"http://127.0.0.1:{port}", "--wait", str(READY_SECONDS)]
+        if subprocess.run([*wait, "--quiet"], timeout=READY_SECONDS + 60).returncode:  # it accepts connections while it loads
+            raise RuntimeError(f"the server is not ready after {READY_SECONDS} s: {log.read_text(errors='replace')[-2_000:]}")
         yield url
 
 
