@@ -22,7 +22,6 @@ from tests.support.clusters import DEADLINE, Caller, Cluster, all_ready, alone, 
 from moshi_stt.audio.decode import read_file
 from moshi_stt.cluster import own_ray, process
 from moshi_stt.cluster.balancer import Running
-from moshi_stt.cluster.own_ray import _with_descendants
 from moshi_stt.config_load import shipped_text
 from moshi_stt.data import SAMPLE, data_file
 
@@ -199,7 +198,7 @@ async def test_kill_ray(cluster: Cluster, recordings: list[NDArray[np.float32]],
     before = await cluster.reports()
     own = own_ray.find(cluster.paths)
     assert own is not None
-    for pid, started in _with_descendants(own.folder).items():
+    for pid, started in own_ray.with_descendants(own).items():
         process.send(pid, started, signal.SIGKILL)
     assert await alone(cluster.url, recordings[0]) == expected[0], "the address takes new streams without Ray"
     seconds = await cluster.until(
@@ -253,7 +252,7 @@ def test_down_leaves_nothing(cluster: Cluster) -> None:
     records += [json.loads(path.read_text()) for path in cluster.folder.glob("r[0-9]*.json")]
     assert len(records) == 2 + cluster.replicas
     running = [Running(record["pid"], record["started"]) for record in records]
-    running += [Running(pid, started) for pid, started in _with_descendants(own.folder).items()]
+    running += [Running(pid, started) for pid, started in own_ray.with_descendants(own).items()]
     assert all(process.is_alive(each.pid, each.started) for each in running)
     cluster.run("down", "--now")
     assert not any(process.is_alive(each.pid, each.started) for each in running)

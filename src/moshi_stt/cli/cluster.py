@@ -172,7 +172,8 @@ def _down(args: argparse.Namespace) -> int:
 
     paths = _paths(args)
     own = own_ray.find(paths)
-    if own is None or own_ray.is_running(own):
+    has_other_ray = bool(args.address or os.environ.get("RAY_ADDRESS"))
+    if has_other_ray or (own is not None and own_ray.is_running(own)):
         _connect(args, paths, start=False)
         from moshi_stt.cluster.actors import Remote, sweep_hosts
 

@@ -18,9 +18,11 @@ from moshi_stt.cluster import process
 from moshi_stt.cluster.spec import NAMESPACE, Paths, write_json
 from moshi_stt.errors import MoshiSttError
 
-START_SECONDS = 120.0
+START_SECONDS = 240.0
 END_SECONDS = 10.0
 ATTEMPTS = 5
+PATIENCE = {"RAY_raylet_start_wait_time_s": "110", "RAY_agent_register_timeout_ms": "110000"}
+"""On a busy machine Ray's processes take longer than it waits for them by itself."""
 TOKEN = "token"
 OBJECT_STORE_BYTES = 128 << 20
 """Our actors store no objects; Ray takes no less than 75 MiB."""
@@ -80,7 +82,10 @@ def _prepared(paths: Paths) -> OwnRay:
 
 def _start(own: OwnRay, paths: Paths) -> OwnRay:
     # Ports that are given need not be waited for: on a busy machine Ray gives up after 30 s otherwise.
-    names = ("dashboard-agent-grpc-port", "dashboard-agent-listen-port", "runtime-env-agent-port", "metrics-export-port")
+    names = (
+        *("dashboard-agent-grpc-port", "dashboard-agent-listen-port", "runtime-env-agent-port", "metrics-export-port"),
+        "ray-client-server-port",
+    )
     ports = [word for name, port in zip(names, _free_ports(len(names)), strict=True) for word in (f"--{name}", str(port))]
     command = [
         *(sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--node-ip-address", "127.0.0.1"),
@@ -101,13 +106,13 @@ def _start(own: OwnRay, paths: Paths) -> OwnRay:
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
-            env={**os.environ, **_authorized(own)},
+            env={**os.environ, **PATIENCE, **_authorized(own)},
             cwd=paths.folder,
             start_new_session=True,
             timeout=START_SECONDS,
             check=True,
         )
-    core = [pid for pid, command in _processes(own.folder) if "/gcs_server " in command or "/raylet/raylet " in command]
+    core = [pid for pid, command in _processes(own) if "/gcs_server " in command or "/raylet/raylet " in command]
     starts = {pid: started for pid in core if (started := process.started_at(pid)) is not None}
     if len(starts) < 2:
         raise OSError("its processes ended at once")
@@ -118,14 +123,14 @@ def _start(own: OwnRay, paths: Paths) -> OwnRay:
 
 def end(own: OwnRay) -> None:
     """End all processes of one, and remove its folder."""
-    found = _with_descendants(own.folder)
+    found = with_descendants(own)
     for number, seconds in ((signal.SIGTERM, END_SECONDS), (signal.SIGKILL, END_SECONDS)):
         for pid, started in found.items():
             process.send(pid, started, number)
         deadline = time.monotonic() + seconds
         while any(process.is_alive(pid, started) for pid, started in found.items()) and time.monotonic() < deadline:
             time.sleep(process.POLL_SECONDS)
-        found |= _with_descendants(own.folder)
+        found |= with_descendants(own)
     _remove(Path(own.folder))
 
 
@@ -153,22 +158,24 @@ def disconnect() -> None:
     ray.shutdown()
 
 
-def _processes(folder: str) -> list[tuple[int, str]]:
-    """Those that name the folder in their command line."""
+def _processes(own: OwnRay) -> list[tuple[int, str]]:
+    """Those that name its folder in their command line, or, as the server of Ray's clients, its port."""
+    port = f":{own.address.rpartition(':')[2]} "
     done = subprocess.run(["ps", "-A", "-ww", "-o", "pid=,args="], capture_output=True, text=True, check=False)
     found = []
     for line in done.stdout.splitlines():
         pid, _, command = line.strip().partition(" ")
-        if folder in command and int(pid) != os.getpid():
+        is_ours = own.folder in command or ("ray.util.client.server" in command and port in command)
+        if is_ours and int(pid) != os.getpid():
             found.append((int(pid), command))
     return found
 
 
-def _with_descendants(folder: str) -> dict[int, str]:
+def with_descendants(own: OwnRay) -> dict[int, str]:
     """Ids and starts of a Ray's processes: Ray's workers do not name the folder, but descend from one that does."""
     done = subprocess.run(["ps", "-A", "-o", "pid=,ppid="], capture_output=True, text=True, check=False)
     parents = {int(pid): int(parent) for pid, parent in (line.split() for line in done.stdout.splitlines())}
-    ours = {pid for pid, _ in _processes(folder)}
+    ours = {pid for pid, _ in _processes(own)}
     while more := {pid for pid, parent in parents.items() if parent in ours} - ours:
         ours |= more
     return {pid: started for pid in ours if (started := process.started_at(pid)) is not None}
