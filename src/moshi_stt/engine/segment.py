@@ -20,6 +20,7 @@ from moshi_stt.audio.resample import StreamingResampler
 from moshi_stt.constants import SAMPLE_RATE
 from moshi_stt.cores import usable_cores
 from moshi_stt.engine.engine import NO_EXTRAS, Engine, EngineInfo, EngineObserver, StreamOptions
+from moshi_stt.engine.heaps import trim_heaps
 from moshi_stt.engine.language import foreign_message
 from moshi_stt.engine.recogniser import RECOGNISER_RATE, Recogniser
 from moshi_stt.engine.segment_state import TURN_SAMPLES, SegmentState, TurnQueue
@@ -95,7 +96,8 @@ class SegmentEngine(Engine):
         self._hang_seconds = hang_seconds
         self._workers: list[_Worker] = []
         self._given_up = 0
-        self._watchdog: asyncio.Task[None] | None = None
+        self._tasks: list[asyncio.Task[None]] = []
+        """The watchdog, and what gives memory back."""
         self._ready = False
         self._stopping = False
 
@@ -125,7 +127,8 @@ class SegmentEngine(Engine):
         )
         for index in range(self._threads_wanted):
             self._start_worker(f"recogniser-{index}")
-        self._watchdog = self._loop.create_task(self._watch(max(self._hang_seconds, HANG_FACTOR * LONGEST_SECONDS * cost)))
+        hang_seconds = max(self._hang_seconds, HANG_FACTOR * LONGEST_SECONDS * cost)
+        self._tasks = [self._loop.create_task(work) for work in (self._watch(hang_seconds), trim_heaps())]
         self._ready = True
 
     def _start_worker(self, name: str, *, doubts: bool = False) -> None:
@@ -155,11 +158,10 @@ class SegmentEngine(Engine):
         self._ready = False
         self._stopping = True
         self._queue.close()
-        if self._watchdog is not None:
-            self._watchdog.cancel()
-            with suppress(asyncio.CancelledError):
-                await self._watchdog
-            self._watchdog = None
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._tasks = []
         for stream in list(self._states):
             stream.fail("the server is shutting down", 1001)
         late = await join_threads([worker.thread for worker in self._workers], JOIN_SECONDS)

@@ -19,10 +19,6 @@ ARENAS = 2
 """Heaps that all threads share. With one each, as glibc gives them, every thread would keep what its largest file took."""
 
 
-TRIM_SECONDS = 300.0
-"""It takes the heaps' locks for some milliseconds."""
-
-
 def tune_interpreter() -> None:
     """Set Python up for an event loop and a model thread that make many short-lived objects.
 
@@ -73,16 +69,4 @@ async def _with_helpers(main: Coroutine[Any, Any, int]) -> int:
     for _ in range(count):
         pool.submit(together.wait)
     asyncio.get_running_loop().set_default_executor(pool)
-    trimming = asyncio.create_task(_trim())
-    try:
-        return await main
-    finally:
-        trimming.cancel()
-
-
-async def _trim() -> None:
-    """Give the free pages of glibc's heaps back to the system now and then: else the largest moment of each heap stays."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
-    while trim is not None:
-        await asyncio.sleep(TRIM_SECONDS)
-        await asyncio.get_running_loop().run_in_executor(None, trim, 0)
+    return await main
