@@ -5,15 +5,15 @@ import os
 import secrets
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import IO, Final
 
+from moshi_stt.cluster.ray_command import PATIENCE, free_ports, start_arguments
 from moshi_stt.errors import MoshiSttError
 
 START_SECONDS: Final = 120.0
@@ -22,12 +22,7 @@ POLL_SECONDS: Final = 0.05
 ATTEMPTS: Final = 3
 """On a busy machine Ray gives up on parts of its own that are only slow."""
 
-OBJECT_STORE_BYTES: Final = 128 << 20
-"""Jobs and results are small; Ray takes no less than 75 MiB."""
-
 _STARTED: Final = "Ray runtime started"
-_PORTS: Final = ("dashboard-agent-grpc-port", "dashboard-agent-listen-port", "runtime-env-agent-port", "metrics-export-port")
-"""Given, they need not be waited for: on a busy machine Ray gives up after 30 s otherwise."""
 
 _LAUNCH: Final = """
 import os, sys
@@ -48,13 +43,12 @@ def local_ray(cpus: int) -> Iterator[str]:
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": secrets.token_hex(32),
         "RAY_USAGE_STATS_ENABLED": "0",
-        "RAY_agent_register_timeout_ms": "60000",
     }
-    os.environ.update(token)
+    os.environ.update(PATIENCE | token)
     for attempt in range(ATTEMPTS):
         folder = tempfile.mkdtemp(prefix="mstt-")  # short: Ray's sockets lie in it
-        port, *ports = _free_ports(1 + len(_PORTS))
-        process = _start(folder, port, ports, cpus)
+        (port,) = free_ports(1)
+        process = _start(folder, port, cpus)
         try:
             try:
                 _wait_started(process)
@@ -69,13 +63,8 @@ def local_ray(cpus: int) -> Iterator[str]:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def _start(folder: str, port: int, ports: Sequence[int], cpus: int) -> "subprocess.Popen[str]":
-    command = [
-        *(sys.executable, "-c", _LAUNCH, "-m", "ray.scripts.scripts", "start", "--head", "--block"),
-        *("--node-ip-address", "127.0.0.1", "--port", str(port), "--temp-dir", folder, "--num-cpus", str(cpus)),
-        *("--include-dashboard", "false", "--disable-usage-stats", "--object-store-memory", str(OBJECT_STORE_BYTES)),
-        *(word for name, number in zip(_PORTS, ports, strict=True) for word in (f"--{name}", str(number))),
-    ]
+def _start(folder: str, port: int, cpus: int) -> "subprocess.Popen[str]":
+    command = [sys.executable, "-c", _LAUNCH, *start_arguments(port, folder), "--block", "--num-cpus", str(cpus)]
     return subprocess.Popen(
         command,
         stdin=subprocess.DEVNULL,
@@ -118,11 +107,3 @@ def _wait_started(process: "subprocess.Popen[str]") -> None:
     if not started.wait(START_SECONDS) or process.poll() is not None or not any(_STARTED in line for line in said):
         last = next((line.strip() for line in reversed(said) if line.strip()), f"nothing came within {START_SECONDS:.0f} s")
         raise MoshiSttError(f"Ray did not start on this host: {last}")
-
-
-def _free_ports(count: int) -> list[int]:
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [int(each.getsockname()[1]) for each in sockets]

@@ -5,9 +5,7 @@ import logging
 import os
 import secrets
 import signal
-import socket
 import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -15,17 +13,14 @@ from pathlib import Path
 import msgspec
 
 from moshi_stt.cluster import process
+from moshi_stt.cluster.ray_command import PATIENCE, free_ports, start_command
 from moshi_stt.cluster.spec import NAMESPACE, Paths, write_json
 from moshi_stt.errors import MoshiSttError
 
 START_SECONDS = 240.0
 END_SECONDS = 10.0
 ATTEMPTS = 5
-PATIENCE = {"RAY_raylet_start_wait_time_s": "110", "RAY_agent_register_timeout_ms": "110000"}
-"""On a busy machine Ray's processes take longer than it waits for them by itself."""
 TOKEN = "token"
-OBJECT_STORE_BYTES = 128 << 20
-"""Our actors store no objects; Ray takes no less than 75 MiB."""
 
 
 class OwnRay(msgspec.Struct, frozen=True):
@@ -72,7 +67,7 @@ def _prepared(paths: Paths) -> OwnRay:
     # Ray's sockets lie in it: the path must be short.
     folder = Path(tempfile.gettempdir()) / f"mstt-{digest}-{secrets.token_hex(2)}"
     folder.mkdir(mode=0o700)
-    (port,) = _free_ports(1)
+    (port,) = free_ports(1)
     own = OwnRay(f"127.0.0.1:{port}", str(folder))
     (folder / TOKEN).write_text(secrets.token_hex(32), encoding="ascii")
     (folder / TOKEN).chmod(0o600)
@@ -81,25 +76,7 @@ def _prepared(paths: Paths) -> OwnRay:
 
 
 def _start(own: OwnRay, paths: Paths) -> OwnRay:
-    # Ports that are given need not be waited for: on a busy machine Ray gives up after 30 s otherwise.
-    names = (
-        *("dashboard-agent-grpc-port", "dashboard-agent-listen-port", "runtime-env-agent-port", "metrics-export-port"),
-        "ray-client-server-port",
-    )
-    ports = [word for name, port in zip(names, _free_ports(len(names)), strict=True) for word in (f"--{name}", str(port))]
-    command = [
-        *(sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--node-ip-address", "127.0.0.1"),
-        *(
-            "--port",
-            own.address.rpartition(":")[2],
-            "--temp-dir",
-            own.folder,
-            "--include-dashboard",
-            "false",
-            "--disable-usage-stats",
-        ),
-        *("--object-store-memory", str(OBJECT_STORE_BYTES), *ports),
-    ]
+    command = start_command(int(own.address.rpartition(":")[2]), own.folder)
     with paths.log("ray").open("ab") as log:
         subprocess.run(
             command,
@@ -185,14 +162,3 @@ def _remove(folder: Path) -> None:
     import shutil
 
     shutil.rmtree(folder, ignore_errors=True)
-
-
-def _free_ports(count: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(count)]
-    try:
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [each.getsockname()[1] for each in sockets]
-    finally:
-        for each in sockets:
-            each.close()
