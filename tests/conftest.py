@@ -11,6 +11,8 @@ from tests.support.checkpoints import Checkpoint, save, shared_checkpoint, small
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # in a shell's background: programs that tests start would inherit it
     signal.signal(signal.SIGINT, signal.default_int_handler)
+if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:  # under nohup: likewise
+    signal.signal(signal.SIGHUP, lambda *_: None)  # a handler, unlike SIG_IGN, ends with exec, and still keeps pytest alive
 
 SHARED = Path(os.environ.get("MOSHI_STT_SHARED") or Path(__file__).parents[2] / "shared")
 """Recordings, audio and the contract, which are not part of the repository."""
