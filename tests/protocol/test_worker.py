@@ -120,7 +120,7 @@ def test_the_example_with_curl(worker: Worker) -> None:
 
 
 def test_the_readme_program(worker: Worker, tmp_path: Path) -> None:
-    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    code, *_ = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     program = tmp_path / "program.py"
     program.write_text(code.replace("ws://127.0.0.1:8080", worker.url).replace("interview.m4a", str(sample_path())))
     assert matches(re.sub(r"\d+\.\d+", "", run(sys.executable, str(program))))
