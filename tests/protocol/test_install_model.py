@@ -8,7 +8,6 @@ import hashlib
 import os
 import re
 import shutil
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -18,6 +17,7 @@ import numpy as np
 import pytest
 from tests.support.checkpoints import shared_checkpoint
 from tests.support.local_hub import LocalHub, local_hub
+from tests.support.ports import free_port
 
 from moshi_stt.audio.decode import read_file
 from moshi_stt.client import Client
@@ -106,12 +106,6 @@ async def install(checkout: Path, env: dict[str, str], *flags: str) -> tuple[int
     async with asyncio.timeout(DEADLINE):
         out, error = await process.communicate()
     return process.returncode or 0, out.decode(), error.decode()
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
 
 
 async def speak(port: int, done: asyncio.Event) -> list[str]:

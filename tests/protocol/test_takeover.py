@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from tests.support.ports import free_port
 
 from moshi_stt.audio.decode import read_file
 from moshi_stt.client import Client
@@ -62,12 +63,6 @@ def appears(path: Path, alive: Callable[[], bool] = lambda: True, log: Path | No
         assert alive(), log.read_text() if log else ""
         assert time.monotonic() < deadline
         time.sleep(0.02)
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
 
 
 async def test_no_connection_is_refused_and_no_stream_is_cut(tmp_path: Path, workers: list[Worker]) -> None:

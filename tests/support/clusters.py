@@ -4,7 +4,6 @@ import asyncio
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -17,6 +16,7 @@ from typing import Any
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
+from tests.support.ports import free_port
 
 from moshi_stt.client import Client
 from moshi_stt.cluster import own_ray
@@ -28,13 +28,6 @@ from moshi_stt.events import EndWord, Marker, Ready, Word
 
 DEADLINE = 300.0
 """Seconds for anything that takes some seconds on a machine of its own."""
-
-
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port: int = found.getsockname()[1]
-        return port
 
 
 class Cluster:

@@ -18,8 +18,6 @@ from moshi_stt import engines
 from moshi_stt.audio.decode_pool import is_supported
 from moshi_stt.cli import main, transcribers
 from moshi_stt.cli.archive import Manifest, plan, read_list, write_whole
-from moshi_stt.config import LimitsConfig, Module
-from moshi_stt.engine.engine import Engine
 from moshi_stt.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]
@@ -28,19 +26,6 @@ TIMES = [(0.2, 0.5), (0.7, 1.0)]
 
 def sound(times: list[tuple[float, float]] = TIMES) -> bytes:
     return encode(written(times, 1.2), 24_000, "wav-float")
-
-
-@pytest.fixture
-def readers(monkeypatch: pytest.MonkeyPatch) -> list[Reader]:
-    """Every engine is a `Reader`; they are collected here."""
-    made: list[Reader] = []
-
-    def build(module: Module, limits: LimitsConfig, observer: object = None, force_cpu: bool = False) -> Engine:
-        made.append(Reader(slots=3))
-        return made[-1]
-
-    monkeypatch.setattr(engines, "build_engine", build)
-    return made
 
 
 @pytest.fixture

@@ -18,28 +18,12 @@ import pytest
 from tests.support.media import encode
 from tests.support.written import Reader, written
 
-from moshi_stt import engines
 from moshi_stt.cli import archive_ray, main, places
 from moshi_stt.cli.archive import Item, Manifest, plan
 from moshi_stt.cluster import archive as ray_archive
-from moshi_stt.config import LimitsConfig, Module
-from moshi_stt.engine.engine import Engine
 from moshi_stt.errors import EngineFailed
 
 TIMES = [(0.2, 0.5), (0.7, 1.0)]
-
-
-@pytest.fixture
-def readers(monkeypatch: pytest.MonkeyPatch) -> list[Reader]:
-    """Every engine is a `Reader`; they are collected here."""
-    made: list[Reader] = []
-
-    def build(module: Module, limits: LimitsConfig, observer: object = None, force_cpu: bool = False) -> Engine:
-        made.append(Reader(slots=3))
-        return made[-1]
-
-    monkeypatch.setattr(engines, "build_engine", build)
-    return made
 
 
 class _Actors:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tests.support.ports import free_port
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import connect
 
@@ -60,13 +61,6 @@ def run(folder: Path, script: str, *args: str, timeout: float = 600, **env: str)
         stdin=subprocess.DEVNULL,
         check=False,
     )
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port: int = s.getsockname()[1]
-        return port
 
 
 @pytest.mark.parametrize("path", [*SCRIPTS, ROOT / ".ci" / "run", ROOT / ".ci" / "check_wheel"], ids=lambda path: path.name)

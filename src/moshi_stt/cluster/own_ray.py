@@ -6,6 +6,7 @@ import os
 import secrets
 import signal
 import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -13,7 +14,7 @@ from pathlib import Path
 import msgspec
 
 from moshi_stt.cluster import process
-from moshi_stt.cluster.ray_command import PATIENCE, free_ports, start_command
+from moshi_stt.cluster.ray_command import PATIENCE, free_ports, start_arguments
 from moshi_stt.cluster.spec import NAMESPACE, Paths, write_json
 from moshi_stt.errors import MoshiSttError
 
@@ -76,7 +77,7 @@ def _prepared(paths: Paths) -> OwnRay:
 
 
 def _start(own: OwnRay, paths: Paths) -> OwnRay:
-    command = start_command(int(own.address.rpartition(":")[2]), own.folder)
+    command = [sys.executable, *start_arguments(int(own.address.rpartition(":")[2]), own.folder)]
     with paths.log("ray").open("ab") as log:
         subprocess.run(
             command,

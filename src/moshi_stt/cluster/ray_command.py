@@ -2,7 +2,6 @@
 
 import contextlib
 import socket
-import sys
 from typing import Final
 
 OBJECT_STORE_BYTES: Final = 128 << 20
@@ -30,10 +29,6 @@ def start_arguments(port: int, folder: str) -> list[str]:
         *("--object-store-memory", str(OBJECT_STORE_BYTES)),
         *(word for name, number in ports for word in (f"--{name}", str(number))),
     ]
-
-
-def start_command(port: int, folder: str) -> list[str]:
-    return [sys.executable, *start_arguments(port, folder)]
 
 
 def free_ports(count: int) -> list[int]:
