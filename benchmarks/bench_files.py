@@ -157,18 +157,19 @@ class Meter:
 
 
 @contextmanager
-def gpu_busy(device: str) -> Iterator[list[float]]:
-    """Percent of busy time that nvidia-smi says, five times a second, while the block runs."""
-    found: list[float] = []
+def gpu_busy(device: str) -> Iterator[list[tuple[float, float]]]:
+    """When (monotonic seconds) and how busy (percent) nvidia-smi finds the GPU, five times a second, while the block runs."""
+    found: list[tuple[float, float]] = []
     if shutil.which("nvidia-smi") is None or device == "cpu":
         yield found
         return
-    command = ["nvidia-smi", "--query-gpu=utilization.gpu", "--format=csv,noheader,nounits", "--id=0", "--loop-ms=200"]
+    gpu = os.environ.get("CUDA_VISIBLE_DEVICES", "").partition(",")[0] or "0"
+    command = ["nvidia-smi", "--query-gpu=utilization.gpu", "--format=csv,noheader,nounits", f"--id={gpu}", "--loop-ms=200"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
 
         def read() -> None:
             assert process.stdout is not None
-            found.extend(float(line) for line in process.stdout if line.strip().isdigit())
+            found.extend((time.monotonic(), float(line)) for line in process.stdout if line.strip().isdigit())
 
         threading.Thread(target=read, daemon=True).start()
         try:
@@ -229,6 +230,7 @@ async def run_archive(folder: Path, out: Path, flags: list[str]) -> dict[str, An
     if status:
         raise SystemExit("some recordings failed")
     span = max(1e-9, meter.last - meter.first)
+    between = [percent for moment, percent in busy if meter.first <= moment <= meter.last]
     found = {
         "seconds_audio": archive._seconds,
         "files": len(archive.items),
@@ -237,7 +239,7 @@ async def run_archive(folder: Path, out: Path, flags: list[str]) -> dict[str, An
         "first_to_last_s": span,
         "real_time_factor": archive._seconds / span,
         "with_loading": archive._seconds / (time.monotonic() - begun),
-        "gpu_busy_smi": float(np.mean(busy[2:-2])) / 100 if len(busy) > 8 else None,
+        "gpu_busy_smi": float(np.mean(between)) / 100 if between else None,
     }
     return about | stages.result() | found | costs(meter, span, stages.result()["cores_in_use"])
 
