@@ -92,9 +92,10 @@ def test_a_triton_that_fails_is_said_in_one_line(monkeypatch: pytest.MonkeyPatch
     def fail(*arguments: Any, **options: Any) -> None:
         raise RuntimeError("fatal error: Python.h: No such file or directory\ncompilation terminated.")
 
-    assert device.try_kernel(torch.device("cpu")) == "", "the interpreter can"
+    here = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    assert device.try_kernel(here) == "", "the GPU can, or else the interpreter"
     monkeypatch.setattr(elementwise, "launch", fail)
-    why = device.try_kernel(torch.device("cpu"))
+    why = device.try_kernel(here)
     assert why == "a first kernel could not be built or launched (fatal error: Python.h: No such file or directory)"
 
 
@@ -164,3 +165,30 @@ def test_a_pretended_card_has_no_more_memory_than_it_would(monkeypatch: pytest.M
     monkeypatch.setattr(device, "pretended_limits", lambda: None)
     assert device.free_bytes(torch.device("cuda")) == 92_000_000_000
     assert device.hold_to_pretended_memory(torch.device("cuda")) == ""
+
+
+def test_kernels_are_loaded_one_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the compiler's threads and by a launch: each holds the lock, because Triton may mix up what two threads load."""
+    from moshi_stt.models.torch_impl.cuda.compile import Compiler, finish
+    from moshi_stt.models.torch_impl.cuda.launch import launch, loading
+
+    held: list[bool] = []
+
+    class Kernel:
+        def warmup(self, *arguments: Any, **options: Any) -> "Kernel":
+            return self
+
+        def _init_handles(self) -> None:
+            held.append(loading.locked())
+
+        def __getitem__(self, grid: tuple[int, ...]) -> Any:
+            return lambda *arguments, **options: self._init_handles()
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    compiler = Compiler(torch.device("cpu"), threads=4)
+    futures = compiler.read(lambda: [launch(Kernel(), (1,), number) for number in range(20)])
+    finish(futures)
+    compiler.close()
+    launch(Kernel(), (1,))
+    assert held == [True] * 21
+    assert not loading.locked()

@@ -149,7 +149,8 @@ def test_every_process_has_copies() -> None:
         for processes in (0, 1, 3, 8, 16):
             assert spare_share(streams, processes) >= 1
             assert spare_slots(streams, processes) == (processes + 1) * spare_share(streams, processes)
-    assert spare_slots(1_024) == 8
+    assert [spare_slots(streams) for streams in (1, 64, 256, 1_024)] == [1, 8, 8, 32]
+    assert spare_slots(2_200, 8) == 72, "200 streams that end in one second want some 50 copies at once"
 
 
 def test_a_frame_is_what_the_rows_hold() -> None:

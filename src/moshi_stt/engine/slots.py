@@ -77,6 +77,6 @@ def spare_slots(streams: int, processes: int = 0) -> int:
 
 
 def spare_share(streams: int, processes: int) -> int:
-    """How many of them each process has."""
-    alone = min(8, max(1, streams // 8))
-    return max(min(2, alone), alone // processes) if processes else alone
+    """How many of them each process has: as markers come, a copy of each 32nd stream is enough, or of eight."""
+    alone = max(1, min(streams // 8, max(8, streams // 32)))
+    return max(min(2, alone), -(-alone // (processes + 1)))

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from moshi_stt.cores import usable_cores
-from moshi_stt.models.torch_impl.cuda.launch import Launch, instead
+from moshi_stt.models.torch_impl.cuda.launch import Launch, instead, loading
 
 log = logging.getLogger(__name__)
 
@@ -104,10 +104,11 @@ def _use_device(index: int | None) -> None:
 
 
 def _compile(launch: Launch) -> None:
-    """Compile, and leave a failure to the launch itself, which knows what to do then."""
+    """Compile and load, and leave a failure to the launch itself, which knows what to do then."""
     try:
         compiled = launch.kernel.warmup(*launch.arguments, grid=launch.grid, **launch.options)
         if torch.cuda.is_available() and hasattr(compiled, "_init_handles"):
-            compiled._init_handles()  # onto the device, which takes some milliseconds of the first launch otherwise
+            with loading:
+                compiled._init_handles()  # onto the device, which takes some milliseconds of the first launch otherwise
     except Exception as error:
         log.debug("%s was not compiled ahead: %s", launch.kernel, error)

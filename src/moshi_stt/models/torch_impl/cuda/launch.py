@@ -7,6 +7,7 @@ that gets kernels ready in parallel (`compile.py`), and the tests that compile t
 import contextlib
 import logging
 import os
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from contextvars import ContextVar
@@ -30,6 +31,10 @@ class Launch(NamedTuple):
     options: dict[str, Any]
 
 
+loading = threading.Lock()
+"""Held while a kernel is loaded. Triton below 3.7 loads a C module for each signature, all of them under one name in
+`sys.modules`, where two threads can be given each other's: a kernel is then launched with the arguments of another."""
+
 _reader: ContextVar[Callable[[Launch], None] | None] = ContextVar("moshi_stt_launch_reader", default=None)
 _replaced: dict[str, str] = {}
 
@@ -38,7 +43,8 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) 
     """Launch a Triton kernel on the current device, or tell the reader that `instead` has set."""
     reader = _reader.get()
     if reader is None:
-        kernel[grid](*arguments, **options)
+        with loading:  # a first launch loads what was not loaded ahead
+            kernel[grid](*arguments, **options)
     else:
         reader(Launch(kernel, grid, arguments, options))
 
