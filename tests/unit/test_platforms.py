@@ -40,6 +40,15 @@ def test_requirements_hold_what_pyproject_asks_for(extra: str) -> None:
     assert names <= set(pins(ROOT / "requirements" / f"{extra}.txt"))
 
 
+def test_every_dependency_has_a_lowest_and_a_highest_version() -> None:
+    """A major version that is not out yet would reach the wheel's users before it reached a test."""
+    whole = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    groups = [whole["build-system"]["requires"], whole["project"]["dependencies"]]
+    groups += whole["project"]["optional-dependencies"].values()
+    for text in (text for group in groups for text in group):
+        assert re.fullmatch(r"[a-z0-9_-]+(\[[a-z,]+\])?>=[0-9.]+,<[0-9.]+", text.partition(";")[0]), text
+
+
 def test_every_dependency_has_its_licence_written_down() -> None:
     page = dict(re.findall(r"^\| ([^ |]+) \| ([^|]+) \|", (ROOT / "docs" / "licences.md").read_text(), re.M))
     for extra in EXTRAS:

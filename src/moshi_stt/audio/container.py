@@ -29,6 +29,9 @@ _KNOWN: Final = "wav, flac, mp3, ogg, opus, m4a, mp4, webm, mkv, aiff, caf, wma 
 _STREAMED: Final = ("a WAV file", "an Ogg file", "a FLAC file", "an MP3 file", "an AAC file", "an AU file", "an AMR file")
 """What can be decoded from a pipe as it comes; WebM too. Other formats keep at their end what is needed at their start."""
 
+_AS_BYTES: Final[dict[str, Any]] = {"metadata_errors": "surrogateescape"} if int(av.__version__.split(".")[0]) < 19 else {}
+"""Tags need not be UTF-8. From PyAV 19 on they always come as here, and there is no such argument."""
+
 _HEAD_BYTES: Final = 16
 _SPOOL_BYTES: Final = 8 << 20
 
@@ -121,7 +124,7 @@ def open_container(source: Source) -> Iterator[tuple["av.container.InputContaine
             raise AudioError(f"it cannot be read: {reason_of(error)}") from None
         options = {"format_whitelist": _DEMUXERS}
         try:
-            container = stack.enter_context(av.open(reader, "r", options=options, metadata_errors="replace"))
+            container = stack.enter_context(av.open(reader, "r", options=options, **_AS_BYTES))
         except (av.error.FFmpegError, ValueError) as error:
             if reader.fault is not None:
                 raise AudioError(f"it cannot be read: {reason_of(reader.fault)}") from None
@@ -191,14 +194,19 @@ def audio_stream(container: "av.container.InputContainer", track: int | None) ->
 
 def track_name(stream: Any) -> str:
     """Its title, its language and its codec, as far as it has them."""
-    about = [stream.metadata.get("title", ""), stream.metadata.get("language", "")]
+    about = [_printable(stream.metadata.get(tag, "")) for tag in ("title", "language")]
     codec = stream.codec_context.name if stream.codec_context is not None else "unknown codec"
     shown = [" ".join(text.split()) for text in about if text.strip() and text != "und"]
     return f"({', '.join([*shown, codec])})"
 
 
+def _printable(tag: str) -> str:
+    """With a replacement character for every byte that was not UTF-8, so that the text can be written anywhere."""
+    return tag.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+
+
 def duration_of(container: "av.container.InputContainer", stream: "av.AudioStream") -> float | None:
-    if stream.duration is not None and stream.time_base is not None:
+    if stream.duration is not None and stream.time_base:  # None where it is unknown, 0 from PyAV 19 on
         return float(stream.duration * stream.time_base)
     return None if container.duration is None else container.duration / 1_000_000
 
