@@ -16,6 +16,7 @@ from tests.support.house import NUMBERS, WORDS, House, house
 from tests.support.media import encode
 from tests.support.raw_ws import BINARY, HANDSHAKE, NotUpgraded, RawClient, frame
 from tests.support.serving import DEADLINE, KEY, raw_request, until
+from tests.support.socket_processes import counts
 
 from moshi_stt import protocol
 from moshi_stt.cli.logs import DailyFileHandler
@@ -184,22 +185,23 @@ async def test_compressed_messages_are_neither_offered_nor_taken(caller: Caller,
 
 
 async def test_thousands_of_connections(kind: Kind) -> None:
-    """As many as five thousand a minute would be in six seconds: all are answered, and nothing is left of them."""
+    """As many as five thousand a minute would be in six seconds: all are answered, and nothing is left of them.
+
+    The neighbour hears what it hears without them (`house`).
+    """
     async with house(kind, NATIVE) as there:
 
         async def come_and_go() -> None:
             for number in range(50):
-                try:
-                    client = await RawClient.connect(there.port)
-                except NotUpgraded as refused:
-                    if not refused.is_full:
-                        raise
-                    continue
+                client = await RawClient.connect(there.port)
                 client.write(as_frame(protocol.encode_audio(speech([3]))))
                 client.reset() if number % 2 else client.writer.close()
 
+        connects = 'asr_connect{handler="all"}'
+        before = (await counts(there.running))[connects]
         await asyncio.gather(*(come_and_go() for _ in range(10)))
         await there.alone()
+        assert (await counts(there.running))[connects] == before + 500
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")

@@ -120,6 +120,7 @@ async def test_clients_that_vanish_leave_nothing_behind(caller: Caller, kind: Ki
 
 
 async def test_random_bytes_instead_of_frames(caller: Caller, kind: Kind) -> None:
+    """Each connection ends, and the neighbour hears what it hears without them (`house`)."""
     async with house(kind, caller, max_message_bytes=100_000) as there:
         generator = random.Random(7)
         for _ in range(20):

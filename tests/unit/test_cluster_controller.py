@@ -1,6 +1,8 @@
 """The controller over replicas of a script: what it starts, drains and finds again, and what it tells the front."""
 
 import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 import msgspec
@@ -104,19 +106,28 @@ def draining(fleet: Fleet) -> list[str]:
     return [server.name for server in fleet.servers if server.draining]
 
 
-async def finish(controller: Controller, running: "asyncio.Task[None]") -> None:
+@asynccontextmanager
+async def at_work(controller: Controller, told: Told) -> AsyncIterator[Fleet]:
+    """The controller runs; what it told first of two replicas. It is down at the end."""
+    running = asyncio.create_task(controller.run())
+    yield await told.until(lambda fleet: names(fleet) == ["r0", "r1"])
     controller.down(now=True)
     async with asyncio.timeout(60):
         await running
 
 
+async def scale_down_under_load(controller: Controller, script: Script, told: Told) -> None:
+    """Both replicas have streams, r1 fewer, and one replica alone is wanted."""
+    script.change("r1", used=1)
+    script.change("r0", used=2)
+    await told.until(lambda fleet: sum(report.used for report in fleet.reports) == 3)
+    controller.scale(1, 1)
+
+
 async def test_replicas_are_started_told_and_ended(told: Told, tmp_path: Path) -> None:
     script = Script()
-    controller = Controller(SPEC, Paths(tmp_path / "c"), script)
-    running = asyncio.create_task(controller.run())
-    fleet = await told.until(lambda fleet: names(fleet) == ["r0", "r1"])
-    assert [server.slots for server in fleet.servers] == [4, 4]
-    await finish(controller, running)
+    async with at_work(Controller(SPEC, Paths(tmp_path / "c"), script), told) as fleet:
+        assert [server.slots for server in fleet.servers] == [4, 4]
     assert told.ended
     assert script.reports == {}
     assert script.log[-2:] == ["-r0", "-r1"] or script.log[-2:] == ["-r1", "-r0"]
@@ -125,49 +136,39 @@ async def test_replicas_are_started_told_and_ended(told: Told, tmp_path: Path) -
 async def test_streams_end_before_their_worker_is_told_to(told: Told, tmp_path: Path) -> None:
     script = Script()
     controller = Controller(msgspec.structs.replace(SPEC, drain_seconds=1_000.0), Paths(tmp_path / "c"), script)
-    running = asyncio.create_task(controller.run())
-    await told.until(lambda fleet: names(fleet) == ["r0", "r1"])
-    script.change("r1", used=1)
-    script.change("r0", used=2)
-    await told.until(lambda fleet: sum(report.used for report in fleet.reports) == 3)
-    controller.scale(1, 1)
-    await told.until(lambda fleet: draining(fleet) == ["r1"])
-    count = len(told.fleets)
-    await told.until(lambda fleet: len(told.fleets) > count + 5)
-    assert not any(line.startswith("stop") for line in script.log)
-    script.change("r1", used=0)
-    await told.until(lambda fleet: names(fleet) == ["r0"])
-    assert script.log[-2:] == ["stop r1 1000", "-r1"]
-    script.change("r0", used=0)
-    await finish(controller, running)
+    async with at_work(controller, told):
+        await scale_down_under_load(controller, script, told)
+        await told.until(lambda fleet: draining(fleet) == ["r1"])
+        count = len(told.fleets)
+        await told.until(lambda fleet: len(told.fleets) > count + 5)
+        assert not any(line.startswith("stop") for line in script.log)
+        script.change("r1", used=0)
+        await told.until(lambda fleet: names(fleet) == ["r0"])
+        assert script.log[-2:] == ["stop r1 1000", "-r1"]
+        script.change("r0", used=0)
 
 
 async def test_streams_that_stay_are_ended_when_their_time_is_over(told: Told, tmp_path: Path) -> None:
     script = Script()
     controller = Controller(msgspec.structs.replace(SPEC, drain_seconds=0.2), Paths(tmp_path / "c"), script)
-    running = asyncio.create_task(controller.run())
-    await told.until(lambda fleet: names(fleet) == ["r0", "r1"])
-    script.change("r1", used=1)
-    script.change("r0", used=2)
-    await told.until(lambda fleet: sum(report.used for report in fleet.reports) == 3)
-    controller.scale(1, 1)
-    await told.until(lambda fleet: names(fleet) == ["r0"])
-    assert script.log[-2:] == ["stop r1 0", "-r1"]
-    await finish(controller, running)
+    async with at_work(controller, told):
+        await scale_down_under_load(controller, script, told)
+        await told.until(lambda fleet: names(fleet) == ["r0"])
+        assert script.log[-2:] == ["stop r1 0", "-r1"]
 
 
 async def test_a_rolling_restart_has_always_as_many_servers(told: Told, tmp_path: Path) -> None:
     script = Script()
     controller = Controller(SPEC, Paths(tmp_path / "c"), script)
-    running = asyncio.create_task(controller.run())
-    await told.until(lambda fleet: names(fleet) == ["r0", "r1"])
-    first = len(told.fleets)
-    controller.restart("other.toml", "text", 2.0)
-    await told.until(lambda fleet: not fleet.note and fleet.spec.revision == 2 and {r.revision for r in fleet.reports} == {2})
-    assert min(len(names(fleet)) - len(draining(fleet)) for fleet in told.fleets[first:]) == 2
-    assert controller.spec.config_text == "text"
-    assert all(fleet.spec.config_text is None for fleet in told.fleets), "keys stay out of the front's file"
-    await finish(controller, running)
+    async with at_work(controller, told):
+        first = len(told.fleets)
+        controller.restart("other.toml", "text", 2.0)
+        await told.until(
+            lambda fleet: not fleet.note and fleet.spec.revision == 2 and {r.revision for r in fleet.reports} == {2}
+        )
+        assert min(len(names(fleet)) - len(draining(fleet)) for fleet in told.fleets[first:]) == 2
+        assert controller.spec.config_text == "text"
+        assert all(fleet.spec.config_text is None for fleet in told.fleets), "keys stay out of the front's file"
 
 
 async def test_another_controller_finds_everything_again(told: Told, tmp_path: Path) -> None:
@@ -200,7 +201,9 @@ async def test_another_controller_finds_everything_again(told: Told, tmp_path: P
     fleet = await told.until(lambda fleet: "r1" in names(fleet))
     assert second.spec.minimum == 1, "the file says what shall be, not the call that started the first one"
     assert fleet.target == 1
-    await finish(second, running)
+    second.down(now=True)
+    async with asyncio.timeout(60):
+        await running
 
 
 async def test_a_front_that_is_gone_is_started(told: Told, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -212,7 +215,5 @@ async def test_a_front_that_is_gone_is_started(told: Told, tmp_path: Path, monke
 
     monkeypatch.setattr(front, "start", start)
     told.is_gone = True
-    controller = Controller(SPEC, Paths(tmp_path / "c"), Script())
-    running = asyncio.create_task(controller.run())
-    await told.until(lambda fleet: names(fleet) == ["r0", "r1"])
-    await finish(controller, running)
+    async with at_work(Controller(SPEC, Paths(tmp_path / "c"), Script()), told):
+        assert not told.is_gone

@@ -367,9 +367,8 @@ class Server:
         await self._runner.cleanup()
         for watcher in self._watchers:
             watcher.cancel()
-        for pool in (service.workers, service.devices):
-            if pool is not None:
-                await pool.stop()
+        for pool in service.pools:
+            await pool.stop()
         await service.decoders.stop()
         for name, engine in self._engines.items():
             try:

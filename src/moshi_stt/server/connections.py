@@ -10,7 +10,7 @@ from moshi_stt.engine.engine import Engine
 from moshi_stt.events import Error
 from moshi_stt.server.connection import Connection
 from moshi_stt.server.disconnects import DisconnectMonitor
-from moshi_stt.server.doors.door import Door, Opening, SocketDoor
+from moshi_stt.server.doors.door import Door, NewClient, SocketDoor
 from moshi_stt.server.doors.options import on_ignored
 from moshi_stt.server.framing import Framing
 from moshi_stt.server.metrics import Metrics
@@ -56,52 +56,44 @@ class Connections:
     def take(
         self,
         transport: asyncio.Transport,
-        early: bytes,
+        client: NewClient,
         engine: Engine,
-        door: Door | SocketDoor,
-        opening: Opening,
-        peer: str,
         lost: Callable[[Exception | None], None] | None = None,
     ) -> Connection:
         """A connection over a socket that is its own from now on; its `open` is still to be called.
 
-        early: what the client sent after its request. lost: told when the socket is gone.
+        lost: told when the socket is gone.
         """
+        door, opening = client.door, client.opening
         server = Surroundings(self._limits, self._metrics, self.spool, self._may_park, self._lost, self._monitor.add)
         token = None
         if opening.resume is not None and self._limits.resume_seconds > 0:
             token = new_token(self.place)
-        connection = Connection(engine, opening, door.session(opening), server, peer, token, door.name)
+        connection = Connection(engine, opening, door.session(opening), server, client.peer, token, door.name)
         self._connections.add(connection)
         if token is not None:
             self._by_token[token] = connection
         self._metrics.websockets.inc()
-        connection.start(transport, early, self._framing(door), lost)
-        log.debug("%s: connected", peer)
+        connection.start(transport, client.early, self._framing(door), lost)
+        log.debug("%s: connected", client.peer)
         return connection
 
     def resume(
-        self,
-        transport: asyncio.Transport,
-        early: bytes,
-        door: Door,
-        opening: Opening,
-        peer: str,
-        lost: Callable[[Exception | None], None] | None = None,
+        self, transport: asyncio.Transport, client: NewClient, lost: Callable[[Exception | None], None] | None = None
     ) -> Connection | None:
         """The connection that this client comes back to; None where there is none any more, and it has been told so."""
-        request = opening.resume
+        request = client.opening.resume
         assert request is not None
-        framing = self._framing(door)
+        framing = self._framing(client.door)
         connection = self._by_token.get(request.token or "")
-        if connection is not None and connection.attach(transport, early, framing, request, lost):
+        if connection is not None and connection.attach(transport, client.early, framing, request, lost):
             self._metrics.resumed.labels("yes").inc()
-            log.info("%s: back on the stream of %s", peer, connection.peer)
+            log.info("%s: back on the stream of %s", client.peer, connection.peer)
             return connection
         self._metrics.resumed.labels("refused").inc()
-        log.info("%s: there is no such stream to resume", peer)
+        log.info("%s: there is no such stream to resume", client.peer)
         sentence = "there is no such stream here any more: start a new one"
-        for message in door.session(opening).send(Error(sentence)):
+        for message in client.door.session(client.opening).send(Error(sentence)):
             transport.write(framing.encode(message))
         transport.write(framing.close(REFUSED, sentence))
         transport.close()

@@ -10,7 +10,7 @@ from typing import cast
 from moshi_stt.events import Error
 from moshi_stt.server import framing
 from moshi_stt.server.connection import Connection
-from moshi_stt.server.doors.door import AnyDoor, SocketDoor
+from moshi_stt.server.doors.door import AnyDoor, NewClient, SocketDoor
 from moshi_stt.server.service import Service
 
 log = logging.getLogger(__name__)
@@ -78,16 +78,15 @@ class SocketListeners:
         modules = {each.module.name: each.engine.info for each in service if each.engine.ready}
         opening = door.accept(peer, service.config, modules)
         served = service.find(opening.module)
-        transport, early = arrival.transport, bytes(arrival.early)
+        transport, client = arrival.transport, NewClient(door, opening, peer, bytes(arrival.early))
         entry = service.refusal() or service.gate.enter_port(address)
         if isinstance(entry, str):
-            connection = service.connections.take(transport, early, served.engine, door, opening, peer)
+            connection = service.connections.take(transport, client, served.engine)
             connection.end(Error(entry, framing.TRY_AGAIN))
             return None
-        devices = service.devices if service.is_started else None
-        if devices and devices.hand_over(served.module.name, door, opening, transport, early, peer, entry.close):
+        if service.hand_over(served, client, transport, entry.close):
             return None
-        connection = service.connections.take(transport, early, served.engine, door, opening, peer)
+        connection = service.connections.take(transport, client, served.engine)
         connection.lost.add_done_callback(lambda _: entry.close())
         if service.is_started:
             connection.open()

@@ -3,7 +3,7 @@
 import asyncio
 import logging
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from moshi_stt.server.auth import Keys
 from moshi_stt.server.connections import Connections
 from moshi_stt.server.decoders import Decoders
 from moshi_stt.server.devices.pool import DevicePool
-from moshi_stt.server.doors.door import Handshake, HttpDoor
+from moshi_stt.server.doors.door import Handshake, HttpDoor, NewClient
 from moshi_stt.server.gate import Gate
 from moshi_stt.server.metrics import Metrics
 from moshi_stt.server.resume import Place, replica_name
@@ -125,6 +125,16 @@ class Service:
         """By name; None is the first."""
         return self.served[0] if module is None else next(each for each in self.served if each.module.name == module)
 
+    @property
+    def pools(self) -> list[WorkerPool | DevicePool]:
+        """The other processes that carry connections."""
+        return [pool for pool in (self.workers, self.devices) if pool is not None]
+
+    def hand_over(self, served: Served, client: NewClient, transport: asyncio.Transport, on_gone: Callable[[], None]) -> bool:
+        """Whether another process carries a new client's socket from here on. on_gone: told when its connection is gone."""
+        name = served.module.name
+        return self.is_started and any(pool.hand_over(name, client, transport, on_gone) for pool in self.pools)
+
     async def start_processes(self) -> None:
         """Start the processes that carry WebSockets, as many as the engines were loaded for."""
         engines = {each.module.name: each.engine for each in self.served if isinstance(each.engine, ShareableEngine)}
@@ -137,12 +147,12 @@ class Service:
     async def drain_connections(self, sentence: str, code: int, drain_seconds: float, within_seconds: float) -> None:
         """Let live streams go on for a while, then let what they sent be transcribed and close them; cut the rest."""
         seconds = drain_seconds, within_seconds
-        elsewhere = [pool.drain(sentence, code, *seconds) for pool in (self.workers, self.devices) if pool is not None]
+        elsewhere = [pool.drain(sentence, code, *seconds) for pool in self.pools]
         await asyncio.gather(self.connections.drain(sentence, code, *seconds), *elsewhere)
 
     async def close_connections(self, sentence: str, code: int, within_seconds: float) -> None:
         """End every connection with this Error and status; cut those that have not gone in time."""
-        elsewhere = [pool.end(sentence, code, within_seconds) for pool in (self.workers, self.devices) if pool is not None]
+        elsewhere = [pool.end(sentence, code, within_seconds) for pool in self.pools]
         await asyncio.gather(self.connections.close(sentence, code, within_seconds), *elsewhere)
 
     async def finish_uploads(self, drain_seconds: float, within_seconds: float) -> None:

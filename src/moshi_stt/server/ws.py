@@ -11,10 +11,10 @@ from moshi_stt.events import Error
 from moshi_stt.server import framing
 from moshi_stt.server.aiohttp_internals import TakenOver, take_over
 from moshi_stt.server.connection import Connection
-from moshi_stt.server.doors.door import Door, Opening, Refused, Route
+from moshi_stt.server.doors.door import Door, NewClient, Opening, Refused, Route
 from moshi_stt.server.gate import Entry
 from moshi_stt.server.handshake import handshake_of, refused
-from moshi_stt.server.resume import place_of
+from moshi_stt.server.resume import Place, place_of
 from moshi_stt.server.service import Served, Service
 from moshi_stt.server.upgrade import switch_protocols, upgrade_problem
 
@@ -52,21 +52,17 @@ async def _converse(
     transport, early, lost = take_over(request)
     switch_protocols(request, transport, opening.subprotocol, opening.headers)
     service.metrics.connects.inc()
-    others = service.workers if service.is_started else None
     if service.devices is not None and not service.is_started:
         transport.pause_reading()  # what comes meanwhile is for the device to read
         with suppress(TimeoutError):
             await asyncio.wait_for(service.started.wait(), service.config.limits.slot_wait_seconds)
+    client = NewClient(door, opening, peer, early)
     if opening.resume is not None and opening.resume.token is not None:
         entry.close()  # the stream has its place
-        return await _resume(service, door, opening, transport, early, peer, lost)
-    if service.devices is not None and service.is_started:
-        name = served.module.name
-        if service.devices.hand_over(name, door, opening, transport, early, peer, entry.close):
-            return TakenOver()
-    if others is not None and others.hand_over(served.module.name, door, opening, transport, early, peer, entry.close):
+        return await _resume(service, client, place_of(opening.resume.token), transport, lost)
+    if service.hand_over(served, client, transport, entry.close):
         return TakenOver()
-    connection = service.connections.take(transport, early, served.engine, door, opening, peer, lost)
+    connection = service.connections.take(transport, client, served.engine, lost)
     gone = connection.lost  # of this socket: the stream may go on over another
     try:
         if not service.is_started and service.devices is not None:
@@ -84,25 +80,15 @@ async def _converse(
 
 async def _resume(
     service: Service,
-    door: Door,
-    opening: Opening,
+    client: NewClient,
+    place: Place | None,
     transport: asyncio.Transport,
-    early: bytes,
-    peer: str,
     lost: Callable[[Exception | None], None],
 ) -> web.StreamResponse:
     """Take a client back to its stream, which another process may have."""
-    assert opening.resume is not None
-    place, workers = place_of(opening.resume.token or ""), service.workers
-    own = service.connections.place
-    taken = False
-    if place is not None and service.devices is not None and place.replica == own.replica:
-        taken = service.devices.take_back_client(place, door, opening, transport, early, peer)
-    elif place is not None and workers is not None and place._replace(process=0) == own:
-        taken = workers.take_back_client(place.process, door, opening, transport, early, peer)
-    if taken:
+    if place is not None and any(pool.hand_back(place, client, transport) for pool in service.pools):
         return TakenOver()
-    connection = service.connections.resume(transport, early, door, opening, peer, lost)
+    connection = service.connections.resume(transport, client, lost)
     if connection is not None:
         await connection.lost
     return TakenOver()

@@ -7,7 +7,7 @@ import socket
 from typing import cast
 
 from moshi_stt.events import Error
-from moshi_stt.server.doors.door import Door, Opening, SocketDoor
+from moshi_stt.server.doors.door import NewClient, SocketDoor
 from moshi_stt.server.framing import Framing
 from moshi_stt.server.timers import CLOSE_SECONDS
 from moshi_stt.server.websocket import WebSocketFraming
@@ -21,10 +21,11 @@ LONGEST_CLOSE = 131
 """Bytes of a client's longest Close: 2 of head, 4 of mask, 125 of payload."""
 
 
-def last_words(door: Door | SocketDoor, opening: Opening, error: Error) -> bytes:
-    """`Error` and the end of the connection, as this door's client reads them."""
+def last_words(client: NewClient, error: Error) -> bytes:
+    """`Error` and the end of the connection, as this client reads them."""
+    door = client.door
     frames: Framing = door.framing(1) if isinstance(door, SocketDoor) else WebSocketFraming(1)
-    session = door.session(opening)
+    session = door.session(client.opening)
     parts = [frames.encode(message) for message in session.send(error)]
     close = session.close(error)
     return b"".join([*parts, frames.close(close.code, close.reason)])

@@ -3,7 +3,7 @@
 import asyncio
 import socket
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -15,7 +15,7 @@ from moshi_stt import errors
 from moshi_stt.devices import Device
 from moshi_stt.server.devices.boundaries import Boundaries
 from moshi_stt.server.devices.engines import DeviceSlots
-from moshi_stt.server.doors.door import Door, Opening, SocketDoor
+from moshi_stt.server.doors.door import NewClient
 from moshi_stt.server.workers.supervisor import Child
 
 if TYPE_CHECKING:
@@ -28,10 +28,7 @@ class Client:
 
     id: int
     module: str
-    door: Door | SocketDoor
-    opening: Opening
-    peer: str
-    early: bytes
+    new: NewClient
     sock: socket.socket | None
     """Our duplicate; None where a worker of the process carries it, and will speak itself."""
     on_gone: Callable[[], None]
@@ -40,6 +37,10 @@ class Client:
     """Slots that it may still take: it is not answered yet."""
     declined: set[str] = field(default_factory=set)
     """Names of the devices that had no slot for it."""
+
+    def forget_early(self) -> None:
+        """Its device has read it."""
+        self.new = replace(self.new, early=b"")
 
     def close(self) -> None:
         if self.sock is not None:
@@ -93,11 +94,8 @@ class Refused(asyncio.Protocol):
         client, service = self._client, self._service
         connection = service.connections.take(
             cast(asyncio.Transport, transport),  # uvloop's is of no such class
-            client.early,
+            client.new,
             service.find(client.module).engine,
-            client.door,
-            client.opening,
-            client.peer,
             lambda exc: client.on_gone(),
         )
         connection.open()

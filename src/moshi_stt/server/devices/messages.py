@@ -2,10 +2,11 @@
 
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 from moshi_stt.config import Module, ServerConfig
 from moshi_stt.engine.engine import Engine, EngineInfo
-from moshi_stt.server.doors.door import Door, Opening, SocketDoor
+from moshi_stt.server.doors.door import NewClient
 from moshi_stt.server.resume import Place
 
 Build = Callable[[ServerConfig], Mapping[str, Engine]]
@@ -60,7 +61,7 @@ class Slots:
 
 @dataclass(frozen=True)
 class Take:
-    """A socket whose upgrade was answered, as the one descriptor. early: what the client sent after its request.
+    """A new client's socket, as the one descriptor.
 
     id: names it from here on. boundary: its place in the `Boundaries`; None where there was none left.
     """
@@ -68,10 +69,7 @@ class Take:
     id: int
     boundary: int | None
     module: str
-    door: Door | SocketDoor
-    opening: Opening
-    peer: str
-    early: bytes
+    client: NewClient
 
 
 @dataclass(frozen=True)
@@ -81,38 +79,25 @@ class TakeBack:
     id: int
     boundary: int | None
     process: int
-    door: Door
-    opening: Opening
-    peer: str
-    early: bytes
+    client: NewClient
+
+
+Fate = Literal["carried", "passed", "declined", "gone"]
+"""What became of a client's socket:
+
+carried   it has its connection in this process
+passed    a worker of this process carries it, and speaks to the client whatever happens here
+declined  there was no slot for it; nothing was read
+gone      its connection is over
+"""
 
 
 @dataclass(frozen=True)
-class Carried:
-    """The socket has its connection here."""
+class Became:
+    """Said of a client that was taken, as often as it changes."""
 
     id: int
-
-
-@dataclass(frozen=True)
-class Passed:
-    """A worker of this process carries it, and speaks to the client whatever happens here."""
-
-    id: int
-
-
-@dataclass(frozen=True)
-class Declined:
-    """There was no slot for it. Nothing was read."""
-
-    id: int
-
-
-@dataclass(frozen=True)
-class Gone:
-    """Its connection is over."""
-
-    id: int
+    fate: Fate
 
 
 @dataclass(frozen=True)

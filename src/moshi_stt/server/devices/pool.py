@@ -32,7 +32,7 @@ from moshi_stt.server.devices.boundaries import Boundaries
 from moshi_stt.server.devices.engines import NONE_RUNS, DevicesEngine, DeviceSlots
 from moshi_stt.server.devices.forward import forward
 from moshi_stt.server.devices.members import Client, DeviceMetrics, ModelProcess, Refused
-from moshi_stt.server.doors.door import Door, Handshake, Opening, SocketDoor
+from moshi_stt.server.doors.door import Handshake, NewClient
 from moshi_stt.server.faults import Fault
 from moshi_stt.server.fleet import merge_metrics
 from moshi_stt.server.metrics import ENGINE_FAMILIES
@@ -192,9 +192,9 @@ class DevicePool(Supervisor[ModelProcess]):
             self._service.metrics.errors.labels("device").inc()
             words = b""
             if boundaries.may_speak(client.boundary) and farewell.takes_data(client.sock):
-                words = farewell.last_words(client.door, client.opening, Error(DIED, framing.INTERNAL))
-            log.info("%s: ended: %s", client.peer, DIED)
-            self.begin(farewell.say(client.sock, words, client.peer))
+                words = farewell.last_words(client.new, Error(DIED, framing.INTERNAL))
+            log.info("%s: ended: %s", client.new.peer, DIED)
+            self.begin(farewell.say(client.sock, words, client.new.peer))
         boundaries.close()
 
     def look(self) -> None:
@@ -243,21 +243,9 @@ class DevicePool(Supervisor[ModelProcess]):
 
     # ---- sockets -----------------------------------------------------------------------------------------------------
 
-    def hand_over(
-        self,
-        module: str,
-        door: Door | SocketDoor,
-        opening: Opening,
-        transport: asyncio.Transport,
-        early: bytes,
-        peer: str,
-        on_gone: Callable[[], None],
-    ) -> bool:
-        """Give an upgraded socket to the device with most free slots; whether it has gone.
-
-        early: what the client sent after its request. on_gone: told when its connection is gone.
-        """
-        client = self._client(module, door, opening, transport, early, peer, on_gone)
+    def hand_over(self, module: str, new: NewClient, transport: asyncio.Transport, on_gone: Callable[[], None]) -> bool:
+        """To the device with most free slots."""
+        client = self._client(module, new, transport, on_gone)
         if client is None:
             return False
         if not self._give(client):
@@ -266,29 +254,20 @@ class DevicePool(Supervisor[ModelProcess]):
         transport.abort()  # closes one descriptor of it, not the connection
         return True
 
-    def _client(
-        self,
-        module: str,
-        door: Door | SocketDoor,
-        opening: Opening,
-        transport: asyncio.Transport,
-        early: bytes,
-        peer: str,
-        on_gone: Callable[[], None],
-    ) -> Client | None:
+    def _client(self, module: str, new: NewClient, transport: asyncio.Transport, on_gone: Callable[[], None]) -> Client | None:
         sock = sendable(transport)
         if sock is None:
             return None
         try:
             duplicate = socket.socket(fileno=os.dup(sock.fileno()))
         except OSError as error:
-            log.warning("%s: cannot be given to a device: %s", peer, error)
+            log.warning("%s: cannot be given to a device: %s", new.peer, error)
             return None
-        return Client(next(self._ids), module, door, opening, peer, early, duplicate, on_gone)
+        return Client(next(self._ids), module, new, duplicate, on_gone)
 
     def _give(self, client: Client) -> bool:
         """Whether a device has been given it."""
-        opening = client.opening
+        opening = client.new.opening
         streams = 0 if opening.on_demand else opening.channels
         while True:
             able = [each for each in self._able() if each.name not in client.declined]
@@ -296,10 +275,7 @@ class DevicePool(Supervisor[ModelProcess]):
             if device is None or (streams and device.free(client.module) < streams):
                 return False
             client.streams = streams
-            order = messages.Take(
-                client.id, self._boundary(device), client.module, client.door, opening, client.peer, client.early
-            )
-            if self._sent(device, client, order):
+            if self._sent(device, client, messages.Take(client.id, self._boundary(device), client.module, client.new)):
                 return True
             client.declined.add(device.name)
 
@@ -322,25 +298,23 @@ class DevicePool(Supervisor[ModelProcess]):
         try:
             device.send(order, [client.sock.fileno()])
         except OSError as error:
-            log.warning("%s: cannot be given to %s: %s", client.peer, device.name, error)
+            log.warning("%s: cannot be given to %s: %s", client.new.peer, device.name, error)
         else:
             if device.ready.is_set():
                 return True  # else the sending found it dead
         self._remove(device, client.id)
         return False
 
-    def take_back_client(
-        self, place: Place, door: Door, opening: Opening, transport: asyncio.Transport, early: bytes, peer: str
-    ) -> bool:
-        """Give an upgraded socket to the device that has its stream; whether it has gone."""
-        device = self._devices[place.device] if place.device is not None and place.device < len(self._devices) else None
-        if device is None or not device.ready.is_set():
+    def hand_back(self, place: Place, new: NewClient, transport: asyncio.Transport) -> bool:
+        if place.replica != self._place.replica or place.device is None or place.device >= len(self._devices):
             return False
-        client = self._client("", door, opening, transport, early, peer, _nobody)
+        device = self._devices[place.device]
+        if not device.ready.is_set():
+            return False
+        client = self._client("", new, transport, _nobody)
         if client is None:
             return False
-        order = messages.TakeBack(client.id, self._boundary(device), place.process, door, opening, peer, early)
-        if not self._sent(device, client, order):
+        if not self._sent(device, client, messages.TakeBack(client.id, self._boundary(device), place.process, new)):
             client.close()
             return False
         transport.abort()  # closes one descriptor of it, not the connection
@@ -383,26 +357,8 @@ class DevicePool(Supervisor[ModelProcess]):
                 for name, slots in child.slots.items():
                     slots.used = message.used.get(name, 0)
                     slots.queued_samples = message.queued_samples.get(name, 0)
-            case messages.Carried():
-                client = self._answered(child, message.id)
-                if client is not None:
-                    client.early = b""
-            case messages.Gone():
-                client = self._remove(child, message.id)
-                if client is not None:
-                    client.close()
-                    client.on_gone()
-            case messages.Passed():
-                client = self._answered(child, message.id)
-                if client is not None:
-                    client.early = b""
-                    client.close()
-            case messages.Declined():
-                client = self._remove(child, message.id)
-                if client is not None:
-                    client.declined.add(child.name)
-                    if not self._give(client):
-                        self.begin(self._refuse(client))
+            case messages.Became():
+                self._learn(child, message)
             case messages.Started():
                 self._serves(child, message)
             case messages.StartFailed():
@@ -417,6 +373,26 @@ class DevicePool(Supervisor[ModelProcess]):
                 child.failed = True
                 child.slots = {}
                 self._set_slots()
+
+    def _learn(self, device: ModelProcess, became: messages.Became) -> None:
+        """Act on what became of a client."""
+        has_it = became.fate in ("carried", "passed")
+        client = self._answered(device, became.id) if has_it else self._remove(device, became.id)
+        if client is None:
+            return
+        match became.fate:
+            case "carried":
+                client.forget_early()
+            case "passed":
+                client.forget_early()
+                client.close()
+            case "gone":
+                client.close()
+                client.on_gone()
+            case "declined":
+                client.declined.add(device.name)
+                if not self._give(client):
+                    self.begin(self._refuse(client))
 
     # ---- files and counts --------------------------------------------------------------------------------------------
 

@@ -22,7 +22,6 @@ from moshi_stt.server.app import Server
 from moshi_stt.server.connections import Connections
 from moshi_stt.server.devices import messages
 from moshi_stt.server.devices.boundaries import Boundaries, NotedTransport
-from moshi_stt.server.doors.door import Door
 from moshi_stt.server.metrics import Metrics
 from moshi_stt.server.service import Member, Service
 from moshi_stt.server.workers.child import ChildProcess, log_to, socket_of
@@ -150,7 +149,8 @@ class DeviceProcess(ChildProcess):
     async def _take(self, order: messages.Take, descriptors: list[int]) -> None:
         """Carry this socket from here on."""
         engine = self._service.find(order.module).engine
-        channels = 0 if order.opening.on_demand else order.opening.channels
+        opening = order.client.opening
+        channels = 0 if opening.on_demand else opening.channels
         try:
             sock = socket_of(descriptors)
         except OSError as error:
@@ -160,7 +160,7 @@ class DeviceProcess(ChildProcess):
             sock.close()
             self._reported = {}  # the first process thought otherwise
             self._report()
-            self.channel.send(messages.Declined(order.id))
+            self._tell(order.id, "declined")
             return
         if self._passed_on(order, sock):
             return
@@ -170,7 +170,7 @@ class DeviceProcess(ChildProcess):
 
         def arrived(connections: Connections, transport: asyncio.Transport, lost: Callable[[Exception | None], None]) -> None:
             del coming[order.id]  # from here on it has its slots
-            connections.take(transport, order.early, engine, order.door, order.opening, order.peer, lost).open()
+            connections.take(transport, order.client, engine, lost).open()
 
         await self._connect(order, sock, arrived)
         coming.pop(order.id, None)
@@ -178,18 +178,18 @@ class DeviceProcess(ChildProcess):
     def _passed_on(self, order: messages.Take, sock: socket.socket) -> bool:
         """Whether a worker of this process has taken it."""
         workers = self._service.workers
-        if workers is None or not isinstance(order.door, Door):
+        if workers is None:
             return False
 
         def gone() -> None:
-            self.channel.send(messages.Gone(order.id))
+            self._tell(order.id, "gone")
             self._loop.call_soon(self._report)
 
-        if not workers.give(order.module, order.door, order.opening, sock, order.early, order.peer, gone):
+        if not workers.give(order.module, order.client, sock, gone):
             return False
         sock.close()
         self._report()
-        self.channel.send(messages.Passed(order.id))
+        self._tell(order.id, "passed")
         return True
 
     async def _take_back(self, order: messages.TakeBack, descriptors: list[int]) -> None:
@@ -200,16 +200,13 @@ class DeviceProcess(ChildProcess):
             self._lost_on_its_way(order, error)
             return
         workers = self._service.workers
-        passed = workers is not None and workers.give_back(
-            order.process, order.door, order.opening, sock, order.early, order.peer
-        )
-        if passed:
+        if workers is not None and workers.give_back(order.process, order.client, sock):
             sock.close()
-            self.channel.send(messages.Gone(order.id))  # what happens on it is between the worker and the client
+            self._tell(order.id, "gone")  # what happens on it is between the worker and the client
             return
 
         def arrived(connections: Connections, transport: asyncio.Transport, lost: Callable[[Exception | None], None]) -> None:
-            connections.resume(transport, order.early, order.door, order.opening, order.peer, lost)
+            connections.resume(transport, order.client, lost)
 
         await self._connect(order, sock, arrived)
 
@@ -223,8 +220,12 @@ class DeviceProcess(ChildProcess):
             self._lost_on_its_way(order, error)
 
     def _lost_on_its_way(self, order: "messages.Take | messages.TakeBack", error: OSError) -> None:
-        log.info("%s: lost on its way: %s", order.peer, error)
-        self.channel.send(messages.Gone(order.id))
+        log.info("%s: lost on its way: %s", order.client.peer, error)
+        self._tell(order.id, "gone")
+
+    def _tell(self, id: int, fate: messages.Fate) -> None:
+        """Say what became of a client."""
+        self.channel.send(messages.Became(id, fate))
 
     # ---- the sockets that are carried here ---------------------------------------------------------------------------
 
@@ -243,12 +244,12 @@ class DeviceProcess(ChildProcess):
         self._transports[order.id] = transport
         arrived(self._service.connections, transport, lost)
         self._report()
-        self.channel.send(messages.Carried(order.id))
+        self._tell(order.id, "carried")
 
     def gone(self, id: int) -> None:
         """The socket is closed here."""
         if self._transports.pop(id, None) is not None:
-            self.channel.send(messages.Gone(id))
+            self._tell(id, "gone")
 
 
 _Arrived = Callable[[Connections, asyncio.Transport, Callable[[Exception | None], None]], None]

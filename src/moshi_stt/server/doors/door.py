@@ -119,6 +119,19 @@ class Opening:
     resume: ResumeRequest | None = None
 
 
+@dataclass(frozen=True)
+class NewClient:
+    """A client whose handshake is done, and whose connection is still to be made, perhaps by another process.
+
+    peer: for the log. early: what the client sent after its handshake.
+    """
+
+    door: "Door | SocketDoor"
+    opening: Opening
+    peer: str
+    early: bytes
+
+
 class Refused(Exception):
     """The request is answered with this status instead."""
 

@@ -7,7 +7,7 @@ from prometheus_client.metrics_core import Metric
 
 from moshi_stt.config import ServerConfig
 from moshi_stt.engine.sharing import WorkerConfig
-from moshi_stt.server.doors.door import Door, Opening
+from moshi_stt.server.doors.door import NewClient
 from moshi_stt.server.resume import Place
 
 
@@ -32,27 +32,18 @@ class Ready:
 
 @dataclass(frozen=True)
 class Take:
-    """A socket whose upgrade was answered, as the one descriptor, and the slots that its streams may use.
-
-    early: what the client sent after its request.
-    """
+    """A new client's socket, as the one descriptor, and the slots that its streams may use."""
 
     module: str
-    door: Door
-    opening: Opening
+    client: NewClient
     slots: tuple[int, ...]
-    peer: str
-    early: bytes
 
 
 @dataclass(frozen=True)
 class TakeBack:
     """A socket, as the one descriptor, whose client comes back to a stream of this process."""
 
-    door: Door
-    opening: Opening
-    peer: str
-    early: bytes
+    client: NewClient
 
 
 @dataclass(frozen=True)

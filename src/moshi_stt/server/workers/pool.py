@@ -21,7 +21,7 @@ from moshi_stt.engine.sharing import BackendLink, ShareableEngine
 from moshi_stt.engine.slots import Slot
 from moshi_stt.errors import EngineError
 from moshi_stt.server import framing
-from moshi_stt.server.doors.door import Door, Opening
+from moshi_stt.server.doors.door import Door, NewClient
 from moshi_stt.server.metrics import add_samples
 from moshi_stt.server.resume import Place
 from moshi_stt.server.workers import messages
@@ -150,40 +150,20 @@ class WorkerPool(Supervisor[_Worker]):
 
     # ---- sockets -----------------------------------------------------------------------------------------------------
 
-    def hand_over(
-        self,
-        module: str,
-        door: Door,
-        opening: Opening,
-        transport: asyncio.Transport,
-        early: bytes,
-        peer: str,
-        on_gone: Callable[[], None],
-    ) -> bool:
-        """Give an upgraded socket to a process, if one can take it and there are slots; whether it has gone.
-
-        early: what the client sent after its request. on_gone: told when its connection is gone.
-        """
+    def hand_over(self, module: str, client: NewClient, transport: asyncio.Transport, on_gone: Callable[[], None]) -> bool:
+        """To the process that has fewest, if it is a WebSocket's and there are slots for it."""
         sock = sendable(transport)
-        if sock is None or not self.give(module, door, opening, sock, early, peer, on_gone):
+        if sock is None or not self.give(module, client, sock, on_gone):
             return False
         transport.abort()  # closes our descriptor of it, not the connection
         return True
 
-    def give(
-        self,
-        module: str,
-        door: Door,
-        opening: Opening,
-        sock: socket.socket,
-        early: bytes,
-        peer: str,
-        on_gone: Callable[[], None],
-    ) -> bool:
+    def give(self, module: str, client: NewClient, sock: socket.socket, on_gone: Callable[[], None]) -> bool:
         """The same with a socket that is read by nobody yet. It stays the caller's, who closes it."""
         engine = self._engines.get(module)
         able = [worker for worker in self._workers if worker.takes]
-        if engine is None or not able or not engine.ready or opening.on_demand:
+        opening = client.opening
+        if engine is None or not able or not engine.ready or opening.on_demand or not isinstance(client.door, Door):
             return False
         if engine.used_slots + opening.channels > engine.total_slots:
             return False
@@ -192,9 +172,9 @@ class WorkerPool(Supervisor[_Worker]):
         worker.lent.update({(module, slot.index): slot for slot in slots})
         try:
             indices = tuple(slot.index for slot in slots)
-            worker.send(messages.Take(module, door, opening, indices, peer, early), [sock.fileno()])
+            worker.send(messages.Take(module, client, indices), [sock.fileno()])
         except OSError as error:
-            log.warning("%s: carried by the first process: %s", peer, error)
+            log.warning("%s: carried by the first process: %s", client.peer, error)
             for slot in slots:
                 engine.take_back(worker.lent.pop((module, slot.index)))
             return False
@@ -203,22 +183,21 @@ class WorkerPool(Supervisor[_Worker]):
         worker.told[module, slots[0].index] = on_gone
         return True
 
-    def take_back_client(
-        self, process: int, door: Door, opening: Opening, transport: asyncio.Transport, early: bytes, peer: str
-    ) -> bool:
-        """Give an upgraded socket to the worker of this number, from 1 on, which has its stream; whether it has gone."""
+    def hand_back(self, place: Place, client: NewClient, transport: asyncio.Transport) -> bool:
+        if place._replace(process=0) != self._place:
+            return False
         sock = sendable(transport)
-        if sock is None or not self.give_back(process, door, opening, sock, early, peer):
+        if sock is None or not self.give_back(place.process, client, sock):
             return False
         transport.abort()  # closes our descriptor of it, not the connection
         return True
 
-    def give_back(self, process: int, door: Door, opening: Opening, sock: socket.socket, early: bytes, peer: str) -> bool:
-        """The same with a socket that is read by nobody yet. It stays the caller's, who closes it."""
+    def give_back(self, process: int, client: NewClient, sock: socket.socket) -> bool:
+        """The same to the process of this number, from 1 on, with a socket that nobody reads yet. It stays the caller's."""
         worker = self._workers[process - 1] if 0 < process <= len(self._workers) else None
         if worker is None or not worker.ready.is_set():
             return False
-        worker.send(messages.TakeBack(door, opening, peer, early), [sock.fileno()])
+        worker.send(messages.TakeBack(client), [sock.fileno()])
         return True
 
     def on_message(self, child: _Worker, message: Any) -> None:

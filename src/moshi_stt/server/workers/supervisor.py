@@ -10,11 +10,13 @@ import os
 import socket
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Coroutine, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
+from moshi_stt.server.doors.door import NewClient
+from moshi_stt.server.resume import Place
 from moshi_stt.server.workers import messages
 from moshi_stt.server.workers.ipc import MessageSocket
 
@@ -111,6 +113,14 @@ class Supervisor(ABC, Generic[C]):
     @abstractmethod
     def on_message(self, child: C, message: Any) -> None:
         """A message that is not one of every process."""
+
+    @abstractmethod
+    def hand_over(self, module: str, client: NewClient, transport: asyncio.Transport, on_gone: Callable[[], None]) -> bool:
+        """Give a new client's socket to a process; whether it has gone. on_gone: told when its connection is gone."""
+
+    @abstractmethod
+    def hand_back(self, place: Place, client: NewClient, transport: asyncio.Transport) -> bool:
+        """Give the socket of a client that comes back to the process that has its stream; whether it has gone."""
 
     def died(self, child: C) -> None:
         """A process has closed its socket: it ends, or has ended."""

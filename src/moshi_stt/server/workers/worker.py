@@ -89,7 +89,7 @@ class Worker(ChildProcess):
             sock = socket_of(descriptors)
             await asyncio.get_running_loop().connect_accepted_socket(lambda: arrival, sock)
         except OSError as error:  # the client is gone already
-            log.info("%s: lost on its way: %s", message.peer, error)
+            log.info("%s: lost on its way: %s", message.client.peer, error)
             if sock is not None:
                 sock.close()
         if not arrival.arrived:
@@ -105,7 +105,7 @@ class Worker(ChildProcess):
             sock = socket_of(descriptors)
             await asyncio.get_running_loop().connect_accepted_socket(lambda: arrival, sock)
         except OSError as error:
-            log.info("%s: lost on its way: %s", message.peer, error)
+            log.info("%s: lost on its way: %s", message.client.peer, error)
 
     async def end(self, order: messages.End | messages.Drain) -> None:
         if self._connections is None:
@@ -126,16 +126,9 @@ class _Arrival(asyncio.Protocol):
         self.arrived = False
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        message = self._message
-        connection = self._connections.take(
-            cast(asyncio.Transport, transport),  # uvloop's is of no such class
-            message.early,
-            self._engine,
-            message.door,
-            message.opening,
-            message.peer,
-        )
-        for slot in message.slots:
+        inner = cast(asyncio.Transport, transport)  # uvloop's is of no such class
+        connection = self._connections.take(inner, self._message.client, self._engine)
+        for slot in self._message.slots:
             self._engine.grant(slot)
         self.arrived = True
         connection.open()
@@ -149,8 +142,7 @@ class _Return(asyncio.Protocol):
         self._message = message
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        message = self._message
-        self._connections.resume(cast(asyncio.Transport, transport), message.early, message.door, message.opening, message.peer)
+        self._connections.resume(cast(asyncio.Transport, transport), self._message.client)
 
 
 if __name__ == "__main__":
