@@ -143,6 +143,8 @@ class Meter:
         self.first = self.last = 0.0
         self.busy = 0.0
         self.steps = self.rows = 0
+        self.ended: list[tuple[float, float, int]] = []
+        """When each step ended, its seconds and rows."""
 
     def stepped(self, seconds: float, rows: int) -> None:
         now = time.monotonic()
@@ -151,6 +153,18 @@ class Meter:
         self.busy += seconds
         self.steps += 1
         self.rows += rows
+        self.ended.append((now, seconds, rows))
+
+    def course(self, parts: int = 20) -> list[tuple[float, float]]:
+        """The share of the time in which a step ran, and rows a step, in each part of the run."""
+        length = max(1e-9, self.last - self.first) / parts
+        found: list[list[tuple[float, int]]] = [[] for _ in range(parts)]
+        for end, seconds, rows in self.ended:
+            found[min(parts - 1, int((end - self.first) / length))].append((seconds, rows))
+        return [
+            (round(sum(s for s, _ in steps) / length, 2), round(sum(r for _, r in steps) / max(1, len(steps))))
+            for steps in found
+        ]
 
     def __getattr__(self, name: str) -> Any:
         return lambda *_: None
@@ -249,6 +263,7 @@ def costs(meter: Meter, span: float, cores: float) -> dict[str, Any]:
     own, children = resource.getrusage(resource.RUSAGE_SELF), resource.getrusage(resource.RUSAGE_CHILDREN)
     return {
         "step_busy": meter.busy / span,
+        "course": meter.course(),
         "limit": limit_of(meter.busy / span, cores),
         "steps": meter.steps,
         "rows_a_step": meter.rows / max(1, meter.steps),

@@ -11,7 +11,7 @@ torch = pytest.importorskip("torch", reason="PyTorch is not installed")
 from tests.support.graphs import NoGraphs  # noqa: E402
 
 from moshi_stt.constants import FRAME_SAMPLES  # noqa: E402
-from moshi_stt.models.torch_impl.graphs import GraphRunner, bucket_sizes  # noqa: E402
+from moshi_stt.models.torch_impl.graphs import GraphRunner, Replay, bucket_sizes  # noqa: E402
 
 SCRATCH = 99
 
@@ -29,7 +29,7 @@ class Recorder:
         self.seen.append((slots.tolist(), fresh.tolist()))
         return torch.stack([load()[:, 0], slots.float(), fresh.float()], dim=1)
 
-    def capture(self, run: Callable[[], None], *, brief: bool) -> Callable[[], None]:
+    def capture(self, run: Callable[[], None], *, brief: bool) -> Replay:
         self.captured += 1
         return NoGraphs().capture(run, brief=brief)
 
@@ -137,3 +137,14 @@ def test_buckets_end_at_the_slots_and_waste_at_most_half(slots: int) -> None:
     assert sizes[0] == 1
     assert all(after <= 2 * before for before, after in pairwise(sizes))
     assert all(2 * after <= 3 * before for before, after in pairwise(sizes) if before >= 256)
+
+
+def test_a_step_that_is_started_comes_back_when_it_is_asked_for() -> None:
+    """What it was given may be written to meanwhile."""
+    for buckets in ((1, 2, 4, 8), (4,)):
+        _, runner = make(buckets)
+        pcm, slots, fresh = rows(6, first=10)
+        expected = runner.step(pcm, slots, fresh)
+        finish = runner.start(pcm, slots, fresh)
+        pcm[:], slots[:], fresh[:] = -1, 0, False
+        np.testing.assert_array_equal(finish(), expected)

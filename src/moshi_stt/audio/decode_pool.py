@@ -40,7 +40,7 @@ STOP_SECONDS: Final = 5.0
 POOL_SLOTS: Final = 16
 """From so many slots on, one interpreter cannot decode as fast as the model listens."""
 
-MOST_DECODERS: Final = 8
+MOST_DECODERS: Final = 16
 
 
 def is_supported() -> bool:

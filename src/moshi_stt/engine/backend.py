@@ -4,7 +4,7 @@ docs/internals/backends.md explains how to write one. Axes, for the whole projec
 K codebook, H head, D dim, S sample.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol, Self, runtime_checkable
 
 import numpy as np
@@ -204,6 +204,18 @@ class StepInputs(NamedTuple):
             into = target[start : start + len(source)]
             if source.ctypes.data != into.ctypes.data:
                 into[:] = source
+
+
+@runtime_checkable
+class StepsAhead(Protocol):
+    """A backend whose device steps while the model thread does something else."""
+
+    def begin(self, pcm: NDArray[np.float32], slots: NDArray[np.int64], fresh: NDArray[np.bool_]) -> Callable[[], StepOutput]:
+        """Start what `Backend.step` does; the call that is returned waits for its output.
+
+        Until then nothing else may be asked of the backend. The arrays are not its own `inputs`, and may be written to at once.
+        """
+        ...
 
 
 @runtime_checkable

@@ -1,7 +1,8 @@
 """The turns of the model thread: drain what streams sent, gather the rows that have a frame, step them, scatter what came out.
 
 A step starts as soon as there is one row, so a lone stream never waits; while it runs, the frames of others gather for the next
-one, so a busy engine steps many rows at once without any timer. Reasons: docs/internals/engine.md.
+one, so a busy engine steps many rows at once without any timer. With files alone the device need not wait for this thread:
+while it steps some rows, those of the step before are scattered and others gathered. Reasons: docs/internals/engine.md.
 """
 
 import logging
@@ -10,11 +11,11 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from moshi_stt.engine.backend import HasInputBuffers, StepInputs, StepOutput, TimesSteps, WarmsUpInParts
+from moshi_stt.engine.backend import HasInputBuffers, StepInputs, StepOutput, StepsAhead, TimesSteps, WarmsUpInParts
 from moshi_stt.engine.engine import EngineInfo
 from moshi_stt.engine.loaded import LoadedModel
 from moshi_stt.engine.marker_copies import MarkerCopies
@@ -64,6 +65,14 @@ class LoopEvents:
     """This stream's state was started again."""
 
 
+class _UnderWay(NamedTuple):
+    """A step that was begun."""
+
+    states: list[StreamState]
+    finish: Callable[[], StepOutput]
+    begun: float
+
+
 class ModelLoop:
     """Owns a loaded model. Made, run and closed on the model thread; `wakeup`, `scheduler`, `server` are there for others."""
 
@@ -78,6 +87,9 @@ class ModelLoop:
         scratch = SlotPool(*_scratch_of(loaded))
         self._step_seconds = 0.0
         """Of the last turn."""
+        self._under_way: _UnderWay | None = None
+        self._ahead = _empty_inputs(loaded) if isinstance(backend, StepsAhead) and not loaded.processes else None
+        """Where rows are gathered while others are being stepped; None where that cannot be."""
         self._warming: WarmsUpInParts | None = None
         """Whose warm-up goes on between steps."""
         begun = time.monotonic()
@@ -128,13 +140,22 @@ class ModelLoop:
                     self.wakeup.wait(self._idle_seconds(now))
         finally:
             watch.close()
+            if self._under_way is not None:
+                with suppress(Exception):
+                    self._under_way.finish()  # the device works for nobody when the model is freed
 
     def turn(self, now: float) -> int:
-        """Drain, gather, step, scatter. Returns how many rows were stepped."""
+        """Drain, gather, step, scatter. Returns how many rows were stepped, or are being stepped."""
         scheduler, server = self.scheduler, self.server
         answers = scheduler.drain(now)
         if answers:
             self._events.deliver(Outcome(answers, []))
+        if self._ahead is not None and self._warming is None and scheduler.has_files_only:
+            return self._turn_ahead(self._ahead)
+        if self._under_way is not None:
+            states, output = self._finish(self._under_way)
+            self._scatter(states, output)
+            return len(states)
         requests = server.collect(self._backend.copy) if server is not None else []
         others = sum(request.rows for request in requests)
         states = scheduler.gather(now, others)
@@ -143,10 +164,35 @@ class ModelLoop:
             output = self._step(len(states), requests)
             if server is not None and requests:
                 server.answer(requests, output, len(states))
-            outcome = scheduler.scatter(states, output, time.monotonic())
-            if outcome.deliveries:
-                self._events.deliver(outcome)
+            self._scatter(states, output)
         return rows
+
+    def _turn_ahead(self, inputs: StepInputs) -> int:
+        """Begin the next step as soon as the one before is over, and scatter that while the device works."""
+        states, before = self.scheduler.gather_ahead(inputs), self._under_way
+        stepped, output = self._finish(before) if before is not None else ([], None)
+        if states:
+            assert isinstance(self._backend, StepsAhead)
+            self.step_started = begun = time.monotonic()
+            self._under_way = _UnderWay(states, self._backend.begin(*inputs.rows(0, len(states))), begun)
+        if output is not None:
+            self._scatter(stepped, output)
+        return len(states) + len(stepped)
+
+    def _finish(self, step: _UnderWay) -> tuple[list[StreamState], StepOutput]:
+        """Wait for a step that was begun."""
+        self._under_way = None
+        output = step.finish()
+        self.step_started = None
+        seconds = self._device_seconds()
+        self._step_seconds = time.monotonic() - step.begun if seconds is None else seconds
+        self._events.stepped(self._step_seconds, len(step.states))
+        return step.states, output
+
+    def _scatter(self, states: list[StreamState], output: StepOutput) -> None:
+        outcome = self.scheduler.scatter(states, output, time.monotonic())
+        if outcome.deliveries:
+            self._events.deliver(outcome)
 
     def _step(self, rows: int, requests: Sequence[RowRequest]) -> StepOutput:
         """Step the gathered rows, and after them those of other processes."""
@@ -221,5 +267,11 @@ def _inputs_of(loaded: LoadedModel) -> StepInputs:
     backend, streams = loaded.backend, loaded.streams
     if isinstance(backend, HasInputBuffers) and len(backend.inputs.slots) >= streams:
         return backend.inputs
+    return _empty_inputs(loaded)
+
+
+def _empty_inputs(loaded: LoadedModel) -> StepInputs:
+    """Arrays of our own for the rows of all streams."""
+    streams = loaded.streams
     pcm = np.zeros((streams, loaded.frame_samples), np.float32)
     return StepInputs(pcm, np.zeros(streams, np.int64), np.zeros(streams, np.bool_))

@@ -23,6 +23,9 @@ LIVE_SHARE = 0.5
 FILE_TURN = 8
 """Where there is no room at all for files next to live streams, every FILE_TURN-th step still takes one file row."""
 
+AHEAD_ROWS = 64
+"""Of so many files' rows on, one half is stepped while the other is scattered and gathered."""
+
 LISTENING_SECONDS = 1.0
 """A live stream speaks if audio of it came within so long."""
 
@@ -102,8 +105,11 @@ class Scheduler:
         if self._comings:
             self._come_and_go()
         deliveries: list[Delivery] = []
-        woken = self._woken
+        woken, later = self._woken, []
         while woken and (state := _pop(woken)) is not None:
+            if state.in_flight:
+                later.append(state)  # what it does next may depend on its row
+                continue
             state.woken = False  # before the drain: what comes during it wakes the stream again
             if state.guard is not None and state.guard.is_stalled():
                 events = [*state.restart(), *state.absorb(now)]
@@ -112,6 +118,7 @@ class Scheduler:
                 events = state.absorb(now)
             if events or state.done:
                 deliveries.append(Delivery(state.stream, events, state.done))
+        woken.extend(later)
         return deliveries
 
     def _come_and_go(self) -> None:
@@ -132,12 +139,35 @@ class Scheduler:
         self._copies.start(self._states, now)
         ready = [state for state in self._states if state.has_row and (state.stream.writable or state.holds_scratch)]
         chosen = self._choose(ready, now, others)
-        for state, row in zip(chosen, self.inputs.pcm, strict=False):
-            state.gather(row)
-            state.last_step = self.steps + 1
-        self.inputs.slots[: len(chosen)] = [state.row_slot for state in chosen]
-        self.inputs.fresh[: len(chosen)] = [state.row_fresh for state in chosen]
+        self._write(chosen, self.inputs)
         return chosen
+
+    @property
+    def has_files_only(self) -> bool:
+        """Whether no stream is live, and none waits for a copy: `gather_ahead` may then be called."""
+        return not any(state.stream.live or state.marks for state in self._states)
+
+    def gather_ahead(self, inputs: StepInputs) -> list[StreamState]:
+        """`gather` while other rows are still being stepped, into arrays of the caller's.
+
+        Of many streams it takes half: those are stepped while the others are scattered and gathered.
+        """
+        in_flight = sum(state.in_flight for state in self._states)
+        ready = [state for state in self._states if state.has_row and not state.in_flight and state.stream.writable]
+        both = in_flight + len(ready)
+        if both >= AHEAD_ROWS:
+            ready.sort(key=lambda state: state.last_step)
+            del ready[_even_size(both // 2) :]
+        self._write(ready, inputs)
+        return ready
+
+    def _write(self, chosen: list[StreamState], inputs: StepInputs) -> None:
+        for state, row in zip(chosen, inputs.pcm, strict=False):
+            state.gather(row)
+            state.in_flight = True
+            state.last_step = self.steps + 1
+        inputs.slots[: len(chosen)] = [state.row_slot for state in chosen]
+        inputs.fresh[: len(chosen)] = [state.row_fresh for state in chosen]
 
     def _choose(self, ready: list[StreamState], now: float, others: int) -> list[StreamState]:
         """Live streams before files: files take what room is left, those that waited longest first. Others' rows are live."""
@@ -167,6 +197,9 @@ class Scheduler:
         arrivals: list[float] = []
         rows = zip(states, output.text_token[:count].tolist(), output.logprob[:count].tolist(), pauses, strict=True)
         for state, token, logprob, pause in rows:
+            state.in_flight = False
+            if state not in self._states:
+                continue  # dismissed meanwhile
             flush = state.flush
             events = state.scatter(token, logprob, pause, step_idx)
             if flush is not None and state.flush is None:
@@ -190,6 +223,12 @@ class Scheduler:
     def idle_seconds(self, now: float) -> float | None:
         """How long nothing happens unless somebody wakes the model thread."""
         return self._copies.idle_seconds(self._states, now)
+
+
+def _even_size(rows: int) -> int:
+    """The largest 2^i or 3 * 2^i up to that: of such sizes are the steps of a backend with fixed ones, without spare rows."""
+    power = 1 << rows.bit_length() - 1
+    return power + power // 2 if rows >= power + power // 2 else power
 
 
 def _pop(queue: deque[T]) -> T | None:

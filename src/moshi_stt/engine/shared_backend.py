@@ -1,9 +1,9 @@
 """One backend for several processes: shared memory for the rows, a socket pair for "go".
 
 The process that has the model owns a `BackendServer`; each other process has a `RemoteBackend`, a `Backend` like any other,
-whose rows the server's owner steps together with everybody else's. A request is 9 bytes (what, and two numbers), an answer
-one byte; what they are about lies in a `RowBlock`, which belongs to the remote process from the answer to the next request and
-to the server in between. A process that dies closes its socket, which is all that the others notice.
+whose rows the server's owner steps together with everybody else's. A request is 9 bytes (what, and two numbers), the answer to
+a step one byte; what they are about lies in a `RowBlock`, which belongs to the remote process from the answer to the next
+request and to the server in between. A process that dies closes its socket, which is all that the others notice.
 """
 
 import contextlib
@@ -31,6 +31,8 @@ _STEP: Final = 1
 _COPY: Final = 2
 """With source and target slot."""
 _DONE: Final = b"\0"
+"""Of a step. Copies have no answer."""
+_GONE: Final = "the process that runs the model has ended"
 _ALIGNMENT: Final = 64
 
 
@@ -203,21 +205,22 @@ class BackendServer:
         return [RowRequest(client, client.asked) for client in self._clients if client.asked]
 
     def _read(self, client: _Client, copy: Callable[[int, int], None]) -> None:
-        try:
-            data = client.signal.recv(_REQUEST.size)
-        except BlockingIOError:
-            return
-        except OSError:
-            data = b""
-        if len(data) < _REQUEST.size:
-            self._drop(client)
-            return
-        kind, first, second = _REQUEST.unpack(data)
-        if kind == _COPY:
-            copy(first, second)
-            self._send(client)
-        else:
-            client.asked = min(first, client.block.rows)
+        """Copies, and the step that follows them if it is there already."""
+        while not client.asked:
+            try:
+                data = client.signal.recv(_REQUEST.size)
+            except BlockingIOError:
+                return
+            except OSError:
+                data = b""
+            if len(data) < _REQUEST.size:
+                self._drop(client)
+                return
+            kind, first, second = _REQUEST.unpack(data)
+            if kind == _COPY:
+                copy(first, second)
+            else:
+                client.asked = min(first, client.block.rows)
 
     def answer(self, requests: list[RowRequest], output: StepOutput, start: int) -> None:
         """Give each request its rows of `output`, the first of which is `start`."""
@@ -279,22 +282,25 @@ class RemoteBackend:
         """See `engine.Backend`. Raises EngineError when the model's process has gone."""
         rows = len(slots)
         self._block.inputs.put(StepInputs(pcm, slots, fresh))
-        self._ask(_STEP, rows, 0)
-        token, logprob, pause = self._block.output
-        return StepOutput(token[:rows].copy(), logprob[:rows].copy(), pause[:rows].copy())
-
-    def copy(self, source: int, target: int) -> None:
-        """See `engine.Backend`."""
-        self._ask(_COPY, source, target)
-
-    def _ask(self, kind: int, first: int, second: int) -> None:
         try:
-            self._signal.sendall(_REQUEST.pack(kind, first, second))
+            self._signal.sendall(_REQUEST.pack(_STEP, rows, 0))
             answer = self._signal.recv(1)
         except OSError:
             answer = b""
         if answer != _DONE:
-            raise EngineError("the process that runs the model has ended")
+            raise EngineError(_GONE)
+        token, logprob, pause = self._block.output
+        return StepOutput(token[:rows].copy(), logprob[:rows].copy(), pause[:rows].copy())
+
+    def copy(self, source: int, target: int) -> None:
+        """See `engine.Backend`. It is done before the next step, and is not waited for: that would be a turn of the model.
+
+        Raises EngineError when the model's process has gone.
+        """
+        try:
+            self._signal.sendall(_REQUEST.pack(_COPY, source, target))
+        except OSError:
+            raise EngineError(_GONE) from None
 
     def warm_up(self) -> None:
         """The model is warm before anybody shares it."""

@@ -81,6 +81,7 @@ class StreamState:
         "frames",
         "fresh",
         "guard",
+        "in_flight",
         "last_audio_at",
         "last_step",
         "marks",
@@ -148,6 +149,8 @@ class StreamState:
         """Of the row gathered last: the slot to step, and whether its state starts from zero."""
         self.last_step = 0
         """Number of the engine's step in which this stream last took part, from 1 on."""
+        self.in_flight = False
+        """Whether a row of it was gathered and not yet scattered."""
         self.done = False
         """Whether the last event has been made."""
         self.woken = False

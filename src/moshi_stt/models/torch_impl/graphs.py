@@ -5,7 +5,7 @@ Inputs lie in one pinned buffer, which the caller may fill in place. Slots go ov
 the outputs come back in one copy. All copies are part of the graph, so that a step is one launch and one wait.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -29,14 +29,18 @@ BRIEF_ROWS = 256
 """A step of so many rows is waited for without sleeping: to be woken takes longer than a tenth of it."""
 
 
+class Replay(NamedTuple):
+    """`begin` starts what was captured, `wait` returns when its results are there."""
+
+    begin: Callable[[], None]
+    wait: Callable[[], None]
+
+
 class Capturer(Protocol):
     """Turns a function on fixed tensors into something to replay."""
 
-    def capture(self, run: Callable[[], None], *, brief: bool) -> Callable[[], None]:
-        """A call that does what `run` does, on the same tensors, and returns when the results are there.
-
-        brief: whether its end is waited for without sleeping.
-        """
+    def capture(self, run: Callable[[], None], *, brief: bool) -> Replay:
+        """What does the same as `run`, on the same tensors. brief: whether its end is waited for without sleeping."""
         ...
 
     def host(self, count: int) -> Tensor:
@@ -57,7 +61,7 @@ class CudaGraphs:
         self.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._last: tuple[Any, Any] | None = None
 
-    def capture(self, run: Callable[[], None], *, brief: bool) -> Callable[[], None]:
+    def capture(self, run: Callable[[], None], *, brief: bool) -> Replay:
         with torch.cuda.stream(self.stream):
             run()  # compiles kernels and makes handles, which cannot be captured
         self.stream.synchronize()
@@ -67,15 +71,17 @@ class CudaGraphs:
         started = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
         done = torch.cuda.Event(enable_timing=True, blocking=not brief)  # type: ignore[no-untyped-call]
 
-        def replay() -> None:
+        def begin() -> None:
             with torch.cuda.stream(self.stream):
                 started.record(self.stream)
                 graph.replay()
                 done.record(self.stream)
+
+        def wait() -> None:
             done.synchronize()
             self._last = started, done
 
-        return replay
+        return Replay(begin, wait)
 
     def seconds(self) -> float | None:
         if self._last is None:
@@ -87,10 +93,37 @@ class CudaGraphs:
         return torch.empty(count, dtype=torch.uint8, pin_memory=True)
 
 
+class SlotCopier:
+    """Copies one slot of many tensors onto another, in one launch. For one thread."""
+
+    def __init__(self, tensors: Sequence[Tensor], graphs: Capturer, device: torch.device) -> None:
+        """tensors: (slots, ...), each contiguous in what a slot has."""
+        # Indexing is not there for 8-bit floats.
+        self._tensors = [tensor.view(torch.uint8) if tensor.element_size() == 1 else tensor for tensor in tensors]
+        host = graphs.host(16).view(torch.int64)
+        self._host = host.numpy()
+        self._host[:] = 0
+        self._pinned = host
+        self._slots = torch.zeros(2, dtype=torch.int64, device=device)
+        self._replay = graphs.capture(self._run, brief=True)
+
+    def _run(self) -> None:
+        self._slots.copy_(self._pinned, non_blocking=True)
+        source, target = self._slots[:1], self._slots[1:]
+        for tensor in self._tensors:
+            tensor.index_copy_(0, target, tensor.index_select(0, source))
+
+    def copy(self, source: int, target: int) -> None:
+        """Make slot `target` what slot `source` is."""
+        self._host[:] = source, target
+        self._replay.begin()
+        self._replay.wait()
+
+
 class _Bucket(NamedTuple):
     output: NDArray[np.float32]
     """(n, width), on the host."""
-    replay: Callable[[], None]
+    replay: Replay
 
 
 class GraphRunner:
@@ -165,19 +198,33 @@ class GraphRunner:
         """Step rows, any number of them: float32 (B, width). More than the largest bucket holds go in several steps."""
         largest = self.buckets[-1]
         if len(slots) <= largest:
-            return self._step(StepInputs(pcm, slots, fresh))
+            return self._start(StepInputs(pcm, slots, fresh))()
         parts = [slice(start, start + largest) for start in range(0, len(slots), largest)]
-        return np.concatenate([self._step(StepInputs(pcm[part], slots[part], fresh[part])) for part in parts])
+        return np.concatenate([self._start(StepInputs(pcm[part], slots[part], fresh[part]))() for part in parts])
 
-    def _step(self, given: StepInputs) -> NDArray[np.float32]:
+    def start(
+        self, pcm: NDArray[np.float32], slots: NDArray[np.int64], fresh: NDArray[np.bool_]
+    ) -> Callable[[], NDArray[np.float32]]:
+        """Start a step: the call that is returned waits for its output. See `engine.backend.StepsAhead`."""
+        if len(slots) <= self.buckets[-1]:
+            return self._start(StepInputs(pcm, slots, fresh))
+        output = self.step(pcm, slots, fresh)
+        return lambda: output
+
+    def _start(self, given: StepInputs) -> Callable[[], NDArray[np.float32]]:
         rows = len(given.slots)
         size = next(size for size in self._usable if size >= rows)
         output, replay = self._bucket(size)
         self.inputs.put(given)
         self.inputs.slots[rows:size] = self._scratch
         self.inputs.fresh[rows:size] = True
-        replay()
-        return output[:rows].copy()
+        replay.begin()
+
+        def finish() -> NDArray[np.float32]:
+            replay.wait()
+            return output[:rows].copy()
+
+        return finish
 
     def _bucket(self, rows: int) -> _Bucket:
         if rows not in self._captured:

@@ -22,7 +22,7 @@ from moshi_stt.models.torch_impl.cuda.elementwise import advance
 from moshi_stt.models.torch_impl.cuda.launch import INTERPRETED
 from moshi_stt.models.torch_impl.cuda.lm import FusedLM
 from moshi_stt.models.torch_impl.cuda.mimi import FusedMimi
-from moshi_stt.models.torch_impl.graphs import Capturer, CudaGraphs, GraphRunner, bucket_sizes
+from moshi_stt.models.torch_impl.graphs import Capturer, CudaGraphs, GraphRunner, SlotCopier, bucket_sizes
 
 log = logging.getLogger(__name__)
 
@@ -56,19 +56,21 @@ class CudaBackend(SlotBackend):
         self._fixed_shapes = fixed_shapes
         self._buckets = buckets
         self._graphs = graphs
+        self._copier: SlotCopier | None = None
         self.runner = self._make_runner()
         self._compiler: Compiler | None = None
         self._compiling: dict[int, list[Future[None]]] = {}
 
     def _make_runner(self) -> GraphRunner:
         sizes = (min(FIXED_ROWS, self.slots),) if self._fixed_shapes else bucket_sizes(self.slots)
+        self._copier, self._capturer = None, self._graphs or CudaGraphs(self.device)
         return GraphRunner(
             self.step_rows,
             width=self.width,
             scratch=self.slots,
             buckets=self._buckets or sizes,
             device=self.device,
-            graphs=self._graphs or CudaGraphs(self.device),
+            graphs=self._capturer,
         )
 
     def record_to(self, recorder: StepRecorder) -> None:
@@ -104,6 +106,7 @@ class CudaBackend(SlotBackend):
         self._wait_compiled(self.runner.buckets)
         with torch.inference_mode():
             self.runner.prepare()
+            self._copier = self._new_copier()
         self._stop_compiling()
 
     def begin_warm_up(self) -> None:
@@ -114,6 +117,7 @@ class CudaBackend(SlotBackend):
         begun = time.monotonic()
         with torch.inference_mode():
             runner.begin()
+            self._copier = self._new_copier()
         log.info("start: graphs of %s rows took %.1f s", _listed(sorted(runner.first_buckets)), time.monotonic() - begun)
 
     def go_on_warming_up(self) -> bool:
@@ -160,6 +164,7 @@ class CudaBackend(SlotBackend):
     def close(self) -> None:
         """Free the graphs, the weights and the state. No step may follow."""
         self._stop_compiling()
+        self._copier = None
         del self.runner, self.lm, self.mimi, self.state
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -168,8 +173,12 @@ class CudaBackend(SlotBackend):
 
     def copy(self, source: int, target: int) -> None:
         """See `SlotBackend.copy`."""
-        super().copy(source, target)
-        self._settle()
+        with torch.inference_mode():
+            self._copier = self._copier or self._new_copier()
+            self._copier.copy(source, target)
+
+    def _new_copier(self) -> SlotCopier:
+        return SlotCopier(list(self.state.named.values()), self._capturer, self.device)
 
     def fill_context(self) -> None:
         """See `SlotBackend.fill_context`."""
@@ -182,6 +191,13 @@ class CudaBackend(SlotBackend):
             torch.cuda.synchronize(self.device)
 
     # ---- one step ----------------------------------------------------------------------------------------------------
+
+    def begin(self, pcm: NDArray[np.float32], slots: NDArray[np.int64], fresh: NDArray[np.bool_]) -> Callable[[], StepOutput]:
+        """See `engine.backend.StepsAhead`."""
+        slots, fresh = slots.copy(), fresh.copy()
+        with torch.inference_mode():
+            finish = self.runner.start(pcm, slots, fresh)
+        return lambda: self._unpack(finish(), slots, fresh)
 
     def step_rows(self, load: Callable[[], Tensor], slots: Tensor, fresh: Tensor) -> Tensor:
         """The whole step on the device, of static shape and without synchronisation: see `graphs.StepRows`."""
