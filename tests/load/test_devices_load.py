@@ -1,4 +1,7 @@
-"""Two model processes of a small Kyutai model and 32 streams of real speech; one process is killed (`bench_devices.py`)."""
+"""Two model processes of a small Kyutai model and 32 streams of real speech; one process is killed (`bench_devices.py`).
+
+With the model `phrases`, which comes with the package, and with random weights of the published layout.
+"""
 
 import json
 import os
@@ -14,14 +17,23 @@ ROOT = Path(__file__).parents[2]
 SPEECH = ROOT / "tests" / "data" / "two_cities.flac"
 
 
+@pytest.fixture(params=["phrases", "tiny"])
+def config(request: pytest.FixtureRequest) -> str:
+    """What `worker --config` takes."""
+    if request.param == "tiny":
+        tiny: Path = request.getfixturevalue("tiny")
+        return str(tiny / "moshi-server.toml")
+    return str(request.param)
+
+
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system does not let a process choose its cores")
-def test_the_streams_of_the_other_process_do_not_change() -> None:
+def test_the_streams_of_the_other_process_do_not_change(config: str) -> None:
     """Half of the streams end with Error, the others are what they are without the kill, and the slots come back."""
     cores = sorted(os.sched_getaffinity(0))[:2]
     if len(cores) < 2:
         pytest.skip("this process may use one core alone")
     command = [sys.executable, str(ROOT / "benchmarks" / "bench_devices.py"), "--seconds", "4", "--audio", str(SPEECH)]
-    command += ["--devices", ",".join(f"cpu:{core}" for core in cores)]
+    command += ["--config", config, "--devices", ",".join(f"cpu:{core}" for core in cores)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=1_200)
     print(done.stdout)
     assert done.returncode == 0, done.stdout + done.stderr
