@@ -77,7 +77,7 @@ def test_of_many_channels_those_with_sound_are_averaged(format: str, channels: i
     pcm = np.stack([noise(0.5, 48_000) * gain for gain in [0.6, 0.9, *[0] * (channels - 2)]], axis=1)
     got = read_file(io.BytesIO(encode(pcm, 48_000, format)))
     expected = noise(0.5) * 1.5 / 2
-    assert shift_of(got, expected) == 0
+    assert abs(shift_of(got, expected)) <= (0 if format in LOSSLESS else 2)  # by the encoder, which differs with PyAV's version
     loudness = np.sqrt(np.mean(got**2)) / np.sqrt(np.mean(expected**2))
     assert abs(loudness - 1) < (0.02 if format in LOSSLESS else 0.3)
 

@@ -119,7 +119,10 @@ class _Decoder:
         self._form: tuple[int, int] | None = None
         """Channels and rate of what is held raw."""
         self._packer: tuple[tuple[str, str, int], av.AudioResampler] | None = None
-        self._origin_seconds = (container.start_time or 0) / 1_000_000
+        start_seconds = (container.start_time or 0) / 1_000_000
+        self._has_lead_in = self._name == "matroska" and start_seconds < 0
+        """FFmpeg before 8.1 gives a Matroska file's encoder delay times below zero; some codecs' decoders leave it in."""
+        self._origin_seconds = 0.0 if self._has_lead_in else start_seconds
         self._seconds = 0.0  # of audio decoded so far, silence for gaps included
         self._skipped_seconds = 0.0  # of silence put in for gaps
         self._packets = 0
@@ -140,7 +143,7 @@ class _Decoder:
         try:
             for frame in self._frames():
                 yield from self._gap_before(frame)
-                yield from self._take(self._samples_of(frame), frame.sample_rate)
+                yield from self._take(self._samples_of(frame)[self._lead_in(frame) :], frame.sample_rate)
         except AudioError as error:
             fault = error
         yield from self._end_form()
@@ -183,6 +186,10 @@ class _Decoder:
             yield from frames
             if packet is None:
                 return
+
+    def _lead_in(self, frame: "av.AudioFrame") -> int:
+        """How many of the frame's first samples come before the sound begins."""
+        return round(-frame.time * frame.sample_rate) if self._has_lead_in and frame.time is not None and frame.time < 0 else 0
 
     def _gap_before(self, frame: "av.AudioFrame") -> Iterator[NDArray[np.float32]]:
         """Silence where the file's clock runs ahead of the samples: a track that begins late, a pause left out."""
