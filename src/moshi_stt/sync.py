@@ -112,7 +112,8 @@ def transcribe_bytes(
         with opener.open(request, timeout=timeout_seconds) as answer:
             return pair_words(msgspec.json.decode(answer.read(), type=list[Word | EndWord]))
     except urllib.error.HTTPError as error:
-        reason = error.read(SHOWN_BYTES).decode("utf-8", "replace").strip()
+        with error:
+            reason = error.read(SHOWN_BYTES).decode("utf-8", "replace").strip()
         if error.code == 401:
             reason = "the server does not know this key: pass one of its authorized_ids"
         raise ServerError(f"{address}: {reason or error.reason} ({error.code})") from None

@@ -149,10 +149,10 @@ def test_an_interrupted_transfer_goes_on(hub: LocalHub) -> None:
 
 @pytest.mark.slow
 def test_a_transfer_that_ended_goes_on_in_the_next_call(hub: LocalHub) -> None:
-    """So too after the process has gone: what had come is kept beside the blobs."""
+    """So too after the process was ended: what had come is kept beside the blobs."""
     hub.cut_after, hub.cuts = 120_000, 1
-    code = "from moshi_stt.models.hub import resolve; import huggingface_hub.file_download as f, os, time\n"
-    code += f"f.time.sleep = lambda _: os._exit(9)\nf.constants.DOWNLOAD_CHUNK_SIZE = 20_000\nresolve({WEIGHTS!r})"
+    code = "from moshi_stt.models.hub import resolve; import huggingface_hub.file_download as f, sys\n"
+    code += f"f.time.sleep = lambda _: sys.exit(9)\nf.constants.DOWNLOAD_CHUNK_SIZE = 20_000\nresolve({WEIGHTS!r})"
     assert subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, timeout=60).returncode == 9
     hub.requests.clear()
     assert resolve(WEIGHTS).read_bytes() == LARGE
