@@ -213,6 +213,7 @@ pip_install() {
 # logged COMMAND…: run it with its output in run/install.log, and show which files it fetches.
 logged() {
   local status=0
+  : >"$run_dir/install.log" # it is read before the command may have opened it
   "$@" >"$run_dir/install.log" 2>&1 &
   local pid=$! shown=0 total
   # A script's background processes do not hear Ctrl-C.
