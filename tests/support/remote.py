@@ -1,6 +1,8 @@
 """A `RemoteEngine` and the engine that it shares, in one process."""
 
 import asyncio
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
 
 from moshi_stt.engine.batch import BatchEngine
 from moshi_stt.engine.engine import NO_EXTRAS, StreamOptions
@@ -27,3 +29,16 @@ class Lent(RemoteEngine):
 
     def _give_back_lent(self, index: int) -> None:
         self._owner.take_back(self._lent.pop(index))
+
+
+@asynccontextmanager
+async def remotes(owner: BatchEngine, count: int) -> AsyncIterator[list[Lent]]:
+    """Engines over owner's backend."""
+    async with AsyncExitStack() as stack:
+        made = []
+        for number in range(count):
+            remote = Lent(owner, number)
+            await remote.start()
+            stack.push_async_callback(remote.stop)
+            made.append(remote)
+        yield made

@@ -4,12 +4,10 @@ import asyncio
 import os
 import random
 import struct
-from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager
 
 import pytest
-from tests.support.batch import Started, engine, feed_in_pieces, noise, rest, steps_of, transcribe, until, without_timing
-from tests.support.remote import Lent
+from tests.support.batch import engine, feed_in_pieces, noise, rest, steps_of, transcribe, until, without_timing
+from tests.support.remote import remotes
 from tests.support.scripted_backend import PseudoModel, Scripted
 from tests.support.serving import until as becomes
 
@@ -23,19 +21,6 @@ from moshi_stt.errors import EngineFailed, NoFreeSlot
 from moshi_stt.events import AnyEvent, Error, Marker
 
 STREAMS = 12
-
-
-@asynccontextmanager
-async def remotes(owner: Started, count: int) -> AsyncIterator[list[Lent]]:
-    """Engines over owner's backend."""
-    async with AsyncExitStack() as stack:
-        made = []
-        for number in range(count):
-            remote = Lent(owner, number)
-            await remote.start()
-            stack.push_async_callback(remote.stop)
-            made.append(remote)
-        yield made
 
 
 async def marked(started: BatchEngine, pcm_frames: float, seed: int) -> list[AnyEvent]:

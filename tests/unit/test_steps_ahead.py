@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 from tests.support.batch import DEADLINE, engine, noise, rest, transcribe, until, without_timing
+from tests.support.remote import remotes
 from tests.support.scripted_backend import PseudoModel
 
 from moshi_stt.engine.backend import StepInputs, StepOutput
@@ -60,11 +61,13 @@ def recordings(count: int) -> list[NDArray[np.float32]]:
     return [noise(draw.uniform(0.3, 24), seed) for seed in range(count)]
 
 
-async def test_many_files_say_what_each_says_alone() -> None:
+@pytest.mark.parametrize("processes", [0, 2])
+async def test_many_files_say_what_each_says_alone(processes: int) -> None:
+    """Also on a model that is ready for other processes, of which none is there."""
     pcms = recordings(2 * STREAMS)
     async with engine(streams=STREAMS) as plain:
         alone = [without_timing(await transcribe(plain, pcm, live=False)) for pcm in pcms]
-    async with engine(AheadModel, STREAMS) as ahead:
+    async with engine(AheadModel, STREAMS, processes=processes) as ahead:
         free = asyncio.Semaphore(STREAMS)
 
         async def one(pcm: NDArray[np.float32]) -> list[object]:
@@ -133,6 +136,19 @@ async def test_a_live_stream_next_to_files_is_as_alone() -> None:
         assert len(ahead.fake.ahead) > before, "and ahead again, when it has gone"  # type: ignore[attr-defined]
     assert together == alone
     assert heard == expected
+
+
+async def test_rows_of_other_processes_end_it() -> None:
+    pcms = recordings(8)
+    async with engine(streams=STREAMS) as plain:
+        alone = [without_timing(await transcribe(plain, pcm, live=False)) for pcm in pcms]
+    async with engine(AheadModel, STREAMS, processes=1) as owner:
+        first = [asyncio.create_task(transcribe(owner, noise(300, seed), live=False)) for seed in range(3)]
+        assert await asyncio.to_thread(owner.fake.has_begun.wait, DEADLINE)  # type: ignore[attr-defined]
+        async with remotes(owner, 1) as (remote,):
+            there = [without_timing(await transcribe(remote, pcm, live=False)) for pcm in pcms]
+        await asyncio.gather(*first)
+    assert there == alone
 
 
 @pytest.mark.parametrize("how", ["raises", "stopped"])

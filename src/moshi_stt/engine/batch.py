@@ -34,6 +34,9 @@ log = logging.getLogger(__name__)
 EXAMINATION_SECONDS = 5.0
 """How long the speech detector has; the stream is held meanwhile."""
 
+FILE_EXAMINATION_SECONDS = 300.0
+"""The same for files, which wait: what they say may not depend on how busy the machine is."""
+
 JOIN_SECONDS = 10.0
 """How long the model thread has to end."""
 
@@ -252,7 +255,7 @@ class BatchEngine(Engine):
         assert self._mute is not None
         assert self._mute.is_speech is not None
         try:
-            async with asyncio.timeout(EXAMINATION_SECONDS):
+            async with asyncio.timeout(EXAMINATION_SECONDS if state.stream.live else FILE_EXAMINATION_SECONDS):
                 verdict = await asyncio.to_thread(self._mute.is_speech, audio)
         except Exception:
             log.exception("the speech detector failed")

@@ -88,7 +88,7 @@ class ModelLoop:
         self._step_seconds = 0.0
         """Of the last turn."""
         self._under_way: _UnderWay | None = None
-        self._ahead = _empty_inputs(loaded) if isinstance(backend, StepsAhead) and not loaded.processes else None
+        self._ahead = _empty_inputs(loaded) if isinstance(backend, StepsAhead) else None
         """Where rows are gathered while others are being stepped; None where that cannot be."""
         self._warming: WarmsUpInParts | None = None
         """Whose warm-up goes on between steps."""
@@ -150,7 +150,8 @@ class ModelLoop:
         answers = scheduler.drain(now)
         if answers:
             self._events.deliver(Outcome(answers, []))
-        if self._ahead is not None and self._warming is None and scheduler.has_files_only:
+        is_shared = server is not None and server.is_shared
+        if self._ahead is not None and self._warming is None and not is_shared and scheduler.has_files_only:
             return self._turn_ahead(self._ahead)
         if self._under_way is not None:
             states, output = self._finish(self._under_way)

@@ -192,6 +192,11 @@ class BackendServer:
             self._refuse_arriving()
         return BackendLink(memory, there)
 
+    @property
+    def is_shared(self) -> bool:
+        """Whether another process has, or is getting, a link."""
+        return bool(self._clients or self._arriving)
+
     def collect(self, copy: Callable[[int, int], None]) -> list[RowRequest]:
         """The steps that are waited for now, and have no answer yet. Requests to copy a slot are done by `copy` on the way."""
         while self._arriving:
