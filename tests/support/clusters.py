@@ -1,6 +1,8 @@
 """A cluster as its users start it, by the command line, and streams through its address."""
 
 import asyncio
+import contextlib
+import itertools
 import os
 import shutil
 import signal
@@ -13,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import aiohttp
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
@@ -84,6 +87,27 @@ class Cluster:
             await asyncio.sleep(0.1)
         raise AssertionError(f"{what}: not within {DEADLINE:.0f} s: {state}{self.logs()}")
 
+    async def answers(self) -> None:
+        """Wait until the address says that streams are taken."""
+        async with asyncio.timeout(DEADLINE), aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=5.0)) as session:
+            while True:
+                with contextlib.suppress(aiohttp.ClientError, TimeoutError):
+                    async with session.get(f"http://127.0.0.1:{self.port}/ready") as answer:
+                        if answer.status == 200:
+                            return
+                await asyncio.sleep(0.02)
+
+    async def resumed(self) -> int:
+        """How many clients have come back to their streams, on all replicas."""
+        async with asyncio.timeout(DEADLINE), aiohttp.ClientSession() as session:
+            while True:
+                async with session.get(f"http://127.0.0.1:{self.port}/metrics") as answer:
+                    series = [line.rsplit(" ", 1) for line in (await answer.text()).splitlines()]
+                if sum(name.startswith("moshi_stt_websockets{") for name, _ in series) == self.replicas:  # none was too busy
+                    found = [value for name, value in series if "moshi_stt_resumed{" in name and 'found="yes"' in name]
+                    return round(sum(map(float, found)))
+                await asyncio.sleep(0.1)
+
     def down(self) -> None:
         """End it, by force where the command fails."""
         own = own_ray.find(self.paths)
@@ -96,9 +120,10 @@ class Cluster:
             shutil.rmtree(self.folder, ignore_errors=True)
 
 
-def kill(pid: int) -> None:
-    """kill -9."""
+def kill(pid: int) -> float:
+    """kill -9. When that was, as `time.monotonic` says."""
     os.kill(pid, signal.SIGKILL)
+    return time.monotonic()
 
 
 def all_ready(count: int) -> Callable[[State], bool]:
@@ -133,14 +158,27 @@ class Outcome:
 class Caller:
     """A client that sends a recording at a pace and hears it out."""
 
-    def __init__(self, url: str, pcm: NDArray[np.float32], pace: float = 1.0, resume: bool = True) -> None:
-        """pace: seconds of audio a second; 0 as fast as the server takes it."""
+    def __init__(
+        self,
+        url: str,
+        pcm: NDArray[np.float32],
+        pace: float = 1.0,
+        resume: bool = True,
+        stops: tuple[float, ...] = (),
+    ) -> None:
+        """pace: seconds of audio a second; 0 as fast as the server takes it. stops: seconds of the recording before which it
+        waits for `go_on`, in order.
+        """
         self._pcm, self._pace = pcm, pace
+        self._stops = [round(seconds * 24_000) for seconds in stops]
+        self._may_go_on = asyncio.Semaphore(0)
         self._url, self._resume = url, resume
         self.outcome = Outcome()
         self.greeted = asyncio.Event()
         self.has_heard = asyncio.Event()
-        """Set with the first word."""
+        """Set with the first event of its audio."""
+        self.is_held = asyncio.Event()
+        """Set at its last stop."""
         self.done: asyncio.Task[Outcome] = asyncio.create_task(self._run())
 
     async def _run(self) -> Outcome:
@@ -155,8 +193,8 @@ class Caller:
         except (ServerError, TimeoutError) as error:
             self.outcome.error = str(error) or "too late"
         finally:
-            self.greeted.set()
-            self.has_heard.set()
+            for each in (self.greeted, self.has_heard, self.is_held):
+                each.set()
         return self.outcome
 
     async def _hear(self, client: Client) -> None:
@@ -165,20 +203,33 @@ class Caller:
                 token = msgspec.to_builtins(event).get("token") or ""
                 self.outcome.replica = token.partition(".")[0]
                 self.greeted.set()
-            elif isinstance(event, Word | EndWord | Marker):
+                continue
+            self.has_heard.set()
+            if isinstance(event, Word | EndWord | Marker):
                 self.outcome.events.append(event)
-                self.has_heard.set()
                 if isinstance(event, Marker):
                     return
 
+    def go_on(self) -> None:
+        """Speak to the next stop, or to the end."""
+        self._may_go_on.release()
+
     async def _send(self, client: Client) -> None:
+        for start, end in itertools.pairwise([0, *self._stops, len(self._pcm)]):
+            await self._speak(client, self._pcm[start:end])
+            if end in self._stops:
+                if end == self._stops[-1]:
+                    self.is_held.set()
+                await self._may_go_on.acquire()
+        await client.mark(1)
+
+    async def _speak(self, client: Client, pcm: NDArray[np.float32]) -> None:
         began = time.monotonic()
-        for start in range(0, len(self._pcm), FRAME_SAMPLES):
+        for start in range(0, len(pcm), FRAME_SAMPLES):
             if self._pace:
                 due = began + start / 24_000 / self._pace
                 await asyncio.sleep(max(0.0, due - time.monotonic()))
-            await client.send_audio(self._pcm[start : start + FRAME_SAMPLES])
-        await client.mark(1)
+            await client.send_audio(pcm[start : start + FRAME_SAMPLES])
 
 
 async def alone(url: str, pcm: NDArray[np.float32]) -> list[Any]:
