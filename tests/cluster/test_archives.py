@@ -172,7 +172,7 @@ def test_archives_in_a_store(bucket: Any, archive: tuple[Path, Path], tmp_path: 
     bucket.pipe_file("bucket/calls/.hidden.wav", b"")
     command = [sys.executable, "-m", "moshi_stt", "transcribe", "-r", "s3://bucket/calls", "-o", "s3://bucket/text"]
     command += ["-f", "json,parquet", *(["--ray", "--ray-actors", "1", "--cpus-per-actor", "1"] if ray else [])]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=850)
     assert (done.returncode, "Error: s3://bucket/calls/junk.wav: not an audio format" in done.stderr) == (1, True), done.stderr
     found = stored(bucket, "bucket/text")
     names = [str(path.relative_to(folder).with_suffix("")) for path in paths]

@@ -73,11 +73,11 @@ class Cluster:
         fleet = (await self.state()).fleet
         return {report.name: report for report in fleet.reports} if fleet is not None else {}
 
-    async def until(self, what: str, holds: Callable[[State], bool]) -> float:
+    async def until(self, what: str, holds: Callable[[State], bool], deadline: float = DEADLINE) -> float:
         """Seconds until something holds."""
         began = time.monotonic()
         state: State | str = "nothing"
-        while time.monotonic() - began < DEADLINE:
+        while time.monotonic() - began < deadline:
             try:
                 state = await self.state()
                 if holds(state):
@@ -85,7 +85,7 @@ class Cluster:
             except MoshiSttError as error:
                 state = str(error)
             await asyncio.sleep(0.1)
-        raise AssertionError(f"{what}: not within {DEADLINE:.0f} s: {state}{self.logs()}")
+        raise AssertionError(f"{what}: not within {deadline:.0f} s: {state}{self.logs()}")
 
     async def answers(self) -> None:
         """Wait until the address says that streams are taken."""
