@@ -1,10 +1,13 @@
 """Clips on disk: shards of one Ogg Opus file each, with an index of what is where."""
 
 import json
+import os
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from training.voices import RATE, Clip, Timed
 
@@ -34,12 +37,23 @@ def write_shard(path: Path, clips: Sequence[Clip]) -> None:
 
 
 def read_shards(folder: Path) -> Iterator[Clip]:
-    """Every clip of a folder, in the order of the names."""
+    """Every clip of a folder, in the order of the names. Sound is decoded by as many threads as there are processors."""
+    indexes = sorted(folder.rglob("*.json"))
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()) as pool:
+        sounds = pool.map(_decoded, indexes)
+        for index, samples in zip(indexes, sounds, strict=True):
+            yield from _clips(index, samples)
+
+
+def _decoded(index: Path) -> NDArray[np.float32]:
     import soundfile
 
-    for index in sorted(folder.rglob("*.json")):
-        samples, rate = soundfile.read(index.with_suffix(".ogg"), dtype="float32")
-        assert rate == RATE, f"{index}: {rate} Hz"
-        for at, length, text, voice, language, words in json.loads(index.read_text(encoding="utf-8")):
-            timed = tuple(Timed(*word) for word in words)
-            yield Clip(samples[at : at + length].copy(), text, timed, voice, language)
+    samples, rate = soundfile.read(index.with_suffix(".ogg"), dtype="float32")
+    assert rate == RATE, f"{index}: {rate} Hz"
+    return np.asarray(samples, np.float32)
+
+
+def _clips(index: Path, samples: NDArray[np.float32]) -> Iterator[Clip]:
+    for at, length, text, voice, language, words in json.loads(index.read_text(encoding="utf-8")):
+        timed = tuple(Timed(*word) for word in words)
+        yield Clip(samples[at : at + length].copy(), text, timed, voice, language)

@@ -6,7 +6,7 @@ time of every word and every pause is known exactly. `changed` gives each row a 
 
 import math
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -43,6 +43,10 @@ class Bank:
             kind = "digit" if clip.language == "en" and all(w.text in DIGITS for w in clip.words) else clip.language
             self.groups[kind].setdefault(clip.voice, []).append(i)
         self.voices = {kind: sorted(by_voice) for kind, by_voice in self.groups.items()}
+
+    def move(self, device: torch.device) -> None:
+        """The sound to another device."""
+        self.sound = self.sound.to(device)
 
 
 class Piece(NamedTuple):
@@ -81,9 +85,11 @@ class _Row:
     seconds: float
     pieces: list[Piece] = field(default_factory=list)
     said: list[tuple[str, float, float]] = field(default_factory=list)
+    turns: float = 0.0
+    """How likely a phrase is to end a turn."""
 
 
-ENGINES = {"espeak": 4.0, "hibari": 1.5, "flite": 1.0, "festival": 1.0, "pico": 1.5, "shifted:human": 4.0}
+ENGINES = {"espeak": 5.0, "kokoro": 3.0, "hibari": 1.0, "flite": 1.5, "festival": 1.0, "pico": 1.5, "shifted:human": 4.0}
 """How often a synthetic voice of this engine speaks; of others, 1."""
 
 
@@ -104,9 +110,17 @@ class Mix:
     babble: float = 0.0
     """Rows in which many voices say the vocabulary at once, and nobody to us: no words are to be heard."""
     turns: float | None = None
-    """How often a phrase is the end of a turn, with 2 s of pause or more; the other pauses are like those of people who think:
+    """Rows of turns: in so many of them most phrases end a turn, in the others few do. A pause after a turn is 2.5 s and an
+    exponential rest, so that the longer a silence, the surer its going on; the other pauses are like those of people who think:
     log-normal, half a second in the median. None: pauses that are drawn evenly.
     """
+
+
+TRAINING = Mix(digits=0.4, french=0.25, empty=0.04, engines=True, babble=0.05, turns=0.55)
+"""What the model learns from."""
+_LEAST_TURN_PAUSE, _MEAN_MORE = 2.5, 6.0
+_INTERLUDE = 4.0
+"""Seconds: in a longer pause there may be babble."""
 
 
 class Planner:
@@ -128,10 +142,6 @@ class Planner:
             for voice in found:
                 self._by_engine[kind].setdefault(voice.rpartition(":")[0], []).append(voice)
 
-    @property
-    def word_classes(self) -> int:
-        return len(self._classes) + 1
-
     def plan(self, rows: int, frames: int) -> Plan:
         plan = Plan()
         seconds = frames / FRAME_RATE
@@ -152,27 +162,38 @@ class Planner:
         if drawn < mix.empty:
             return row
         if drawn < mix.empty + mix.babble:
-            return self._babble(row)
+            self._babble(row, 0.0, seconds)
+            return row
         now = rng.choice((0.0, rng.uniform(0, 0.6), rng.uniform(0.3, 2.5)))
+        if mix.turns is not None:
+            row.turns = 0.9 if rng.random() < mix.turns else 0.18
+            if rng.random() < 0.15:
+                now = rng.uniform(0.0, seconds / 2)
         kind = self._kind()
         while now < seconds - 0.5:
             if rng.random() < 0.5:
                 kind = self._kind()
             voice = self._voice(kind)
-            speed, gain = rng.uniform(0.85, 1.18), 10 ** (rng.uniform(-8, 0) / 20)
+            speed = rng.uniform(0.85, 1.18) if mix.turns is None else rng.uniform(0.8, 1.25)
+            gain = 10 ** (rng.uniform(-8, 0) / 20)
             if kind == "digit":
                 now = self._digits(row, now, voice, speed, gain)
             else:
                 now = self._phrase(row, now, rng.choice(self._bank.groups[kind][voice]), speed, gain)
-            now += self._pause_after()
+            pause = self._pause_after(row)
+            if pause > _INTERLUDE and mix.babble and rng.random() < 0.2:
+                self._babble(row, now + rng.uniform(0.3, 1.5), min(now + pause, seconds) - 0.3)
+            now += pause
         return row
 
-    def _pause_after(self) -> float:
+    def _pause_after(self, row: "_Row") -> float:
         """Seconds between a phrase and the next one."""
-        rng, turns = self._random, self._mix.turns
-        if turns is None:
+        rng = self._random
+        if self._mix.turns is None:
             return rng.uniform(0.1, 0.8) if rng.random() < 0.2 else rng.uniform(0.8, 4.0)
-        return rng.uniform(2.0, 6.0) if rng.random() < turns else self._hesitation()
+        if rng.random() < row.turns:
+            return _LEAST_TURN_PAUSE + rng.expovariate(1 / _MEAN_MORE)
+        return self._hesitation()
 
     def _pause_inside(self) -> float:
         return self._random.uniform(0.2, 1.5) if self._mix.turns is None else self._hesitation()
@@ -180,17 +201,18 @@ class Planner:
     def _hesitation(self) -> float:
         return min(3.0, max(0.1, self._random.lognormvariate(math.log(0.5), 0.6)))
 
-    def _babble(self, row: "_Row") -> "_Row":
+    def _babble(self, row: "_Row", begin: float, end: float) -> None:
         """Six to twelve voices over one another, all about as loud. The words are in no target."""
         rng = self._random
+        said = list(row.said)
+        level = rng.uniform(-12, 0)
         for _ in range(rng.randint(6, 12)):
-            now, gain = rng.uniform(0.0, 1.0), 10 ** (rng.uniform(-4, 0) / 20)
-            while now < row.seconds - 0.5:
+            now, gain = begin + rng.uniform(0.0, 1.0), 10 ** ((level + rng.uniform(-4, 0)) / 20)
+            while now < end - 0.5:
                 kind = self._kind()
                 clip = rng.choice(self._bank.groups[kind][self._voice(kind)])
-                now = self._phrase(row, now, clip, rng.uniform(0.85, 1.18), gain) + rng.uniform(0.0, 0.4)
-        row.said = []
-        return row
+                now = self._phrase(row, now, clip, rng.uniform(0.85, 1.18), gain, end) + rng.uniform(0.0, 0.4)
+        row.said = said
 
     def _kind(self) -> str:
         rng = self._random
@@ -218,8 +240,12 @@ class Planner:
             now += rng.uniform(0.0, spread)
         return now
 
-    def _phrase(self, row: "_Row", now: float, clip: int, speed: float, gain: float) -> float:
-        """Put one clip at `now`, trimmed to its words; returns where it ends. A clip that does not fit ends the row."""
+    def _phrase(self, row: "_Row", now: float, clip: int, speed: float, gain: float, until: float | None = None) -> float:
+        """Put one clip at `now`, trimmed to its words; returns where it ends.
+
+        A clip that does not fit ends the row, or what ends at `until`.
+        """
+        limit = row.seconds if until is None else until
         rng, words, length = self._random, self._bank.words[clip], float(self._bank.lengths[clip])
         begin = max(0.0, words[0].start - rng.uniform(0.01, 0.08))
         end = min(length, words[-1].end + rng.uniform(0.02, 0.12))
@@ -228,8 +254,8 @@ class Planner:
         for i, (a, b, inside) in enumerate(parts):
             if i:
                 now += self._pause_inside()
-            if now + (b - a) / speed > row.seconds:
-                return row.seconds
+            if now + (b - a) / speed > limit:
+                return limit
             row.pieces.append(Piece(row.number, clip, a, b - a, now, speed, gain))
             row.said += [(w.text, now + (w.start - a) / speed, now + (w.end - a) / speed) for w in inside]
             now += (b - a) / speed
@@ -240,6 +266,11 @@ class Planner:
         for text, start, end in words:
             row[round(start * FRAME_RATE) : max(round(start * FRAME_RATE) + 1, round(end * FRAME_RATE))] = self._classes[text]
         return row
+
+
+def word_classes(pieces_of: dict[str, list[int]]) -> int:
+    """Of the word at a frame: one for each word, and none."""
+    return len(pieces_of) + 1
 
 
 def targets(
@@ -286,8 +317,8 @@ def render(plan: Plan, bank: Bank, rows: int, frames: int, generator: torch.Gene
     device = bank.sound.device
     sound = torch.zeros(rows * frames * FRAME, device=device)
     pieces = sorted(plan.pieces, key=lambda piece: piece.length / piece.speed)
-    for begin in range(0, len(pieces), 128):  # of like lengths, so that little is padded
-        _place(pieces[begin : begin + 128], bank, sound, frames)
+    for begin in range(0, len(pieces), 256):  # of like lengths, so that little is padded
+        _place(pieces[begin : begin + 256], bank, sound, frames)
     sound = sound.view(rows, -1)
     return changed(sound, generator) if change else sound
 
@@ -311,8 +342,33 @@ def _place(pieces: Sequence[Piece], bank: Bank, sound: Tensor, frames: int) -> N
     )
 
 
+def other_timbres(sound: Tensor, generator: torch.Generator) -> Tensor:
+    """Every second row, by the order of a draw, with its formants moved by up to a sixth; pitch and times stay.
+
+    The spectral envelope is the cepstrum's first 1.7 ms; it is stretched along the frequencies, and what lies on it is kept.
+    """
+    device, rows = sound.device, len(sound)
+    some = torch.randperm(rows, generator=generator, device=device)[: rows // 2]
+    if not len(some):
+        return sound
+    window = torch.hann_window(1_024, device=device)
+    spectrum = torch.stft(sound[some], 1_024, 256, window=window, return_complex=True)  # (B, 513, T)
+    cepstrum = torch.fft.irfft((spectrum.abs() + 1e-4).log(), dim=1)
+    quefrency = torch.arange(1_024, device=device)
+    lifter = torch.sigmoid((40 - torch.minimum(quefrency, 1_024 - quefrency)) / 3.0)[:, None]
+    envelope = torch.fft.rfft(cepstrum * lifter, dim=1).real
+    wider = torch.exp((torch.rand(len(some), 1, generator=generator, device=device) * 2 - 1) * 0.17)
+    source = (torch.arange(513, device=device) / wider).clamp(max=511.0)
+    below = source.long()[:, :, None].expand_as(envelope)
+    part = (source - source.floor())[:, :, None]
+    moved = torch.lerp(envelope.gather(1, below), envelope.gather(1, below + 1), part)
+    spectrum = spectrum * torch.exp((moved - envelope).clamp(-4.0, 4.0))
+    return sound.index_copy(0, some, torch.istft(spectrum, 1_024, 256, window=window, length=sound.shape[1]))
+
+
 def changed(sound: Tensor, generator: torch.Generator) -> Tensor:
-    """Room, microphone, bandwidth, other people, noise, level: each row its own."""
+    """Timbre, room, microphone, bandwidth, other people, noise, level: each row its own."""
+    sound = other_timbres(sound, generator)
     device, (rows, length) = sound.device, sound.shape
 
     def uniform(low: float, high: float, *shape: int) -> Tensor:
@@ -368,8 +424,3 @@ def music(rows: int, length: int, generator: torch.Generator, device: torch.devi
     decay = torch.exp(-3 * ((times * RATE) % each) / RATE)
     wave = sum((6.2832 * k * phase).sin() / k for k in (1, 2, 3)).sum(1) * decay  # type: ignore[union-attr]
     return 0.03 * wave
-
-
-def batches(planner: Planner, rows: int, frames: int) -> Iterator[Plan]:
-    while True:
-        yield planner.plan(rows, frames)

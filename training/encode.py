@@ -16,13 +16,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from training.compose import FRAME_RATE, Bank, Mix, Planner, changed, render
+from training.compose import FRAME_RATE, TRAINING, Bank, Planner, changed, render
 from training.model import Shape, SmallModel
 from training.quantise import Codes
 from training.tokenizer import pieces_of
 from training.train import DELAY_FRAMES, load_clips
-
-MIX = Mix(babble=0.1, turns=0.45, engines=True)
 
 
 class Shard(NamedTuple):
@@ -59,7 +57,7 @@ class Encoder:
     @torch.no_grad()
     def shard(self, number: int, rows: int, frames: int) -> Shard:
         """The same for the same number, whatever was made before it."""
-        planner = Planner(self._bank, self._pieces, DELAY_FRAMES, MIX, self._seed * 100_000 + number)
+        planner = Planner(self._bank, self._pieces, DELAY_FRAMES, TRAINING, self._seed * 100_000 + number)
         generator = torch.Generator(self._device).manual_seed(self._seed * 100_000 + number)
         plan = planner.plan(rows, frames)
         heard = changed(render(plan, self._bank, rows, frames, generator, change=False), generator)

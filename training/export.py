@@ -36,8 +36,8 @@ def load_checkpoint(path: Path) -> tuple[Shape, Arrays, Arrays]:
     """(shape, language model, encoder) of what `finetune` saved, under the published names."""
     state = torch.load(path, map_location="cpu", weights_only=True)
     shape = Shape(**{**state["shape"], "channels": tuple(state["shape"]["channels"])})
-    weights: Mapping[str, torch.Tensor] = state["weights"]
-    books, tables = state["codes"]["books"], state["codes"]["tables"]
+    weights: Mapping[str, torch.Tensor] = {name: weight.float() for name, weight in state["weights"].items()}
+    books, tables = state["codes"]["books"].float(), state["codes"]["tables"].float()
     lm: Arrays = {}
     encoder: Arrays = {}
     for name, weight in weights.items():

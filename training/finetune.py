@@ -5,16 +5,20 @@ python -m training.finetune OUT/last.pt OUT/final.pt --clips FOLDER --tokenizer 
 
 import argparse
 import time
+from itertools import islice
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
-from training.compose import Bank, Mix, Planner, changed, render
+from training.compose import TRAINING, Bank, changed, render, word_classes
 from training.model import Shape, SmallModel
+from training.planning import add_shape_arguments, plans, shapes
 from training.quantise import fit_codes
 from training.tokenizer import pieces_of
-from training.train import DELAY_FRAMES, held_out_tests, load_clips, prefetched, validate
+from training.train import DELAY_FRAMES, changed_in_parts, held_out_tests, load_clips, validate
+
+ENCODER = ("encoder", "downsample", "quantizer")
 
 
 class Finetuner:
@@ -27,34 +31,34 @@ class Finetuner:
         shape = dict(state["shape"])
         self.shape = Shape(**{**shape, "channels": tuple(shape["channels"])})
         self.pieces = pieces_of(args.tokenizer)
-        self.bank = Bank(load_clips(args.clips), self.device)
-        self.planner = Planner(self.bank, self.pieces, DELAY_FRAMES, Mix(), args.seed + 1)
+        self.bank = Bank(load_clips(args.clips), torch.device("cpu"))
+        self.plans = plans(self.bank, self.pieces, DELAY_FRAMES, TRAINING, shapes(args), args.seed + 500_000, args.planners)
+        self.bank.move(self.device)
         self.generator = torch.Generator(self.device).manual_seed(args.seed + 1)
-        self.model = SmallModel(self.shape, self.planner.word_classes).to(self.device)
+        self.model = SmallModel(self.shape, word_classes(self.pieces)).to(self.device)
         self.model.load_state_dict(state["average"])
         round_weights(self.model)
-        self.codes = fit_codes(self.model, self._sample_latents(args.sample_batches), self.generator)
+        self.codes = fit_codes(self.model, self._sample_latents(args.sample_batches), self.generator, books=state["books"])
 
     def _sample_latents(self, batches: int) -> torch.Tensor:
         found = []
         with torch.no_grad():
-            for _ in range(batches):
-                plan = self.planner.plan(self.args.rows, self.args.frames)
-                clean = render(plan, self.bank, self.args.rows, self.args.frames, self.generator, change=False)
+            for plan in islice(self.plans, batches):
+                clean = render(plan, self.bank, *plan.tokens.shape, self.generator, change=False)
                 found.append(self.model.latents(changed(clean, self.generator)).flatten(0, 1))
         return torch.cat(found)
 
     def run(self) -> None:
         args, model, codes = self.args, self.model, self.codes
         codes.tables.requires_grad_(True)
-        encoder = [w for name, w in model.named_weights() if name.startswith(("encoder", "downsample", "quantizer"))]
+        encoder = [w for name, w in model.named_weights() if name.startswith(ENCODER)]
         for weight in encoder:
             weight.requires_grad_(False)
         trained = [w for name, w in model.named_weights() if w.requires_grad and name != "latent_in"] + [codes.tables]
         optimizer = torch.optim.AdamW(trained, lr=args.rate, betas=(0.9, 0.98), weight_decay=0.01)
         average = [w.detach().clone() for w in trained]
         start = time.monotonic()
-        for step, plan in enumerate(prefetched(lambda: self.planner.plan(args.rows, args.frames))):
+        for step, plan in enumerate(self.plans):
             progress = step / args.steps if args.steps else (time.monotonic() - start) / args.seconds
             if progress >= 1:
                 break
@@ -76,9 +80,9 @@ class Finetuner:
     def _loss(self, plan) -> torch.Tensor:  # type: ignore[no-untyped-def]
         args, model = self.args, self.model
         tokens, pauses = torch.from_numpy(plan.tokens).to(self.device), torch.from_numpy(plan.pauses).to(self.device)
-        clean = render(plan, self.bank, args.rows, args.frames, self.generator, change=False)
+        clean = render(plan, self.bank, *plan.tokens.shape, self.generator, change=False)
         with torch.no_grad():  # in float32: the server's codes
-            codes = self.codes.encode(model.latents(changed(clean, self.generator)))
+            codes = self.codes.encode(model.latents(changed_in_parts(clean, args.frames, self.generator)))
         with torch.autocast(self.device.type, torch.bfloat16, enabled=args.bf16):
             inputs = model.shifted(self.codes.embed(codes))
             text = torch.cat([torch.full_like(tokens[:, :1], self.shape.text_card), tokens[:, :-1]], 1)
@@ -90,16 +94,21 @@ class Finetuner:
             return token + 0.25 * F.cross_entropy(pause.float().flatten(0, 2), (~pauses).long().flatten())
 
     def save(self, path: Path) -> None:
-        weights = {name: weight.detach().cpu() for name, weight in self.model.named_weights()}
-        codes = {"books": self.codes.books.cpu(), "tables": self.codes.tables.detach().cpu()}
+        weights = {name: shipped(name, weight.detach().cpu()) for name, weight in self.model.named_weights()}
+        codes = {"books": self.codes.books.cpu().half(), "tables": self.codes.tables.detach().cpu().bfloat16()}
         torch.save({"weights": weights, "codes": codes, "shape": self.shape.as_dict()}, path)
+
+
+def shipped(name: str, weight: torch.Tensor) -> torch.Tensor:
+    """A weight in the 16 bits of the published file."""
+    return weight.half() if name.startswith(ENCODER) else weight.bfloat16()
 
 
 def round_weights(model: SmallModel) -> None:
     """The encoder's weights to the 16 bits that they are shipped in, so that the codes are those of the shipped model."""
     with torch.no_grad():
         for name, weight in model.named_weights():
-            if name.startswith(("encoder", "downsample", "quantizer")):
+            if name.startswith(ENCODER):
                 weight.copy_(weight.half().float())
 
 
@@ -112,8 +121,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--seconds", type=float, default=60)
     parser.add_argument("--steps", type=int)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--rows", type=int, default=4)
-    parser.add_argument("--frames", type=int, default=125)
+    add_shape_arguments(parser)
     parser.add_argument("--test-rows", type=int, default=32, help="of each set, for the word errors that are printed")
     parser.add_argument("--rate", type=float, default=6e-4)
     parser.add_argument("--text-dropout", type=float, default=0.2)
@@ -131,10 +139,13 @@ def main(argv: list[str] | None = None) -> None:
 def tests_report(tuner: Finetuner) -> dict[str, float]:
     """Word error rates of the quantized model on what training does not see."""
     tests = held_out_tests(tuner.args.clips)
-    return {
-        name: validate(tuner.model, clips, tuner.pieces, tuner.device, tuner.args.test_rows, tuner.codes)
-        for name, clips in tests.items()
-    }
+    found = {}
+    for frames in sorted({frames for _, frames in shapes(tuner.args)}):
+        rows = max(1, tuner.args.test_rows * tuner.args.frames // frames)
+        for name, clips in tests.items():
+            rate = validate(tuner.model, clips, tuner.pieces, tuner.device, rows, tuner.codes, frames)
+            found[f"{name}/{frames}"] = rate
+    return found
 
 
 if __name__ == "__main__":

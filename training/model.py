@@ -6,7 +6,7 @@ noise on it; and the text that it sees is dropped here and there, so that it lis
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
@@ -51,12 +51,16 @@ STRIDES = (4, 5, 6, 8)
 
 
 class Output(NamedTuple):
-    """logits (B, T, text_card); pause (B, T, heads, 6); word, mel: what the auxiliary losses see, (B, T, ...)."""
+    """logits (B, T, text_card); pause (B, T, heads, 6); word, mel: what the auxiliary losses see, (B, T, ...).
+
+    commitment: how far the latents are from what they are quantized to, in their own variance; 0 where they are not.
+    """
 
     logits: Tensor
     pause: Tensor
     word: Tensor
     mel: Tensor
+    commitment: Tensor
 
 
 class SmallModel(nn.Module):
@@ -195,17 +199,33 @@ class SmallModel(nn.Module):
         first = self["no_latent"].to(inputs.dtype).expand(len(inputs), 1, -1)
         return torch.cat([first, inputs[:, :-1]], 1)
 
-    def forward(self, pcm: Tensor, text: Tensor, text_dropout: float = 0.0, noise: float = 0.0) -> Output:
-        """text (B, T): the true tokens, of which each position sees the one before."""
+    def forward(
+        self,
+        pcm: Tensor,
+        text: Tensor,
+        text_dropout: float = 0.0,
+        noise: float = 0.0,
+        quantize: Callable[[Tensor], Tensor] | None = None,
+    ) -> Output:
+        """text (B, T): the true tokens, of which each position sees the one before.
+
+        quantize: what the language model is to see instead of the projected latents (B, T, codebook_dim); gradients pass by it.
+        """
         latents = self.latents(pcm)
         projected = self.project(latents)
-        if noise:
+        commitment = projected.new_zeros(())
+        if quantize is not None:
+            exact = projected.float()
+            rounded = quantize(exact.detach())
+            commitment = (exact - rounded).square().mean() / exact.detach().var()
+            projected = exact + (rounded - exact).detach()
+        elif noise:
             projected = projected + noise * projected.detach().std() * torch.randn_like(projected)
         inputs = self.shifted(F.linear(projected, self["latent_in"]))
         start = torch.full_like(text[:, :1], self.shape.text_card)
         keep = (torch.rand(text.shape, device=text.device) >= text_dropout).to(inputs.dtype) if text_dropout else None
         logits, pause = self.language(inputs, torch.cat([start, text[:, :-1]], 1), keep)
-        return Output(logits, pause, self.word_head(latents), self.mel_head(latents))
+        return Output(logits, pause, self.word_head(latents), self.mel_head(latents), commitment)
 
 
 def convs(s: Shape) -> Iterator[tuple[str, int, int, int]]:

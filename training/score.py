@@ -15,22 +15,20 @@ def greedy(model: SmallModel, inputs: Tensor) -> Tensor:
     s = model.shape
     rows, frames = inputs.shape[:2]
     cos, sin = rotary(frames, s.dim // s.heads, 100_000.0, inputs.device)
-    caches: list[tuple[list[Tensor], list[Tensor]]] = [([], []) for _ in range(s.layers)]
+    caches = [inputs.new_empty(2, rows, frames, s.heads, s.dim // s.heads) for _ in range(s.layers)]
     token = torch.full((rows,), s.text_card, device=inputs.device)
     tokens = []
     for t in range(frames):
         x = inputs[:, t] + F.embedding(token, model["text_emb.weight"]).to(inputs.dtype)
-        for i, (keys, values) in enumerate(caches):
+        window = slice(max(0, t + 1 - s.context), t + 1)
+        for i, cache in enumerate(caches):
             at = f"transformer.layers.{i}."
             qkv = F.linear(rms(x, model[at + "norm1.alpha"]), model[at + "self_attn.in_proj_weight"])
             q, k, v = qkv.view(rows, 1, 3, s.heads, -1).unbind(2)
             turn = cos[t : t + 1], sin[t : t + 1]
-            keys.append(turned(k, turn))
-            values.append(v)
-            del keys[: -s.context], values[: -s.context]
-            y = F.scaled_dot_product_attention(
-                turned(q, turn).transpose(1, 2), torch.cat(keys, 1).transpose(1, 2), torch.cat(values, 1).transpose(1, 2)
-            )
+            cache[0, :, t], cache[1, :, t] = turned(k, turn)[:, 0], v[:, 0]
+            keys, values = cache[:, :, window].transpose(2, 3)
+            y = F.scaled_dot_product_attention(turned(q, turn).transpose(1, 2), keys, values)
             x = x + F.linear(y.transpose(1, 2).reshape(rows, -1), model[at + "self_attn.out_proj.weight"])
             gate, up = F.linear(rms(x, model[at + "norm2.alpha"]), model[at + "gating.linear_in.weight"]).chunk(2, -1)
             x = x + F.linear(F.silu(gate) * up, model[at + "gating.linear_out.weight"])

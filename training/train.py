@@ -5,12 +5,12 @@ python -m training.train OUT --clips FOLDER --tokenizer FILE --seconds 480 [--de
 
 import argparse
 import copy
+import functools
 import math
-import queue
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,21 +18,27 @@ from torch import Tensor
 
 from moshi_stt.text.word_errors import word_errors
 from training.clips import read_shards
-from training.compose import Bank, Mix, Plan, Planner, changed, render
+from training.compose import FRAME, TRAINING, Bank, Mix, Plan, Planner, changed, render, word_classes
 from training.model import Output, Shape, SmallModel
-from training.quantise import Codes
+from training.planning import add_shape_arguments, plans, shapes
+from training.quantise import Codes, Quantizer, codes_of, fit_books
 from training.score import greedy, word_ids
 from training.tokenizer import load, pieces_of
 from training.voices import RATE, Clip
 
 DELAY_FRAMES = 6
+TEST_PARTS = ("human-seen", "human-unseen")
 
 
 def load_clips(folder: Path, *, held_out: bool = False) -> list[Clip]:
     """The clips of training, or those of held-out voices, with the times of their words. Human test takes are in neither."""
-    folders = [part for part in sorted(folder.iterdir()) if part.is_dir() and part.name not in ("human-seen", "human-unseen")]
-    clips = [clip for part in folders for clip in read_shards(part)]
-    return [clip for clip in clips if clip.words and clip.held_out == held_out]
+    parts = [part for name, part in _parts(folder).items() if name not in TEST_PARTS]
+    return [clip for part in parts for clip in part if clip.words and clip.held_out == held_out]
+
+
+@functools.lru_cache(maxsize=1)
+def _parts(folder: Path) -> dict[str, list[Clip]]:
+    return {part.name: list(read_shards(part)) for part in sorted(folder.iterdir()) if part.is_dir()}
 
 
 class Schedule:
@@ -55,22 +61,27 @@ def learning_rate(progress: float, step: int, top: float) -> float:
 
 
 def losses(
-    forward: Callable[..., Output], pcm: Tensor, clean: Tensor, plan: Plan, args: argparse.Namespace
+    forward: Callable[..., Output],
+    pcm: Tensor,
+    clean: Tensor,
+    plan: Plan,
+    args: argparse.Namespace,
+    quantize: Callable[[Tensor], Tensor] | None = None,
 ) -> dict[str, Tensor]:
     """The parts of the loss. forward: the model."""
     device = pcm.device
     tokens, pauses, words = (torch.from_numpy(array).to(device) for array in (plan.tokens, plan.pauses, plan.words))
-    out = forward(pcm, tokens, args.text_dropout, args.latent_noise)
+    out = forward(pcm, tokens, args.text_dropout, args.latent_noise, quantize)
     weight = torch.ones(out.logits.shape[-1], device=device)
     weight[3] = 0.5  # padding is most of what there is
     token = F.cross_entropy(out.logits.float().flatten(0, 1), tokens.flatten(), weight=weight)
     pause = F.cross_entropy(out.pause.float().flatten(0, 2), (~pauses).long().flatten())
     word = F.cross_entropy(out.word.float().flatten(0, 1), words.flatten())
     mel = F.smooth_l1_loss(out.mel.float(), log_mel(clean, tokens.shape[1]))
-    return {"token": token, "pause": pause, "word": word, "mel": mel}
+    return {"token": token, "pause": pause, "word": word, "mel": mel, "commitment": out.commitment}
 
 
-WEIGHTS = {"token": 1.0, "pause": 0.25, "word": 0.3, "mel": 0.2}
+WEIGHTS = {"token": 1.0, "pause": 0.25, "word": 0.3, "mel": 0.2, "commitment": 0.25}
 
 
 def log_mel(sound: Tensor, frames: int) -> Tensor:
@@ -90,19 +101,6 @@ def _filters(device: torch.device) -> Tensor:
     return torch.minimum(rise, fall).clamp(min=0)
 
 
-def prefetched(make: Callable[[], Plan], depth: int = 4) -> Iterator[Plan]:
-    """Plans drawn by a thread while the device works."""
-    ready: queue.Queue[Plan] = queue.Queue(depth)
-
-    def fill() -> None:
-        while True:
-            ready.put(make())
-
-    threading.Thread(target=fill, daemon=True).start()
-    while True:
-        yield ready.get()
-
-
 class Trainer:
     """Model, optimiser, averaged weights, and the data they see."""
 
@@ -113,12 +111,17 @@ class Trainer:
         self.shape = Shape(text_card=load(args.tokenizer).GetPieceSize(), delay_frames=DELAY_FRAMES)
         clips = load_clips(args.clips)
         self.tests = held_out_tests(args.clips)
-        self.bank = Bank(clips, self.device)
-        self.planner = Planner(self.bank, self.pieces, DELAY_FRAMES, Mix(), args.seed)
-        self.generator = torch.Generator(self.device).manual_seed(args.seed)
-        self.model = SmallModel(self.shape, self.planner.word_classes).to(self.device)
+        self.bank = Bank(clips, torch.device("cpu"))
+        done = torch.load(args.resume, map_location="cpu", weights_only=True)["step"] if args.resume else 0
+        self.plans = plans(self.bank, self.pieces, DELAY_FRAMES, TRAINING, shapes(args), args.seed + done, args.planners)
+        self.bank.move(self.device)
+        self.generator = torch.Generator(self.device).manual_seed(args.seed + done)
+        self.model = SmallModel(self.shape, word_classes(self.pieces)).to(self.device)
         self.average = copy.deepcopy(self.model)
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=args.rate, betas=(0.9, 0.98), weight_decay=0.02)
+        self.optimizer = torch.optim.AdamW(
+            self.model.parameters(), lr=args.rate, betas=(0.9, 0.98), weight_decay=0.02, fused=self.device.type == "cuda"
+        )
+        self.quantizer: Quantizer | None = None
         self.step, self.progress = 0, 0.0
         voices = len({clip.voice for clip in clips})
         minutes = sum(len(clip.samples) for clip in clips) / RATE / 60
@@ -128,20 +131,27 @@ class Trainer:
             self.restore(args.resume)
 
     def restore(self, path: Path) -> None:
+        """Go on from `last.pt`; or, as well as can be, from `average.pt`, which has no optimizer's state."""
         state = torch.load(path, map_location=self.device, weights_only=True)
-        self.model.load_state_dict(state["model"])
         self.average.load_state_dict(state["average"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        self.model.load_state_dict(state.get("model", state["average"]))
+        if "optimizer" in state:
+            self.optimizer.load_state_dict(state["optimizer"])
         self.step, self.progress = state["step"], state["progress"]
+        if state["books"] is not None:
+            self.quantizer = Quantizer(state["books"])
         print(f"resumed at step {self.step}, {self.progress:.0%} done", flush=True)
 
-    def save(self, path: Path) -> None:
-        state = {
-            "model": self.model.state_dict(),
-            "average": self.average.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-        }
-        torch.save(state | {"step": self.step, "progress": self.progress, "shape": self.shape.as_dict()}, path)
+    def save(self, path: Path, state: dict[str, Any]) -> None:
+        """Whole or not at all."""
+        more = {"step": self.step, "progress": self.progress, "shape": self.shape.as_dict(), "books": self.books}
+        unfinished = path.with_suffix(".tmp")
+        torch.save(state | more, unfinished)
+        unfinished.replace(path)
+
+    @property
+    def books(self) -> Tensor | None:
+        return None if self.quantizer is None else self.quantizer.books
 
     def run(self) -> None:
         args = self.args
@@ -149,16 +159,19 @@ class Trainer:
         saved = shown = time.monotonic()
         begun = self.step
         forward = torch.compile(self.model) if args.compile else self.model
-        for plan in prefetched(lambda: self.planner.plan(args.rows, args.frames)):
+        for plan in self.plans:
             self.progress = schedule.at(self.step - begun)
             if schedule.over(self.step - begun):
                 break
             for group in self.optimizer.param_groups:
                 group["lr"] = learning_rate(self.progress, self.step, args.rate)
-            clean = render(plan, self.bank, args.rows, args.frames, self.generator, change=False)
-            pcm = changed(clean, self.generator)
+            rows, frames = plan.tokens.shape
+            clean = render(plan, self.bank, rows, frames, self.generator, change=False)
+            pcm = changed_in_parts(clean, args.frames, self.generator)
+            if self.progress >= args.quantize_from and self.quantizer is None:
+                self._begin_quantizing(pcm)
             with torch.autocast(self.device.type, torch.bfloat16, enabled=args.bf16):
-                parts = losses(forward, pcm, clean, plan, args)
+                parts = losses(forward, pcm, clean, plan, args, self.quantizer)
             loss = sum(WEIGHTS[name] * part for name, part in parts.items())
             self.optimizer.zero_grad(set_to_none=True)
             loss.backward()  # type: ignore[union-attr]
@@ -178,10 +191,18 @@ class Trainer:
 
     def keep(self) -> None:
         """Save everything for `--resume`, the averaged weights alone for `finetune`, and print how good they are."""
-        self.save(self.args.out / "last.pt")
-        half = {name: weight.half() for name, weight in self.average.state_dict().items()}
-        torch.save({"average": half, "shape": self.shape.as_dict()}, self.args.out / "average.pt")
+        average = self.average.state_dict()
+        own = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
+        self.save(self.args.out / "last.pt", {"average": average, **own})
+        self.save(self.args.out / "average.pt", {"average": {name: weight.half() for name, weight in average.items()}})
         self.report()
+
+    def _begin_quantizing(self, pcm: Tensor) -> None:
+        """Codebooks by k-means on what this batch is; from here on the language model sees their codes' sums."""
+        with torch.no_grad():
+            projected = self.model.project(self.model.latents(pcm)).flatten(0, 1).float()
+        self.quantizer = Quantizer(fit_books(projected, self.shape, self.generator))
+        print(f"quantizing from step {self.step} on", flush=True)
 
     def _average(self) -> None:
         keep = min(0.9995, 1 - 1 / (1 + self.step / 8))
@@ -190,23 +211,34 @@ class Trainer:
 
     def report(self) -> None:
         """Print the word errors of the averaged weights on what training does not see."""
-        rates = {
-            name: validate(self.average, clips, self.pieces, self.device, self.args.test_rows)
-            for name, clips in self.tests.items()
-        }
+        codes = None if self.books is None else codes_of(self.average, self.books)
+        rates = {}
+        for frames in sorted({frames for _, frames in shapes(self.args)}):
+            rows = max(1, self.args.test_rows * self.args.frames // frames)
+            for name, clips in self.tests.items():
+                rates[f"{name}/{frames}"] = validate(self.average, clips, self.pieces, self.device, rows, codes, frames)
         print(f"step {self.step}: " + " ".join(f"{name} {rate:.1%}" for name, rate in rates.items()), flush=True)
 
 
 def held_out_tests(folder: Path) -> dict[str, list[Clip]]:
     """The clips of a folder that training does not see, by what they test."""
     found = {}
-    for part in ("human-seen", "human-unseen"):
-        if (folder / part).is_dir():
-            found[part] = list(read_shards(folder / part))
+    for part in TEST_PARTS:
+        if part in _parts(folder):
+            found[part] = _parts(folder)[part]
     held_out = load_clips(folder, held_out=True)
     for language in ("en", "fr"):
         found[language] = [clip for clip in held_out if clip.language == language]
     return {name: clips for name, clips in found.items() if clips}
+
+
+def changed_in_parts(clean: Tensor, frames: int, generator: torch.Generator) -> Tensor:
+    """Rows (B, S) heard each in one place, or, every second time, in another one after every so many frames."""
+    size = frames * FRAME
+    parts = clean.shape[1] // size
+    if parts < 2 or clean.shape[1] % size or torch.rand((), generator=generator, device=clean.device) < 0.5:
+        return changed(clean, generator)
+    return changed(clean.view(-1, size), generator).view_as(clean)
 
 
 @torch.no_grad()
@@ -217,6 +249,7 @@ def validate(
     device: torch.device,
     rows: int,
     codes: Codes | None = None,
+    frames: int = 200,
 ) -> float:
     """Word error rate over so many rows of joined clips, without changes to the sound but a little noise."""
     bank = Bank(clips, device)
@@ -225,9 +258,9 @@ def validate(
     mix = Mix(
         digits=min(digits, 0.999), french=0.999 if "fr" in kinds and "en" not in kinds else 0.0, human=0.5, empty=0, split=0.2
     )
-    plan = Planner(bank, pieces, model.shape.delay_frames, mix, seed=5).plan(rows, 200)
+    plan = Planner(bank, pieces, model.shape.delay_frames, mix, seed=5).plan(rows, frames)
     generator = torch.Generator(device).manual_seed(5)
-    sound = render(plan, bank, rows, 200, generator, change=False)
+    sound = render(plan, bank, rows, frames, generator, change=False)
     sound = sound / sound.square().mean(1, keepdim=True).sqrt().clamp(min=1e-3) * 0.06
     sound = sound + 3e-4 * torch.randn(sound.shape, generator=generator, device=device)
     latents = model.latents(sound)
@@ -249,8 +282,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--until", type=float, default=1.0, help="share of the whole schedule that this run is to reach")
     parser.add_argument("--resume", type=Path)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--rows", type=int, default=4)
-    parser.add_argument("--frames", type=int, default=125)
+    add_shape_arguments(parser)
+    parser.add_argument("--quantize-from", type=float, default=0.5, help="share of the schedule from which codes are learned")
     parser.add_argument("--test-rows", type=int, default=32, help="of each set, for the word errors that are printed")
     parser.add_argument("--rate", type=float, default=1.5e-3)
     parser.add_argument("--text-dropout", type=float, default=0.3)

@@ -68,6 +68,21 @@ def test_most_of_it_was_said() -> None:
     assert word_errors(said, words) <= 0.15 * len(said)
 
 
+async def test_a_long_stream_is_heard_to_its_end() -> None:
+    """Two minutes without a reset, the last half of which is beyond everything that any layer can see of the first words."""
+    sounds = {name: sound(name) for name in SAID}
+    names = list(SAID) * 5
+    async with serving(engine("torch")) as running:
+        session = await send(running.ws, np.concatenate([sounds[name] for name in names]))
+    ends = np.cumsum([len(sounds[name]) / 24_000 for name in names])
+    assert ends[-1] > 100
+    for first, last in ((0, len(names) // 2), (len(names) // 2, len(names))):
+        said = [word for name in names[first:last] for word in SAID[name].split()]
+        begin = ends[first - 1] if first else 0.0
+        words = [text for text, start, _ in session.words if begin <= start < ends[last - 1]]
+        assert word_errors(said, words) <= 0.15 * len(said), words
+
+
 @pytest.mark.parametrize("framework", ["torch", "mlx"])
 async def test_chunks_slots_and_neighbours_do_not_matter(framework: str) -> None:
     """Both recordings in messages of 20 ms, 80 ms and 0.4 s, all at once, each in another slot: the same to the last bit."""

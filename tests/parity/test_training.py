@@ -12,10 +12,12 @@ pytest.importorskip("soundfile", reason="soundfile, which the recipe needs, is n
 pytest.importorskip("torch", reason="torch not installed")
 
 import torch
-from training import emulate, encode, export, finetune, language, report, train
+from training import compose, emulate, encode, export, finetune, language, planning, report, train
 from training.clips import read_shards, write_shard
+from training.model import Shape
+from training.quantise import Quantizer, fit_books
 from training.synthesise import espeak_clips
-from training.tokenizer import train_tokenizer
+from training.tokenizer import pieces_of, train_tokenizer
 from training.voices import espeak_library
 
 from moshi_stt.config import KyutaiModule
@@ -53,11 +55,16 @@ def test_from_voices_to_a_model_that_is_served(clips: Path, tmp_path: Path, caps
     train_tokenizer(tmp_path / "tokenizer.model")
     common = ["--clips", str(clips), "--tokenizer", str(tmp_path / "tokenizer.model"), "--rows", "2", "--frames", "50"]
     common += ["--test-rows", "1"]
-    train.main([str(tmp_path / "run"), *common, "--steps", str(STEPS), "--show", "1"])
+    common += ["--long", "2", "--planners", "2"]
+    schedule = ["--steps", str(STEPS), "--show", "1", "--quantize-from", "0.5"]
+    train.main([str(tmp_path / "run"), *common, *schedule])
     lines = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("step") and "token" in line]
     losses = [float(line[line.index("token") + 1]) for line in lines]
     assert len(losses) == STEPS
     assert losses[-1] < losses[0]
+    resumed = ["--steps", "1", "--show", "1", "--resume", str(tmp_path / "run" / "last.pt"), "--until", "1.01"]
+    train.main([str(tmp_path / "run"), *common, *resumed])
+    assert f"resumed at step {STEPS}, 100% done" in capsys.readouterr().out
     more = ["--steps", "2", "--sample-batches", "8"]
     finetune.main([str(tmp_path / "run" / "average.pt"), str(tmp_path / "final.pt"), *common, *more])
     pieces = ["--tokenizer", str(tmp_path / "tokenizer.model"), "--clips", str(clips)]
@@ -77,6 +84,83 @@ def test_from_voices_to_a_model_that_is_served(clips: Path, tmp_path: Path, caps
     backend.close()
     assert served.tokens.shape == (4,)
     assert np.isfinite(served.logits).all()
+
+
+def test_plans_are_the_same_again_and_of_the_sizes_in_turn(clips: Path, tmp_path: Path) -> None:
+    train_tokenizer(tmp_path / "tokenizer.model")
+    bank = compose.Bank(train.load_clips(clips), torch.device("cpu"))
+    pieces = pieces_of(tmp_path / "tokenizer.model")
+
+    def some() -> list[compose.Plan]:
+        return list(islice(planning.plans(bank, pieces, 6, compose.TRAINING, [(2, 50), (1, 100)], 3, 2), 5))
+
+    first, again = some(), some()
+    assert [plan.tokens.shape for plan in first] == [(2, 50), (1, 100), (2, 50), (1, 100), (2, 50)]
+    for one, other in zip(first, again, strict=True):
+        assert one.pieces == other.pieces
+        np.testing.assert_array_equal(one.tokens, other.tokens)
+        np.testing.assert_array_equal(one.pauses, other.pauses)
+    assert first[0].pieces != first[2].pieces
+
+
+def test_babble_is_heard_and_not_to_be_written(clips: Path, tmp_path: Path) -> None:
+    """Rows of nothing else, and what is between turns of somebody who speaks."""
+    train_tokenizer(tmp_path / "tokenizer.model")
+    bank = compose.Bank(train.load_clips(clips), torch.device("cpu"))
+    pieces = pieces_of(tmp_path / "tokenizer.model")
+    mix = compose.Mix(empty=0.0, babble=1.0, turns=0.5)
+    plan = compose.Planner(bank, pieces, 6, mix, 1).plan(2, 200)
+    sound = compose.render(plan, bank, 2, 200, torch.Generator().manual_seed(1), change=False)
+    assert (sound.square().mean(1) > 1e-5).all()
+    assert (plan.tokens == compose.PAD).all()
+    assert plan.pauses.all()
+    mix = compose.Mix(empty=0.0, babble=1e-9, turns=1.0, digits=0.0001, french=0.5)
+    plan = compose.Planner(bank, pieces, 6, mix, 1).plan(4, 1_000)
+    said = sum(len(pieces[text]) for row in plan.said for text, _, _ in row)
+    assert abs(int(((plan.tokens != compose.PAD) & (plan.tokens != compose.BOUNDARY)).sum()) - said) <= 8
+    assert len(plan.pieces) > sum(map(len, plan.said))  # a piece of what is said has a word at least
+
+
+def test_formants_move_and_pitch_stays() -> None:
+    """A vowel at 120 Hz: nothing comes between its harmonics, and the second formant is elsewhere in every second row."""
+    times = torch.arange(24_000 * 2) / 24_000
+    harmonics = torch.arange(1, 95)[:, None] * 120.0
+    loud = 0.01 + sum((1 + ((harmonics - at) / width) ** 2) ** -0.5 for at, width in ((500, 90), (1_500, 120), (2_600, 160)))
+    vowel = (0.02 * loud * torch.sin(2 * torch.pi * harmonics * times)).sum(0)
+    rows = torch.stack([vowel] * 16 + [torch.zeros_like(vowel)] * 2)
+    moved = compose.other_timbres(rows, torch.Generator().manual_seed(4))
+    assert torch.equal(moved[16:], rows[16:])
+    spectra = torch.fft.rfft(moved[:16, 12_000:36_000]).abs()  # 1 Hz a bin
+    power = spectra[:, 1_080:2_040:120].square()
+    second = (power * torch.arange(1_080, 2_040, 120)).sum(1) / power.sum(1)
+    other = [row for row in range(16) if not torch.equal(moved[row], rows[row])]
+    assert 6 <= len(other) <= 9
+    assert float(second[other].max() - second[other].min()) > 80
+    spectra[:, ::120] = 0
+    assert float(spectra.max()) < 0.05 * float(torch.fft.rfft(vowel[12_000:36_000]).abs().max())
+
+
+def test_codebooks_follow_latents_that_move() -> None:
+    generator = torch.Generator().manual_seed(1)
+    centres = torch.randn(40, 8, generator=generator)
+
+    def batch(shift: float) -> torch.Tensor:
+        chosen = torch.randint(40, (4, 256), generator=generator)
+        return centres[chosen] + shift + 0.02 * torch.randn(4, 256, 8, generator=generator)
+
+    shape = Shape(codebooks=3, codebook_size=64, codebook_dim=8)
+    quantizer = Quantizer(fit_books(batch(0.0).flatten(0, 1), shape, generator), keep=0.9)
+
+    def off(shift: float) -> float:
+        latents = batch(shift)
+        return float((quantizer(latents) - latents).square().mean() / latents.var())
+
+    assert off(0.0) < 0.01
+    far = off(3.0)
+    assert far > 0.1
+    for _ in range(60):
+        off(3.0)
+    assert off(3.0) < min(0.01, far / 10)
 
 
 def test_a_table_of_the_card_is_replaced_and_nothing_else(tmp_path: Path) -> None:
