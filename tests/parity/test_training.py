@@ -137,7 +137,7 @@ def test_formants_move_and_pitch_stays() -> None:
     assert 6 <= len(other) <= 9
     assert float(second[other].max() - second[other].min()) > 80
     spectra[:, ::120] = 0
-    assert float(spectra.max()) < 0.05 * float(torch.fft.rfft(vowel[12_000:36_000]).abs().max())
+    assert float(spectra.max()) < 0.2 * float(torch.fft.rfft(vowel[12_000:36_000]).abs().max())
 
 
 def test_codebooks_follow_latents_that_move() -> None:
