@@ -65,7 +65,7 @@ async def test_words_times_and_pauses_are_those_of_moshi_server(framework: str) 
 def test_most_of_it_was_said() -> None:
     said = [word for text in SAID.values() for word in text.split()]
     words = [text for golden in GOLDENS.values() for text, _, _ in golden["words"]]
-    assert word_errors(said, words) <= 0.15 * len(said)
+    assert word_errors(said, words) <= 0.05 * len(said)
 
 
 async def test_a_long_stream_is_heard_to_its_end() -> None:
