@@ -218,7 +218,7 @@ class Planner:
         rng = self._random
         other = "fr" if rng.random() < self._mix.french / (1 - self._mix.digits) else "en"
         kind = "digit" if rng.random() < self._mix.digits else other
-        return kind if self._bank.voices[kind] else "digit"
+        return kind if self._bank.voices[kind] else next(other for other, voices in self._bank.voices.items() if voices)
 
     def _voice(self, kind: str) -> str:
         rng, synthetic = self._random, self._synthetic[kind]

@@ -121,6 +121,17 @@ def test_babble_is_heard_and_not_to_be_written(clips: Path, tmp_path: Path) -> N
     assert len(plan.pieces) > sum(map(len, plan.said))  # a piece of what is said has a word at least
 
 
+def test_clips_of_one_kind_alone_fill_every_row(clips: Path, tmp_path: Path) -> None:
+    """Now and then another kind is drawn, of which there may be none."""
+    train_tokenizer(tmp_path / "tokenizer.model")
+    french = [clip for clip in train.load_clips(clips) if clip.language == "fr"]
+    bank = compose.Bank(french, torch.device("cpu"))
+    plan = compose.Planner(bank, pieces_of(tmp_path / "tokenizer.model"), 6, compose.Mix(digits=0.5, french=0.1), 1).plan(
+        4, 200
+    )
+    assert sum(map(len, plan.said)) > 10
+
+
 def test_formants_move_and_pitch_stays() -> None:
     """A vowel at 120 Hz: nothing comes between its harmonics, and the second formant is elsewhere in every second row."""
     times = torch.arange(24_000 * 2) / 24_000
