@@ -60,11 +60,25 @@ PROGRAMS = [*sorted(EXAMPLES.glob("*.py")), ROOT / "test_client.py"]
 
 
 async def interrupted(program: asyncio.subprocess.Process) -> None:
-    """Ctrl-C ends it with status 130 and not a word."""
+    """Ctrl-C ends it with status 130 and not a word.
+
+    Python itself loses an interrupt that meets a destructor, and says so: then Ctrl-C is pressed again.
+    """
+    assert program.stdout is not None
+    assert program.stderr is not None
+    reading = asyncio.create_task(program.stdout.read())
     program.send_signal(signal.SIGINT)
     async with asyncio.timeout(SECONDS):
-        _, err = await program.communicate()
-    assert (program.returncode, err.decode()) == (130, "")
+        line = await program.stderr.readline()
+        if line.startswith(b"Exception ignored"):
+            while not line.startswith(b"KeyboardInterrupt"):
+                assert line, "it has ended"
+                line = await program.stderr.readline()
+            program.send_signal(signal.SIGINT)
+            line = await program.stderr.readline()
+        assert line == b""
+        assert await program.wait() == 130
+        await reading
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Ctrl-C is another thing there")
