@@ -1,7 +1,6 @@
 """Clips on disk: shards of one Ogg Opus file each, with an index of what is where."""
 
 import json
-import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -9,6 +8,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from moshi_stt.cores import usable_cores
 from training.voices import RATE, Clip, Timed
 
 _GAP = RATE // 20
@@ -39,7 +39,7 @@ def write_shard(path: Path, clips: Sequence[Clip]) -> None:
 def read_shards(folder: Path) -> Iterator[Clip]:
     """Every clip of a folder, in the order of the names. Sound is decoded by as many threads as there are processors."""
     indexes = sorted(folder.rglob("*.json"))
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()) as pool:
+    with ThreadPoolExecutor(usable_cores()) as pool:
         sounds = pool.map(_decoded, indexes)
         for index, samples in zip(indexes, sounds, strict=True):
             yield from _clips(index, samples)

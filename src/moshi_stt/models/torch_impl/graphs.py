@@ -100,22 +100,19 @@ class SlotCopier:
         """tensors: (slots, ...), each contiguous in what a slot has."""
         # Indexing is not there for 8-bit floats.
         self._tensors = [tensor.view(torch.uint8) if tensor.element_size() == 1 else tensor for tensor in tensors]
-        host = graphs.host(16).view(torch.int64)
-        self._host = host.numpy()
-        self._host[:] = 0
-        self._pinned = host
+        self._host = graphs.host(16).view(torch.int64).zero_()
         self._slots = torch.zeros(2, dtype=torch.int64, device=device)
         self._replay = graphs.capture(self._run, brief=True)
 
     def _run(self) -> None:
-        self._slots.copy_(self._pinned, non_blocking=True)
+        self._slots.copy_(self._host, non_blocking=True)
         source, target = self._slots[:1], self._slots[1:]
         for tensor in self._tensors:
             tensor.index_copy_(0, target, tensor.index_select(0, source))
 
     def copy(self, source: int, target: int) -> None:
         """Make slot `target` what slot `source` is."""
-        self._host[:] = source, target
+        self._host.numpy()[:] = source, target
         self._replay.begin()
         self._replay.wait()
 
@@ -196,19 +193,20 @@ class GraphRunner:
 
     def step(self, pcm: NDArray[np.float32], slots: NDArray[np.int64], fresh: NDArray[np.bool_]) -> NDArray[np.float32]:
         """Step rows, any number of them: float32 (B, width). More than the largest bucket holds go in several steps."""
-        largest = self.buckets[-1]
-        if len(slots) <= largest:
-            return self._start(StepInputs(pcm, slots, fresh))()
-        parts = [slice(start, start + largest) for start in range(0, len(slots), largest)]
-        return np.concatenate([self._start(StepInputs(pcm[part], slots[part], fresh[part]))() for part in parts])
+        return self.start(pcm, slots, fresh)()
 
     def start(
         self, pcm: NDArray[np.float32], slots: NDArray[np.int64], fresh: NDArray[np.bool_]
     ) -> Callable[[], NDArray[np.float32]]:
-        """Start a step: the call that is returned waits for its output. See `engine.backend.StepsAhead`."""
-        if len(slots) <= self.buckets[-1]:
+        """Start a step: the call that is returned waits for its output. See `engine.backend.StepsAhead`.
+
+        Where it takes several, those are over when this returns.
+        """
+        largest = self.buckets[-1]
+        if len(slots) <= largest:
             return self._start(StepInputs(pcm, slots, fresh))
-        output = self.step(pcm, slots, fresh)
+        parts = [slice(start, start + largest) for start in range(0, len(slots), largest)]
+        output = np.concatenate([self._start(StepInputs(pcm[part], slots[part], fresh[part]))() for part in parts])
         return lambda: output
 
     def _start(self, given: StepInputs) -> Callable[[], NDArray[np.float32]]:
