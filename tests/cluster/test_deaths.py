@@ -163,6 +163,14 @@ async def answers(cluster: Cluster, what: str, since: float) -> None:
     told(f"\n{what} killed: the address answers", since)
 
 
+async def strike(cluster: Cluster, made: list[Caller], pid: int, what: str) -> float:
+    """Kill a process, let the streams go on, and wait for the address. Returns when it was killed."""
+    killed = kill(pid)
+    go_on(made)
+    await answers(cluster, what, killed)
+    return killed
+
+
 async def test_kill_the_worker_of_a_replica(
     cluster: Cluster, recordings: list[NDArray[np.float32]], expected: list[list[Any]]
 ) -> None:
@@ -170,9 +178,7 @@ async def test_kill_the_worker_of_a_replica(
     made = await callers(cluster, recordings)
     before = await cluster.reports()
     async with unbroken(cluster):
-        killed = kill(before["r0"].pid)
-        go_on(made)
-        await answers(cluster, "a worker", killed)
+        killed = await strike(cluster, made, before["r0"].pid, "a worker")
         await cluster.until(
             "another worker",
             lambda state: all_ready(cluster.replicas)(state) and state.fleet.reports[0].pid != before["r0"].pid,
@@ -197,9 +203,7 @@ async def test_kill_the_actor_of_a_replica(
     made = await callers(cluster, recordings)
     before = await cluster.reports()
     async with unbroken(cluster):
-        killed = kill(before["r0"].actor_pid)
-        go_on(made)
-        await answers(cluster, "an actor", killed)
+        killed = await strike(cluster, made, before["r0"].actor_pid, "an actor")
         await cluster.until(
             "another actor",
             lambda state: all_ready(cluster.replicas)(state) and state.fleet.reports[0].actor_pid != before["r0"].actor_pid,
@@ -227,9 +231,7 @@ async def test_kill_the_front(cluster: Cluster, recordings: list[NDArray[np.floa
     before = await cluster.state()
     pid = json.loads(cluster.paths.front.read_text())["pid"]
     async with unbroken(cluster):
-        killed = kill(pid)
-        go_on(made)
-        await answers(cluster, "the front", killed)
+        killed = await strike(cluster, made, pid, "the front")
         await cluster.until("another front", lambda state: json.loads(cluster.paths.front.read_text())["pid"] != pid)
         told("another one is there", killed)
         assert (await cluster.state()).haproxy_pid == before.haproxy_pid, "HAProxy outlives the front"
@@ -241,9 +243,7 @@ async def test_kill_the_controller(cluster: Cluster, recordings: list[NDArray[np
     fleet = (await cluster.state()).fleet
     assert fleet is not None
     async with unbroken(cluster):
-        killed = kill(fleet.controller_pid)
-        go_on(made)
-        await answers(cluster, "the controller", killed)
+        killed = await strike(cluster, made, fleet.controller_pid, "the controller")
         await cluster.until(
             "another controller",
             lambda state: all_ready(cluster.replicas)(state) and state.fleet.controller_pid != fleet.controller_pid,
