@@ -63,7 +63,7 @@ DISTINCT = 48
 RATE = 48_000
 DRAWS = 10_000
 REFERENCE_ROWS = 64
-ALONE, ALONE_SHARE = 12, 0.1
+ALONE, ALONE_SHARE = 24, 0.1
 """Recordings that are run one by one afterwards, to compare their words: at most so many, and such a share of the audio."""
 REFERENCE_SECONDS = 60.0
 """What steps of PyPI `moshi` are timed for at most, the first ones excepted."""
@@ -142,7 +142,7 @@ class Meter:
     def __init__(self) -> None:
         self.first = self.last = 0.0
         self.busy = 0.0
-        self.steps = self.rows = 0
+        self.steps = self.rows = self.restarts = 0
         self.ended: list[tuple[float, float, int]] = []
         """When each step ended, its seconds and rows."""
 
@@ -154,6 +154,9 @@ class Meter:
         self.steps += 1
         self.rows += rows
         self.ended.append((now, seconds, rows))
+
+    def restarted(self) -> None:
+        self.restarts += 1
 
     def course(self, parts: int = 20) -> list[tuple[float, float]]:
         """The share of the time in which a step ran, and rows a step, in each part of the run."""
@@ -266,6 +269,7 @@ def costs(meter: Meter, span: float, cores: float) -> dict[str, Any]:
         "course": meter.course(),
         "limit": limit_of(meter.busy / span, cores),
         "steps": meter.steps,
+        "restarts": meter.restarts,
         "rows_a_step": meter.rows / max(1, meter.steps),
         "step_ms": 1e3 * meter.busy / max(1, meter.steps),
         "cpu_s": own.ru_utime + own.ru_stime,
@@ -306,12 +310,23 @@ def run_alone(folder: Path, out: Path, flags: list[str]) -> dict[str, Any]:
         for path, item in zip(paths, items, strict=True):
             alone = words_of(item.outputs["json"])
             together = words_of((out / path.relative_to(folder)).with_suffix(".json"))
+            if alone != together:
+                print(f"{path.relative_to(folder)} alone and in the archive:", first_difference(alone, together))
             ratios.append(difflib.SequenceMatcher(None, alone, together, autojunk=False).ratio())
     return {
         "alone_files": len(paths),
         "alone_same": sum(ratio == 1 for ratio in ratios),
         "alone_agreement": float(np.mean(ratios)),
     }
+
+
+def first_difference(ours: list[str], theirs: list[str]) -> str:
+    """Where two lists of words part, and by how much."""
+    same = next((index for index, pair in enumerate(zip(ours, theirs, strict=False)) if pair[0] != pair[1]), None)
+    index = min(len(ours), len(theirs)) if same is None else same
+    matcher = difflib.SequenceMatcher(None, ours, theirs, autojunk=False)
+    parts = sum(code[0] != "equal" for code in matcher.get_opcodes())
+    return f"{len(ours)} and {len(theirs)} words, {parts} places differ, the first at word {index}"
 
 
 def words_of(path: Path) -> list[str]:

@@ -11,7 +11,7 @@ from moshi_stt.constants import FRAME_SAMPLES
 class Framer:
     """Holds the pieces a client sent until they make whole frames.
 
-    A sample is copied once on its way, from the piece it came in to the row of the batch: pieces are kept as they are.
+    Pieces are kept as they are, and a frame that lies within one is a view of it.
     """
 
     __slots__ = ("_frame_samples", "_offset", "_pieces", "samples")
@@ -35,44 +35,43 @@ class Framer:
             self._pieces.append((samples, arrived))
             self.samples += len(samples)
 
-    def pop(self, row: NDArray[np.float32]) -> float:
-        """Move the next frame into row, float32 (frame_samples,); return when its last sample came.
+    def pop(self) -> tuple[NDArray[np.float32], float]:
+        """The next frame, float32 (frame_samples,), and when its last sample came. Nobody may write to the frame.
 
         Fewer samples than a frame are followed by zeros. Raises IndexError when nothing is held.
         """
         pieces, offset, size = self._pieces, self._offset, self._frame_samples
         samples, arrived = pieces[0]
         end = offset + size
-        if end < len(samples):  # the common case of a large message: the piece outlives the frame
-            row[:] = samples[offset:end]
+        if end <= len(samples):
             self._offset = end
             self.samples -= size
-            return arrived
+            if end == len(samples):
+                pieces.popleft()
+                self._offset = 0
+            return samples[offset:end], arrived
+        frame = np.zeros(size, np.float32)
         filled = 0
         while filled < size and pieces:
             samples, arrived = pieces[0]
             part = samples[offset : offset + size - filled]
-            row[filled : filled + len(part)] = part
+            frame[filled : filled + len(part)] = part
             filled += len(part)
             offset += len(part)
             if offset == len(samples):
                 pieces.popleft()
                 offset = 0
-        row[filled:] = 0.0
         self._offset = offset
         self.samples -= filled
-        return arrived
+        return frame, arrived
 
-    def peek(self, row: NDArray[np.float32]) -> float:
-        """Copy less than a frame into row, zeros after it, and keep it here too. Returns when its last sample came.
-
-        Raises IndexError when nothing is held.
-        """
+    def peek(self) -> tuple[NDArray[np.float32], float]:
+        """What `pop` returns of less than a frame; the samples stay here, too. Raises IndexError when nothing is held."""
         filled, offset, arrived = 0, self._offset, self._pieces[-1][1]
+        frame = np.zeros(self._frame_samples, np.float32)
         for samples, _ in self._pieces:
             part = samples[offset : offset + self._frame_samples - filled]
-            row[filled : filled + len(part)] = part
+            frame[filled : filled + len(part)] = part
             filled += len(part)
             offset = 0
-        row[filled:] = 0.0
-        return arrived
+        return frame, arrived

@@ -77,8 +77,8 @@ class MuteGuard:
         """Whether the suspect is one. Set by any thread; without effect once there is no suspicion any more."""
 
     def hear(self, frame: NDArray[np.float32]) -> None:
-        """The next frame, float32 (frame_samples,); it is copied."""
-        self._frames.append(frame.copy())
+        """The next frame, float32 (frame_samples,); it is kept, not copied."""
+        self._frames.append(frame)
 
     def judge(self, has_word: bool, pause: Sequence[float]) -> None:
         """What the model said of the frame."""

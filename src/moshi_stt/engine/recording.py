@@ -281,8 +281,9 @@ class _PieceRun:
             self.done.cancel()
 
     def _on_news(self) -> None:
-        """The stream may not be called from here."""
-        if not self._is_due:
+        """The stream may not be called from here. Nobody waits for the words of a piece before its end."""
+        is_wanted = self._commands or self._stream.ended or not self._stream.writable
+        if is_wanted and not self._is_due:
             self._is_due = True
             self._loop.call_soon(self._work)
 

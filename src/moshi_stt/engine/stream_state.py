@@ -250,6 +250,11 @@ class StreamState:
     # ---- rows --------------------------------------------------------------------------------------------------------
 
     @property
+    def may_absorb(self) -> bool:
+        """Whether `absorb` can do more than it did before the last row: a whole frame still holds up what comes after it."""
+        return bool(self.commands) and self.framer.samples < self.frame_samples
+
+    @property
     def has_row(self) -> bool:
         """Whether a frame, or a frame of silence, can be stepped now."""
         if self.done or (self.guard is not None and self.guard.suspected):
@@ -264,20 +269,22 @@ class StreamState:
             if self.replay:
                 row[:] = self.replay[0]  # gone when its step is done
                 return
-            self.arrived = self.framer.pop(row)
+            frame, self.arrived = self.framer.pop()
+            row[:] = frame
             if self.meter is not None:
-                self.meter.hear(row)
+                self.meter.hear(frame)
             if self.guard is not None:
-                self.guard.hear(row)
+                self.guard.hear(frame)
             return
         if not flush.partial:
             row[:] = 0.0
         elif flush.kind == "finish":
-            self.arrived = self.framer.pop(row)
+            frame, self.arrived = self.framer.pop()
+            row[:] = frame
             if self.meter is not None:
-                self.meter.hear(row)
+                self.meter.hear(frame)
         else:
-            self.arrived = self.framer.peek(row)
+            row[:], self.arrived = self.framer.peek()
         self.row_slot, self.row_fresh = flush.slot, flush.fresh
 
     def scatter(self, token: int, logprob: float, pause: list[float] | None, step_idx: int) -> list[AnyEvent]:
