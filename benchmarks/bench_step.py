@@ -31,7 +31,7 @@ from random_weights import SHAPES, model_spec, random_lm, random_mimi
 from moshi_stt.constants import FRAME_SAMPLES
 from moshi_stt.models.torch_impl.attention import FP8
 from moshi_stt.models.torch_impl.backend import TorchBackend
-from moshi_stt.models.torch_impl.build import Options, fused_backend, make_state, plain_backend
+from moshi_stt.models.torch_impl.build import Options, choose_mimi_kv_dtype, fused_backend, make_state, plain_backend
 from moshi_stt.models.torch_impl.device import choose_device, choose_dtype, device_name, without_kernels
 
 KV_DTYPES = {"bf16": torch.bfloat16, "f32": torch.float32, "fp8": FP8}
@@ -55,12 +55,14 @@ def build(
     spec = model_spec(shape)
     with torch.inference_mode():
         params, mimi_params = random_lm(shape, dtype, device), random_mimi(spec.mimi, device)
-    state = make_state(spec, slots, dtype if kv == "auto" else KV_DTYPES[kv], device)
+    fused = not (plain or without_kernels(spec.lm, dtype, device))
+    mimi_kv = choose_mimi_kv_dtype(mimi, fused=fused)
+    state = make_state(spec, slots, dtype if kv == "auto" else KV_DTYPES[kv], device, mimi_kv)
     options = Options(mimi_dtype=mimi)  # type: ignore[arg-type]
-    if plain or without_kernels(spec.lm, dtype, device):
-        backend: Any = plain_backend(spec, params, mimi_params, state, options)
+    if fused:
+        backend: Any = fused_backend(spec, params, mimi_params, state, options, buckets=buckets)
     else:
-        backend = fused_backend(spec, params, mimi_params, state, options, buckets=buckets)
+        backend = plain_backend(spec, params, mimi_params, state, options)
     backend.warm_up()
     return backend
 
@@ -256,6 +258,7 @@ def agreement(shape: str, device: torch.device, frames: int = 60, streams: int =
     if device.type == "cuda":
         settings |= {
             "tf32 Mimi": {"dtype": torch.float32, "mimi": "tf32"},
+            "f16 Mimi": {"dtype": torch.float32, "mimi": "f16"},
             "bf16 Mimi": {"dtype": torch.float32, "mimi": "bf16"},
             "bf16 LM": {"dtype": torch.bfloat16, "mimi": "f32"},
             "bf16 LM, fp8 K/V": {"dtype": torch.bfloat16, "mimi": "f32", "kv": "fp8"},

@@ -213,7 +213,7 @@ def mimi_bits(device: torch.device) -> dict[str, Any]:
     """Whether every tile gives a convolution's first output the same bits, and the quantiser the same codes, by dtype."""
     torch.manual_seed(0)
     found: dict[str, Any] = {}
-    for dtype in (torch.float32, torch.bfloat16):
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
         for channels, n, kernel in ((512, 1_024, 4), (128, 64, 3), (512, 2_048, 1)):
             x = torch.randn(8_192, kernel, channels, device=device).to(dtype)
             weight = (torch.randn(n, kernel * channels, device=device) * 0.05).to(dtype)

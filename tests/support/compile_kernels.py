@@ -25,6 +25,7 @@ from triton.runtime import driver
 from moshi_stt.models.spec import LMSpec, MimiSpec, ModelSpec
 from moshi_stt.models.torch_impl.attention import FP8
 from moshi_stt.models.torch_impl.backend import make_state
+from moshi_stt.models.torch_impl.build import choose_mimi_kv_dtype
 from moshi_stt.models.torch_impl.cuda import limits as limits_module
 from moshi_stt.models.torch_impl.cuda.compile import identity, lighter
 from moshi_stt.models.torch_impl.cuda.elementwise import advance
@@ -72,7 +73,7 @@ def launches(
     lm = FusedLM(lm_spec, params)
     shapes = {param.name: param.shape for param in mimi_table(spec.mimi)}
     fused = FusedMimi(spec.mimi, {name: torch.empty(shape, device=META) for name, shape in shapes.items()}, PRECISIONS[mimi])
-    state = make_state(spec, 8, kv, META)
+    state = make_state(spec, 8, kv, META, choose_mimi_kv_dtype(mimi, fused=True))
     found: list[Launch] = []
     limits_module.pretended_limits = lambda: limits  # type: ignore[assignment]
     for rows in bucket_sizes(most):
@@ -101,7 +102,7 @@ def chosen(limits: Limits, *, every: bool) -> list[Launch]:
     kinds = [torch.bfloat16, torch.float32, *([FP8] if limits.capability >= (8, 9) else [])]
     for model in MODELS:
         for kv in kinds:
-            for mimi in ("tf32", "bf16", "f32"):
+            for mimi in ("tf32", "f16", "bf16", "f32"):
                 if mimi != "tf32" and kv is not torch.bfloat16:
                     continue
                 dtype = torch.float32 if kv is torch.float32 else torch.bfloat16

@@ -57,7 +57,7 @@ def choose_mimi_precision(setting: str) -> tuple[str, ...]:
     """
     if setting != "tf32":
         os.environ["MLX_ENABLE_TF32"] = "0"
-    return ('mimi_dtype = "bf16": Mimi runs in float32 on MLX',) if setting == "bf16" else ()
+    return (f'mimi_dtype = "{setting}": Mimi runs in float32 on MLX',) if setting in ("f16", "bf16") else ()
 
 
 def setting_notes(engine: EngineConfig) -> tuple[str, ...]:

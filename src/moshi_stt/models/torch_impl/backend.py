@@ -60,13 +60,22 @@ class BackendState:
         return sum(tensor[0].numel() * tensor.element_size() for tensor in self.named.values())
 
 
-def make_state(spec: ModelSpec, slots: int, kv_dtype: torch.dtype, device: torch.device) -> BackendState:
-    """State of `slots` slots and the scratch slot. Raises ConfigError where there is no memory for it."""
+def make_state(
+    spec: ModelSpec,
+    slots: int,
+    kv_dtype: torch.dtype,
+    device: torch.device,
+    mimi_kv_dtype: torch.dtype = torch.float32,
+) -> BackendState:
+    """State of `slots` slots and the scratch slot. Raises ConfigError where there is no memory for it.
+
+    kv_dtype, mimi_kv_dtype: of the keys and values of the language model and of Mimi's transformer.
+    """
     count = slots + 1
     try:
         return BackendState(
             lm=LMState(spec.lm, count, kv_dtype, device),
-            mimi=MimiState(spec.mimi, count, device),
+            mimi=MimiState(spec.mimi, count, device, mimi_kv_dtype),
             frames=torch.zeros(count, dtype=torch.int64, device=device),
             text=torch.zeros(count, dtype=torch.int64, device=device),
             codes=torch.zeros(count, spec.lm.codebooks, dtype=torch.int64, device=device),
@@ -112,11 +121,11 @@ class SlotBackend:
 
         Raises ConfigError where there is no memory for them; the backend is of no use then.
         """
-        kv_dtype = self.state.lm.rings[0].k.dtype
+        kv_dtype, mimi_kv_dtype = self.state.lm.rings[0].k.dtype, self.state.mimi.rings[0].k.dtype
         del self.state  # the memory of the one is the other's
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
-        self.state = make_state(self.spec, slots, kv_dtype, self.device)
+        self.state = make_state(self.spec, slots, kv_dtype, self.device, mimi_kv_dtype)
         self.slots = slots
 
     def copy(self, source: int, target: int) -> None:

@@ -80,10 +80,11 @@ def load_backend(
         mimi_params = load_mimi_params(mimi_plan, target)
         read = time.perf_counter()
         weight_bytes = _bytes(params) + _bytes(mimi_params) + _quantized_bytes(quantized)
+    mimi_kv_dtype = choose_mimi_kv_dtype(module.engine.mimi_dtype, fused=not why_plain)
     if target.type == "cuda":
-        slots, said = fit_slots(spec, slots, kv_dtype, target, fused=not why_plain)
+        slots, said = fit_slots(spec, slots, kv_dtype, target, fused=not why_plain, mimi_kv_dtype=mimi_kv_dtype)
         notes += said
-    state = make_state(spec, slots, kv_dtype, target)
+    state = make_state(spec, slots, kv_dtype, target, mimi_kv_dtype)
     notes += quantized_notes(quantized, lm_plan, scheme)
     if target.type == "cuda":
         notes += (f"runs on PyTorch's kernels, several times slower than its own: {why_plain}" if why_plain else FUSED_NOTE,)
@@ -114,8 +115,20 @@ RESERVED_BYTES = 700 << 20
 """Of a GPU's memory, for what is no state: the context, kernels, graphs and libraries."""
 
 
+def choose_mimi_kv_dtype(mimi_dtype: str, *, fused: bool) -> torch.dtype:
+    """Of the keys and values of Mimi's transformer: float16 under `f16`, where our kernels run, else float32."""
+    return torch.float16 if fused and mimi_dtype == "f16" else torch.float32
+
+
 def fit_slots(
-    spec: ModelSpec, slots: int, kv_dtype: torch.dtype, device: torch.device, *, fused: bool, free: int | None = None
+    spec: ModelSpec,
+    slots: int,
+    kv_dtype: torch.dtype,
+    device: torch.device,
+    *,
+    fused: bool,
+    mimi_kv_dtype: torch.dtype = torch.float32,
+    free: int | None = None,
 ) -> tuple[int, tuple[str, ...]]:
     """As many of `slots` as the device has memory for beside the weights, and what to say where that is fewer.
 
@@ -124,7 +137,7 @@ def fit_slots(
     """
     free = free_bytes(device) if free is None else free
     with torch.inference_mode():
-        slot = make_state(spec, 1, kv_dtype, torch.device("meta")).slot_bytes()
+        slot = make_state(spec, 1, kv_dtype, torch.device("meta"), mimi_kv_dtype).slot_bytes()
     each = slot + step_bytes(spec, slot, fused=fused)
     most = (free - RESERVED_BYTES) // each - 1  # one is scratch
     if most >= slots:
@@ -200,7 +213,7 @@ class Options(NamedTuple):
     zero_start: see `MimiEncoder`.
     """
 
-    mimi_dtype: Literal["tf32", "f32", "bf16"] = "tf32"
+    mimi_dtype: Literal["tf32", "f32", "f16", "bf16"] = "tf32"
     fixed_shapes: bool = False
     seed: int = 0
     zero_start: bool = False

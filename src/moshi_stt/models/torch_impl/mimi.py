@@ -2,7 +2,8 @@
 
 Per-slot state, first axis the slot:
 conv   (slots, 11 526) float32          the left contexts of all convolutions, one behind the other
-rings  8 x (slots, 8, 250, 64), K and V  the transformer's last 10 s, uninitialised where not yet written
+rings  8 x (slots, 8, 250, 64), K and V  the transformer's last 10 s, uninitialised where not yet written: float32 here, float16
+                                        under `mimi_dtype = "f16"`
 """
 
 import torch
@@ -20,11 +21,14 @@ from moshi_stt.models.torch_impl.rope import RotaryTable
 class MimiState:
     """The encoder's state of every slot."""
 
-    def __init__(self, spec: MimiSpec, slots: int, device: torch.device) -> None:
+    def __init__(
+        self, spec: MimiSpec, slots: int, device: torch.device, ring_dtype: torch.dtype = torch.float32
+    ) -> None:
+        """ring_dtype: of the transformer's keys and values."""
         floats = sum(conv.context * conv.channels_in for conv in spec.convs)
         self.conv = torch.zeros(slots, floats, device=device)
         self.rings = [
-            make_ring(slots, spec.heads, spec.context, spec.head_dim, torch.float32, device) for _ in range(spec.layers)
+            make_ring(slots, spec.heads, spec.context, spec.head_dim, ring_dtype, device) for _ in range(spec.layers)
         ]
 
     def tensors(self) -> dict[str, Tensor]:

@@ -10,6 +10,8 @@ what takes the time. Scores and sums are float32; the softmax's weights are roun
 import triton
 import triton.language as tl
 
+from moshi_stt.models.torch_impl.cuda.rounding import rounded
+
 FP8_UP = 2048.0
 """Keeps the softmax's weights, times the scales of fp8 values, clear of float16's small end."""
 
@@ -89,7 +91,7 @@ def ring_attention_16(
     dtype = qkv.dtype.element_ty
     stored = k_ring.dtype.element_ty
 
-    q = _rotated(x, cos, sin, r, 3 * H * D, T, D).to(dtype).to(DOT)
+    q = rounded(_rotated(x, cos, sin, r, 3 * H * D, T, D), dtype).to(DOT)
     BLOCKS: tl.constexpr = (CONTEXT + BLOCK - 1) // BLOCK
     where = row * T * H + r * H + head
     base = part + where * (BLOCKS + 1) * (D + 2)
@@ -97,7 +99,7 @@ def ring_attention_16(
     l = tl.zeros([16], tl.float32)  # noqa: E741
     acc = tl.zeros([16, D], tl.float32)
     if split == 0:
-        k = _rotated(x + H * D, cos, sin, r, 3 * H * D, T, D).to(dtype).to(stored)
+        k = rounded(_rotated(x + H * D, cos, sin, r, 3 * H * D, T, D), dtype).to(stored)
         v = tl.load(x + 2 * H * D + r[:, None] * (3 * H * D) + d[None, :], mask=new[:, None], other=0.0).to(stored)
         entry = ((position + r) % CONTEXT)[:, None] * D + d[None, :]
         tl.store(k_ring + entry, k, mask=new[:, None])

@@ -23,6 +23,7 @@ from torch import Tensor
 from moshi_stt.models.report import LOUDEST
 from moshi_stt.models.torch_impl.cuda.launch import attempt, device_of, launch
 from moshi_stt.models.torch_impl.cuda.limits import Limits, limits_of
+from moshi_stt.models.torch_impl.cuda.rounding import rounded, saturated
 
 
 def conv_weight(weight: Tensor) -> Tensor:
@@ -46,7 +47,7 @@ def _first_conv(x, weight, bias, out, T, row_in, row_out, skip, C: tl.constexpr,
         sample = tl.load(x + row * row_in + t + k, mask=t < T, other=0.0).to(tl.float32)
         total += sample[:, None] * tl.load(weight + c * KERNEL + k).to(tl.float32)[None, :]
     at = out + row * row_out + skip + t[:, None] * C + c[None, :]
-    tl.store(at, total.to(out.dtype.element_ty), mask=(t < T)[:, None])
+    tl.store(at, rounded(total, out.dtype.element_ty), mask=(t < T)[:, None])
 
 
 @triton.jit
@@ -79,7 +80,7 @@ def _conv(
         w = tl.load(weight + n[None, :] * K + (start + k)[:, None])
         total = tl.dot(window, w, total, input_precision=PRECISION)
     if BIAS:
-        total += tl.load(bias + n).to(tl.float32)[None, :]
+        total += tl.load(bias + n)[None, :]
     if SHORTCUT:
         at = shortcut + row[:, None] * row_shortcut + t[:, None] * N + n[None, :]
         total += tl.load(at, mask=(m < count)[:, None], other=0.0).to(tl.float32)
@@ -88,7 +89,7 @@ def _conv(
     if ACTIVATION == "gelu":
         total = 0.5 * total * (1.0 + tl.erf(total * 0.7071067811865476))
     at = out + row[:, None] * row_out + skip + t[:, None] * N + n[None, :]
-    tl.store(at, total.to(out.dtype.element_ty), mask=(m < count)[:, None])
+    tl.store(at, rounded(total, out.dtype.element_ty), mask=(m < count)[:, None])
 
 
 @triton.jit(do_not_specialize=["count", "T"])
@@ -110,14 +111,14 @@ def _residual(
         window = _elu(window.to(tl.float32)).to(x.dtype.element_ty)
         w = tl.load(weight1 + h[None, :] * (3 * C) + (start + k)[:, None])
         hidden = tl.dot(window, w, hidden, input_precision=PRECISION)
-    hidden = _elu(hidden + tl.load(bias1 + h).to(tl.float32)[None, :]).to(x.dtype.element_ty)
+    hidden = rounded(_elu(hidden + tl.load(bias1 + h)[None, :]), x.dtype.element_ty)
     for first in tl.static_range(0, C, BN):
         n = first + tl.arange(0, BN)
         w = tl.load(weight2 + n[None, :] * HIDDEN + h[:, None])
-        total = tl.dot(hidden, w, input_precision=PRECISION) + tl.load(bias2 + n).to(tl.float32)[None, :]
+        total = tl.dot(hidden, w, input_precision=PRECISION) + tl.load(bias2 + n)[None, :]
         total += tl.load(a[:, None] + 2 * C + n[None, :], mask=inside, other=0.0).to(tl.float32)
         at = out + row[:, None] * row_out + skip + t[:, None] * C + n[None, :]
-        tl.store(at, _elu(total).to(out.dtype.element_ty), mask=inside)
+        tl.store(at, rounded(_elu(total), out.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -184,7 +185,7 @@ def conv(
 ) -> None:
     """x (B, context + T * stride, C) -> out[:, kept:] (B, T, N). A kernel of 1 is a plain product over (B, T, C).
 
-    precision: see `mimi.Precision`, for float32 data; bfloat16 data is multiplied as it is.
+    precision: see `mimi.Precision`, for float32 data; 16-bit data is multiplied as it is. bias is float32.
     elu_in: x is raw and its ELU is taken on the way. shortcut (B, T, N), its last two axes dense, is added before the
     activation: ``, `elu` or `gelu`.
     """
@@ -206,9 +207,10 @@ def conv(
 
     def plain() -> None:
         windows = x.as_strided((rows, t, k), (x.stride(0), stride * x.shape[2], 1))
-        y = F.linear(F.elu(windows) if elu_in else windows, weight, bias).float()
+        y = F.linear(F.elu(windows) if elu_in else windows, weight).float()
+        y = y if bias is None else y + bias
         y = y if shortcut is None else y + shortcut
-        out[:, kept:] = {"": lambda z: z, "elu": F.elu, "gelu": F.gelu}[activation](y)
+        out[:, kept:] = saturated({"": lambda z: z, "elu": F.elu, "gelu": F.gelu}[activation](y), out.dtype)
 
     attempt("convolution", kernel, plain)
 
@@ -254,7 +256,7 @@ def residual(
 def choose_tile(count: int, n: int, k: int, dtype: torch.dtype, precision: str, limits: Limits) -> Tile:
     """Small tiles where there is little work, so that every multiprocessor has some; large ones where there is much.
 
-    Measured on an H200, then cut to what the device allows; a tile's depth is in float32 numbers, doubled for bfloat16.
+    Measured on an H200, then cut to what the device allows; a tile's depth is in float32 numbers, doubled for 16 bits.
     """
     work = count * n
     if precision == "ieee":

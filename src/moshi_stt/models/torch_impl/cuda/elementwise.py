@@ -166,7 +166,8 @@ def _scaled_add_norm(
         mean = tl.sum(value, 0) / D
         centred = value - mean
         scale = tl.rsqrt(tl.sum(centred * centred, 0) / D + eps)
-        tl.store(out + place * D + d, centred * scale * tl.load(weight + d) + tl.load(bias + d))
+        normed = centred * scale * tl.load(weight + d) + tl.load(bias + d)
+        tl.store(out + place * D + d, normed.to(out.dtype.element_ty))
     else:
         row = place // T
         t = place % T
@@ -179,10 +180,16 @@ def _scaled_add_norm(
 
 
 def scaled_add_norm(
-    x: Tensor, delta: Tensor | None, layer_scale: Tensor | None, weight: Tensor, bias: Tensor, eps: float
+    x: Tensor,
+    delta: Tensor | None,
+    layer_scale: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """x += layer_scale * delta (in place), then the layer norm of x; x, delta (B*T, D) float32, the rest (D,)."""
-    out = torch.empty_like(x)
+    """x += layer_scale * delta (in place), then the layer norm of x, in dtype; x, delta (B*T, D) float32, the rest (D,)."""
+    out = torch.empty_like(x, dtype=dtype)
     add = delta is not None
     with device_of(x):
         launch(

@@ -15,43 +15,50 @@ from moshi_stt.models.torch_impl.cuda import conv as kernels
 from moshi_stt.models.torch_impl.cuda.attention import ring_attention
 from moshi_stt.models.torch_impl.cuda.elementwise import angle_rates, angles, scaled_add_into, scaled_add_norm
 from moshi_stt.models.torch_impl.cuda.quantiser import quantise
+from moshi_stt.models.torch_impl.cuda.rounding import saturated
 from moshi_stt.models.torch_impl.mimi import MimiState
 from moshi_stt.models.weights import codebook_stems
 
-MimiDtype = Literal["f32", "tf32", "bf16"]
+MimiDtype = Literal["f32", "tf32", "f16", "bf16"]
 
 
 class Precision(NamedTuple):
-    """How each part multiplies: `ieee` float32; `tf32`, good to 2**-10; `tf32x3`, three products, float32 in effect."""
+    """How each part multiplies: `ieee` float32; `tf32`, good to 2**-10; `tf32x3`, three products, float32 in effect.
+
+    conv_dtype, linear_dtype: of what the convolutions and the transformer's products read; 16 bits are multiplied as they are.
+    """
 
     conv: str
     linear: str
     quantiser: str
     conv_dtype: torch.dtype = torch.float32
+    linear_dtype: torch.dtype = torch.float32
 
 
 PRECISIONS: dict[MimiDtype, Precision] = {
     "f32": Precision("ieee", "ieee", "ieee"),
     "tf32": Precision("tf32", "tf32", "tf32x3"),
+    "f16": Precision("tf32", "tf32", "tf32x3", torch.float16, torch.float16),
     "bf16": Precision("tf32", "tf32", "tf32x3", torch.bfloat16),
 }
-"""The transformer's TF32 changes no more codes than the convolutions' alone (docs/internals/gpu.md). The quantiser decides
-between near vectors and stays float32.
+"""The transformer's TF32 changes no more codes than the convolutions' alone (docs/internals/gpu.md). float16 keeps the 10 bits of
+fraction that TF32 keeps, in half the bytes. The quantiser decides between near vectors and stays float32.
 """
 
 
 class FusedMimiLayer:
     """The weights of one layer of the transformer."""
 
-    def __init__(self, params: dict[str, Tensor], index: int) -> None:
+    def __init__(self, params: dict[str, Tensor], index: int, dtype: torch.dtype) -> None:
+        """dtype: of the products' weights."""
         at = f"encoder_transformer.transformer.layers.{index}."
         self.norm1 = (params[at + "norm1.weight"], params[at + "norm1.bias"])
-        self.in_proj = params[at + "self_attn.in_proj_weight"]
-        self.out_proj = params[at + "self_attn.out_proj.weight"]
+        self.in_proj = saturated(params[at + "self_attn.in_proj_weight"], dtype)
+        self.out_proj = saturated(params[at + "self_attn.out_proj.weight"], dtype)
         self.scale1 = params[at + "layer_scale_1.scale"]
         self.norm2 = (params[at + "norm2.weight"], params[at + "norm2.bias"])
-        self.linear1 = params[at + "linear1.weight"]
-        self.linear2 = params[at + "linear2.weight"]
+        self.linear1 = saturated(params[at + "linear1.weight"], dtype)
+        self.linear2 = saturated(params[at + "linear2.weight"], dtype)
         self.scale2 = params[at + "layer_scale_2.scale"]
 
 
@@ -64,7 +71,7 @@ class FusedMimi:
         self.precision = precision
         self.zero_start = zero_start
         self.weights = [_conv_weight(conv, params, precision, i, len(spec.convs)) for i, conv in enumerate(spec.convs)]
-        self.layers = [FusedMimiLayer(params, i) for i in range(spec.layers)]
+        self.layers = [FusedMimiLayer(params, i, precision.linear_dtype) for i in range(spec.layers)]
         parts = (params[f"quantizer.{part}.input_proj.weight"] for part in ("rvq_first", "rvq_rest"))
         self.project = torch.cat(list(parts)).squeeze(-1).contiguous()  # (2 * codebook_dim, dim)
         self.codebooks = torch.stack(
@@ -136,28 +143,28 @@ class FusedMimi:
 
     def _transform(self, state: MimiState, x: Tensor, frames: Tensor, slots: Tensor, into: Tensor) -> None:
         """The transformer over x (B * T, dim), which is overwritten; the result goes into the downsampling's buffer."""
-        spec = self.spec
+        spec, dtype = self.spec, self.precision.linear_dtype
         steps, rows = spec.positions_per_frame, frames.shape[0]
         cos, sin = angles(frames, self.rates, steps)
         positions = frames * steps
         delta: Tensor | None = None
         scale: Tensor | None = None
         for layer, ring in zip(self.layers, state.rings, strict=True):
-            normed = scaled_add_norm(x, delta, scale, *layer.norm1, spec.norm_eps)
-            qkv = self._linear(normed, layer.in_proj).view(rows, steps, 3, spec.heads, spec.head_dim)
+            normed = scaled_add_norm(x, delta, scale, *layer.norm1, spec.norm_eps, dtype)
+            qkv = self._linear(normed, layer.in_proj, dtype).view(rows, steps, 3, spec.heads, spec.head_dim)
             attended = ring_attention(qkv, cos, sin, ring, slots, positions)
             delta = self._linear(attended.view(-1, spec.dim), layer.out_proj)
-            normed = scaled_add_norm(x, delta, layer.scale1, *layer.norm2, spec.norm_eps)
-            delta = self._linear(self._linear(normed, layer.linear1, "gelu"), layer.linear2)
+            normed = scaled_add_norm(x, delta, layer.scale1, *layer.norm2, spec.norm_eps, dtype)
+            delta = self._linear(self._linear(normed, layer.linear1, dtype, "gelu"), layer.linear2)
             scale = layer.scale2
         assert delta is not None
         assert scale is not None
         kept = into.shape[1] - steps
         scaled_add_into(x, delta, scale, into, frames, kept, replicate=not self.zero_start)
 
-    def _linear(self, x: Tensor, weight: Tensor, activation: str = "") -> Tensor:
-        """x (N, in) times weight (out, in)."""
-        out = torch.empty(x.shape[0], weight.shape[0], device=x.device)
+    def _linear(self, x: Tensor, weight: Tensor, dtype: torch.dtype = torch.float32, activation: str = "") -> Tensor:
+        """x (N, in) times weight (out, in), in dtype."""
+        out = torch.empty(x.shape[0], weight.shape[0], dtype=dtype, device=x.device)
         kernels.conv(x[:, None], weight, None, out[:, None], activation=activation, precision=self.precision.linear)
         return out
 
@@ -165,10 +172,10 @@ class FusedMimi:
 def _conv_weight(
     conv: ConvSpec, params: dict[str, Tensor], precision: Precision, index: int, count: int
 ) -> tuple[Tensor, Tensor | None]:
-    """A convolution's weight (C_out, kernel * C_in) and bias; the first and the last of all stay float32."""
+    """A convolution's weight (C_out, kernel * C_in) and float32 bias; the first and the last of all stay float32."""
     kind = torch.float32 if index in (0, count - 1) else precision.conv_dtype
     bias = params.get(f"{conv.name}.conv.conv.bias")
-    return kernels.conv_weight(params[f"{conv.name}.conv.conv.weight"]).to(kind), None if bias is None else bias.to(kind)
+    return saturated(kernels.conv_weight(params[f"{conv.name}.conv.conv.weight"]), kind), bias
 
 
 def _tail_maps(spec: MimiSpec, device: torch.device) -> tuple[list[list[int]], list[kernels.TailMap]]:
