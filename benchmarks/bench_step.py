@@ -2,7 +2,7 @@
 """One step of many streams with full contexts: ours beside PyPI `moshi`, the same random weights' shape, in one run.
 
     bench_step.py [--shape 1b|2.6b|tiny] [--rows 1,8,64,256,512,1024] [--kv auto,fp8] [--mimi tf32] [--steps 40]
-                  [--device auto] [--no-reference] [--agreement] [--out FILE]
+                  [--device auto] [--no-reference] [--agreement [SETTINGS]] [--out FILE]
 
 For each number of active streams: Mimi, the language model and the whole step, ours and the reference's (its own streaming
 classes and CUDA graphs, bf16 language model, float32 Mimi; left out where `moshi` is not installed), and their ratio. A
@@ -49,8 +49,9 @@ def build(
     dtype: torch.dtype | None = None,
     buckets: tuple[int, ...] | None = None,
     plain: bool = False,
+    overlap: Any = None,
 ) -> Any:
-    """A warm backend of random weights: fused where that can run, unless `plain`."""
+    """A warm backend of random weights: fused where that can run, unless `plain`. overlap: see `CudaBackend`."""
     dtype = dtype or choose_dtype(None, device)
     spec = model_spec(shape)
     with torch.inference_mode():
@@ -60,7 +61,7 @@ def build(
     state = make_state(spec, slots, dtype if kv == "auto" else KV_DTYPES[kv], device, mimi_kv)
     options = Options(mimi_dtype=mimi)  # type: ignore[arg-type]
     if fused:
-        backend: Any = fused_backend(spec, params, mimi_params, state, options, buckets=buckets)
+        backend: Any = fused_backend(spec, params, mimi_params, state, options, buckets=buckets, overlap=overlap)
     else:
         backend = plain_backend(spec, params, mimi_params, state, options)
     backend.warm_up()
@@ -249,8 +250,12 @@ def reference_config(shape: str) -> dict[str, Any]:
 # ---- agreement ---------------------------------------------------------------------------------------------------------------
 
 
-def agreement(shape: str, device: torch.device, frames: int = 60, streams: int = 8) -> dict[str, Any]:
-    """Codes and tokens of every setting against the plain path in float32, over streams that join one after the other."""
+def agreement(
+    shape: str, device: torch.device, frames: int = 60, streams: int = 8, wanted: tuple[str, ...] = ()
+) -> dict[str, Any]:
+    """Codes and tokens of every setting, or of those `wanted`, against the plain path in float32, over streams that join one
+    after the other.
+    """
     if device.type == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = False
         torch.backends.cudnn.allow_tf32 = False
@@ -263,6 +268,7 @@ def agreement(shape: str, device: torch.device, frames: int = 60, streams: int =
             "bf16 LM": {"dtype": torch.bfloat16, "mimi": "f32"},
             "bf16 LM, fp8 K/V": {"dtype": torch.bfloat16, "mimi": "f32", "kv": "fp8"},
         }
+    settings = {name: setting for name, setting in settings.items() if not wanted or name in wanted}
     buckets = (streams,)
     plain = build(shape, device, streams, dtype=torch.float32, plain=True)
     found: dict[str, Any] = {}
@@ -399,15 +405,15 @@ def main() -> None:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--no-reference", dest="reference", action="store_false")
     parser.add_argument("--no-times", dest="times", action="store_false")
-    parser.add_argument("--agreement", action="store_true")
+    parser.add_argument("--agreement", nargs="?", const="", help="with names of settings, comma between: those alone")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     device, _ = choose_device(args.device)
     result: dict[str, Any] = {"shape": args.shape, **measured_on(device), "reference": {}, "ours": {}}
     if args.times:
         result |= measure(args, device)
-    if args.agreement:
-        result["agreement"] = agreement(args.shape, device)
+    if args.agreement is not None:
+        result["agreement"] = agreement(args.shape, device, wanted=tuple(filter(None, args.agreement.split(","))))
     show(result)
     report.finish("step", result, args.out)
 

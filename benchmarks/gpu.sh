@@ -15,13 +15,14 @@
 #   agreement   tokens and codes against float32
 #   step-2.6b   the larger model's step
 #   tiles       every product at the tiles it could have
+#   large-step  what 1,024 rows are made of, and what could make them shorter (bench_large_step.py, with parts of its own)
 # Each has its own time limit and writes a table to stdout and its JSON to FOLDER; one that fails does not keep the others from
 # running, and the status says so at the end. Some half an hour on an H200. SPEECH may name a long recording (WAV, 24 kHz, mono).
 set -uo pipefail
 cd "$(dirname "$0")" || exit
 out=${1:?a folder for the JSON files}
 shift
-all=(tests neighbours step step-old pretend trial-fp8 trial-bf16 start stall trial-20ms agreement step-2.6b tiles)
+all=(tests neighbours step step-old pretend trial-fp8 trial-bf16 start stall trial-20ms agreement step-2.6b tiles large-step)
 parts=("$@")
 [ ${#parts[@]} -gt 0 ] || parts=("${all[@]}")
 mkdir -p "$out"
@@ -68,6 +69,7 @@ for part in "${parts[@]}"; do
     step-2.6b)
       timeout 300 python3 bench_step.py --shape 2.6b --rows 1,8,64,256,512 --kv auto,fp8 --steps 15 --out "$out/step-2.6b.json"
       ;;
+    large-step) timeout 300 python3 bench_large_step.py "$out/large-step" ;;
     tiles) timeout 240 python3 bench_tiles.py --out "$out/tiles.json" ;;
     *)
       echo "no part is called $part; there are ${all[*]}" >&2

@@ -13,6 +13,7 @@ from moshi_stt.models.torch_impl.build import Options, make_state, plain_backend
 from moshi_stt.models.torch_impl.cuda.backend import CudaBackend
 from moshi_stt.models.torch_impl.cuda.lm import FusedLM
 from moshi_stt.models.torch_impl.cuda.mimi import PRECISIONS, FusedMimi
+from moshi_stt.models.torch_impl.cuda.overlap import Overlap, Streams
 from moshi_stt.models.torch_impl.graphs import CudaGraphs
 from moshi_stt.models.torch_impl.loader import allocate_lm
 from moshi_stt.models.weights import mimi_table
@@ -55,11 +56,18 @@ def poison(state: BackendState) -> None:
                 tensor.view(torch.uint8).fill_(0xFF)
 
 
+def lm_params(spec: ModelSpec) -> dict[str, torch.Tensor]:
+    params, destinations = allocate_lm(spec.lm, 96, torch.float32, DEVICE)
+    for name, tensor in destinations.items():
+        draw(tensor, name)
+    return params
+
+
 def pair(spec: ModelSpec, *, zero_start: bool = False) -> tuple[TorchBackend, CudaBackend]:
     torch.manual_seed(0)
-    params, destinations = allocate_lm(spec.lm, 96, torch.float32, DEVICE)
+    params = lm_params(spec)
     mimi_params = {param.name: torch.empty(param.shape, device=DEVICE) for param in mimi_table(spec.mimi)}
-    for name, tensor in (*destinations.items(), *mimi_params.items()):
+    for name, tensor in mimi_params.items():
         draw(tensor, name)
     condition, seed = spec.condition, 3
     with torch.inference_mode():
@@ -113,6 +121,44 @@ def test_condition_temperature_and_zero_start() -> None:
     step_both(backends, rng, [3, 5], [])
 
 
+def test_float16_mimi_gives_the_plain_codes_whatever_the_other_rows() -> None:
+    """Rings and all: codes as in float32, and those of a row alone equal, to the last bit of its state, those in company."""
+    torch.manual_seed(0)
+    params = {param.name: torch.empty(param.shape, device=DEVICE) for param in mimi_table(SPEC.mimi)}
+    for name, tensor in params.items():
+        draw(tensor, name)
+    sound = torch.randn(12, 4, SAMPLES, device=DEVICE) * 0.3
+
+    def encode(rows: list[int]) -> tuple[list[torch.Tensor], BackendState]:
+        mimi = FusedMimi(SPEC.mimi, params, PRECISIONS["f16"])
+        state = make_state(SPEC, SLOTS, torch.float32, DEVICE, torch.float16)
+        poison(state)
+        slots = torch.tensor(rows, device=DEVICE)
+        codes = []
+        for n, frame in enumerate(sound):
+            mimi.step(state.mimi, frame[slots].contiguous(), torch.full_like(slots, n), slots, state.codes)
+            codes.append(state.codes.clone())
+        return codes, state
+
+    with torch.inference_mode():
+        together, crowded = encode([2, 0, 3, 1])
+        alone, single = encode([3])
+        plain_state = make_state(SPEC, SLOTS, torch.float32, DEVICE)
+        plain = plain_backend(SPEC, lm_params(SPEC), params, plain_state, Options()).mimi
+        same = 0
+        every = torch.arange(4, device=DEVICE)
+        for n, frame in enumerate(sound):
+            wanted = plain.step(plain_state.mimi, frame, torch.full_like(every, n), every)
+            same += int((together[n][:4] == wanted).sum())
+    assert same >= 0.95 * 12 * 4 * SPEC.mimi.codebooks
+    assert all(torch.equal(a[3], b[3]) for a, b in zip(together, alone, strict=True))
+    assert torch.equal(crowded.mimi.conv[3], single.mimi.conv[3])
+    for one, other in zip(crowded.mimi.rings, single.mimi.rings, strict=True):
+        assert one.k.dtype is torch.float16
+        assert torch.equal(one.k[3], other.k[3])
+        assert torch.equal(one.v[3], other.v[3])
+
+
 def test_a_slot_goes_on_in_another() -> None:
     _, ours = pair(SPEC)
     rng = np.random.default_rng(2)
@@ -163,6 +209,10 @@ def test_resized_it_steps_as_before(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("moshi_stt.models.torch_impl.graphs.FRAME_SAMPLES", SAMPLES)
     plain, ours = pair(SPEC)
     ours._buckets = None
+    ours.state = make_state(SPEC, SLOTS, torch.float32, DEVICE, torch.float16)
+    ours.resize(4)
+    assert ours.state.mimi.rings[0].k.dtype is torch.float16, "resized, its tensors are of the dtypes they were of"
+    ours.state = make_state(SPEC, SLOTS, torch.float32, DEVICE)
     for slots in (3, 12):
         ours.resize(slots)
         assert (ours.slots, len(ours.inputs.slots), len(ours.state.frames)) == (slots, slots, slots + 1)
@@ -172,3 +222,24 @@ def test_resized_it_steps_as_before(monkeypatch: pytest.MonkeyPatch) -> None:
     output = ours.step(pcm, np.array([11]), np.array([True]))
     np.testing.assert_array_equal(output.text_token, expected.text_token)
     np.testing.assert_array_equal(ours.state.codes[11].cpu(), plain.state.codes[2].cpu())
+
+
+@pytest.mark.skipif(DEVICE.type == "cpu", reason="streams and their priorities are CUDA's")
+def test_halves_next_to_each_other_change_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step in two halves on streams of their own, in graphs, against the whole: tokens, pauses and codes."""
+    monkeypatch.setattr("moshi_stt.models.torch_impl.graphs.FRAME_SAMPLES", SAMPLES)
+    heard = []
+    for overlap in (Overlap(), Overlap(halves_from=2, product_priority=-1, mimi_priority=-1)):
+        _, ours = pair(SPEC)
+        ours._streams = Streams(DEVICE, overlap)
+        ours.warm_up()
+        rng = np.random.default_rng(6)
+        for n in range(8):
+            rows = [4, 0, 2] if n % 2 else [2, 4, 1, 0]
+            pcm = (rng.standard_normal((len(rows), SAMPLES)) * 0.3).astype(np.float32)
+            output = ours.step(pcm, np.array(rows), np.full(len(rows), n < 2))
+            codes = ours.state.codes[:SLOTS].cpu().numpy()  # without the scratch slot
+            heard.append((output.text_token, output.logprob, output.pause, codes))
+    for whole, halves in zip(heard[:8], heard[8:], strict=True):
+        for one, other in zip(whole, halves, strict=True):
+            np.testing.assert_array_equal(one, other)

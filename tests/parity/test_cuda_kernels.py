@@ -44,11 +44,15 @@ def _entry(ring: Ring, slot: int, index: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("splits", [1, 2])
 @pytest.mark.parametrize(("positions", "context"), [(1, 7), (2, 8), (2, 7)])
-@pytest.mark.parametrize("ring_dtype", [torch.float32, torch.bfloat16, FP8], ids=["float32", "bfloat16", "fp8"])
+@pytest.mark.parametrize(
+    "ring_dtype", [torch.float32, torch.float16, torch.bfloat16, FP8], ids=["float32", "float16", "bfloat16", "fp8"]
+)
 def test_attention(ring_dtype: torch.dtype, positions: int, context: int, splits: int) -> None:
     """Streams of different ages, one that begins again, past the ring's end; what was never written is not a number."""
-    dtype = torch.float32 if ring_dtype is torch.float32 else torch.bfloat16
-    tolerance = 1e-5 if ring_dtype is torch.float32 else (0.2 if ring_dtype is FP8 else 0.02) if INTERPRETED else 0.01
+    dtype = torch.bfloat16 if ring_dtype is FP8 else ring_dtype
+    tolerance = {torch.float32: 1e-5, torch.float16: 0.002}.get(
+        ring_dtype, (0.2 if ring_dtype is FP8 else 0.02) if INTERPRETED else 0.01
+    )
     heads, dim, rows = 1, 32, 3
     slots = torch.tensor([3, 0, 2], device=DEVICE)
     ours, plain = (unwritten_ring(5, heads, context, dim, ring_dtype) for _ in range(2))
@@ -89,6 +93,33 @@ def test_conv(rows: int, channels_in: int, channels_out: int, kernel: int, strid
     wanted = F.elu(F.conv1d(x.transpose(1, 2), weight, bias, stride=stride)).transpose(1, 2)
     assert difference(out[:, 2:], wanted) < 1e-5
     assert out[:, :2].isnan().all(), "the kept columns are not this kernel's"
+
+
+def test_float16_is_summed_in_float32_and_saturates() -> None:
+    """A sum beyond float16's range ends at its largest number, on either side; the rest is rounded once."""
+    x, weight = randn(3, 4, 64, dtype=torch.float16), randn(32, 64, dtype=torch.float16)
+    bias = torch.zeros(32, device=DEVICE)
+    bias[3], bias[5] = 1e6, -1e6
+    out = poisoned(3, 4, 32, dtype=torch.float16)
+    conv.conv(x, weight, bias, out, precision="tf32")
+    wanted = (x.double() @ weight.double().T + bias).clamp(-65_504, 65_504)
+    torch.testing.assert_close(out.double(), wanted, rtol=1e-3, atol=1e-3)
+    first, second = randn(32, 3 * 64, dtype=torch.float16) / 8, randn(64, 32, dtype=torch.float16)
+    many = torch.full((64,), 1e6, device=DEVICE)
+    out = poisoned(3, 2, 64, dtype=torch.float16)
+    conv.residual(x, first, torch.zeros(32, device=DEVICE), second, many, out, kept=0, precision="tf32")
+    assert (out == 65_504).all()
+
+
+def test_attention_of_float16_saturates() -> None:
+    """What a rotation takes out of float16's range is stored as its largest number, so that no later frame is lost to it."""
+    ring = unwritten_ring(1, 1, 8, 32, torch.float16)
+    turn = torch.full((1, 1, 16), 0.5**0.5, device=DEVICE)
+    slots, at = torch.zeros(1, dtype=torch.int64, device=DEVICE), torch.zeros(1, dtype=torch.int64, device=DEVICE)
+    qkv = torch.full((1, 1, 3, 1, 32), 65_504.0, dtype=torch.float16, device=DEVICE)
+    got = ring_attention(qkv, turn, turn, ring, slots, at, tiling=Tiling(1, 4 if INTERPRETED else 16, 4, 1))
+    assert ring.k[0, 0, 0].abs().max() == 65_504
+    assert (got == 65_504).all()
 
 
 @pytest.mark.parametrize("channels", [32, 256])
@@ -149,6 +180,24 @@ def test_a_sliced_product_is_summed_by_its_reader() -> None:
     normed = [elementwise.add_rms(x, delta, alpha, 1e-8) for x, delta in zip(carried, deltas, strict=True)]
     assert torch.equal(*normed)
     assert torch.equal(*carried)
+
+
+def test_tails_of_many_rows_go_to_their_slots() -> None:
+    """From 256 rows on a program copies several, of which the last has fewer."""
+    tails = conv.TailMap([(3, 5, 8)], [0], 24, DEVICE)
+    state = randn(300, 24)
+    before, slots = state.clone(), torch.randperm(300)[:259].to(DEVICE)
+    frames = torch.arange(259, device=DEVICE) % 3
+    whole, (buffer,) = tails.make(259, torch.float16)
+    whole.fill_(2.0)
+    tails.load(whole, state, slots, frames)
+    wanted = torch.where((frames > 0)[:, None], before[slots], 0.0)
+    torch.testing.assert_close(buffer[:, :3].flatten(1), wanted.half())
+    buffer[:, 5:] = torch.arange(259, device=DEVICE)[:, None, None].half()
+    tails.save(whole, state, slots)
+    torch.testing.assert_close(state[slots], torch.arange(259.0, device=DEVICE)[:, None].expand(259, 24))
+    others = torch.ones(300, dtype=torch.bool, device=DEVICE).index_fill_(0, slots, False)
+    torch.testing.assert_close(state[others], before[others])
 
 
 def test_tails_go_to_their_slot_and_back() -> None:

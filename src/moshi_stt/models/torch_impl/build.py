@@ -39,6 +39,7 @@ from moshi_stt.models.weights import Plan, plan_lm, plan_mimi
 
 if TYPE_CHECKING:
     from moshi_stt.models.torch_impl.cuda.backend import CudaBackend
+    from moshi_stt.models.torch_impl.cuda.overlap import Overlap
 
 
 log = logging.getLogger(__name__)
@@ -247,8 +248,9 @@ def fused_backend(
     options: Options,
     report: LoadReport | None = None,
     buckets: tuple[int, ...] | None = None,
+    overlap: "Overlap | None" = None,
 ) -> "CudaBackend":
-    """On a GPU where `device.without_kernels` finds nothing, from filled params. buckets: see `CudaBackend`."""
+    """On a GPU where `device.without_kernels` finds nothing, from filled params. buckets, overlap: see `CudaBackend`."""
     from moshi_stt.models.torch_impl.cuda.backend import CudaBackend
     from moshi_stt.models.torch_impl.cuda.lm import FusedLM
     from moshi_stt.models.torch_impl.cuda.mimi import PRECISIONS, FusedMimi
@@ -256,7 +258,16 @@ def fused_backend(
     with torch.inference_mode():
         lm = FusedLM(spec.lm, params, spec.condition, temperature=spec.temperature, seed=options.seed)
         mimi = FusedMimi(spec.mimi, mimi_params, PRECISIONS[options.mimi_dtype], zero_start=options.zero_start)
-    return CudaBackend(spec, lm, mimi, state, fixed_shapes=options.fixed_shapes, report=report, buckets=buckets)
+    return CudaBackend(
+        spec,
+        lm,
+        mimi,
+        state,
+        fixed_shapes=options.fixed_shapes,
+        report=report,
+        buckets=buckets,
+        overlap=overlap,
+    )
 
 
 def rows_independent(lm: LanguageModel, mimi: MimiEncoder) -> bool:

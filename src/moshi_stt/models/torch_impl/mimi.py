@@ -21,15 +21,11 @@ from moshi_stt.models.torch_impl.rope import RotaryTable
 class MimiState:
     """The encoder's state of every slot."""
 
-    def __init__(
-        self, spec: MimiSpec, slots: int, device: torch.device, ring_dtype: torch.dtype = torch.float32
-    ) -> None:
+    def __init__(self, spec: MimiSpec, slots: int, device: torch.device, ring_dtype: torch.dtype = torch.float32) -> None:
         """ring_dtype: of the transformer's keys and values."""
         floats = sum(conv.context * conv.channels_in for conv in spec.convs)
         self.conv = torch.zeros(slots, floats, device=device)
-        self.rings = [
-            make_ring(slots, spec.heads, spec.context, spec.head_dim, ring_dtype, device) for _ in range(spec.layers)
-        ]
+        self.rings = [make_ring(slots, spec.heads, spec.context, spec.head_dim, ring_dtype, device) for _ in range(spec.layers)]
 
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor by name."""

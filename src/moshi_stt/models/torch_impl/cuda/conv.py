@@ -121,20 +121,25 @@ def _residual(
         tl.store(at, rounded(_elu(total), out.dtype.element_ty), mask=inside)
 
 
-@triton.jit
-def _swap_tails(buffers, tails, starts, strides, columns, slots, frames, count, width, BLOCK: tl.constexpr, SAVE: tl.constexpr):
-    """Copy a row's kept columns between its slot and the buffers; at frame 0 zeros go into the buffers."""
-    row = tl.program_id(1).to(tl.int64)
+@triton.jit(do_not_specialize=["rows"])
+def _swap_tails(
+    buffers, tails, starts, strides, columns, slots, frames, rows, count, width,
+    BLOCK: tl.constexpr, ROWS: tl.constexpr, SAVE: tl.constexpr,
+):  # fmt: skip
+    """Copy the kept columns of ROWS rows between their slots and the buffers; at frame 0 zeros go into the buffers."""
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    inside = i < count
-    slot = tl.load(slots + row).to(tl.int64)
-    at = buffers + tl.load(starts + i, mask=inside, other=0) + row * tl.load(strides + i, mask=inside, other=0)
-    kept = tails + slot * width + tl.load(columns + i, mask=inside, other=0)
-    if SAVE:
-        tl.store(kept, tl.load(at, mask=inside, other=0.0).to(tails.dtype.element_ty), mask=inside)
-    else:
-        old = tl.load(frames + row) > 0
-        tl.store(at, tl.load(kept, mask=inside & old, other=0.0).to(buffers.dtype.element_ty), mask=inside)
+    first = tl.program_id(1).to(tl.int64) * ROWS
+    start = buffers + tl.load(starts + i, mask=i < count, other=0)
+    stride = tl.load(strides + i, mask=i < count, other=0)
+    column = tl.load(columns + i, mask=i < count, other=0)
+    for row in tl.range(first, tl.minimum(first + ROWS, rows)):
+        kept = tails + tl.load(slots + row).to(tl.int64) * width + column
+        at = start + row * stride
+        if SAVE:
+            tl.store(kept, tl.load(at, mask=i < count, other=0.0).to(tails.dtype.element_ty), mask=i < count)
+        else:
+            old = tl.load(frames + row) > 0
+            tl.store(at, tl.load(kept, mask=(i < count) & old, other=0.0).to(buffers.dtype.element_ty), mask=i < count)
 
 
 class Tile(NamedTuple):
@@ -362,9 +367,11 @@ class TailMap:
     def _swap(
         self, whole: Tensor, tails: Tensor, at: Tensor, apart: Tensor, slots: Tensor, frames: Tensor, *, save: bool
     ) -> None:
-        count = at.shape[0]
+        count, rows = at.shape[0], slots.shape[0]
+        each = 1 if rows < 256 else 8  # where there are programs enough, one reads the map once for several rows
         with device_of(tails):
             launch(
-                _swap_tails, (triton.cdiv(count, 1024), slots.shape[0]),
-                whole, tails, at, apart, self._columns, slots, frames, count, self.width, BLOCK=1024, SAVE=save, num_warps=4,
+                _swap_tails, (triton.cdiv(count, 1024), triton.cdiv(rows, each)),
+                whole, tails, at, apart, self._columns, slots, frames, rows, count, self.width,
+                BLOCK=1024, ROWS=each, SAVE=save, num_warps=4,
             )  # fmt: skip

@@ -41,8 +41,8 @@ PRECISIONS: dict[MimiDtype, Precision] = {
     "f16": Precision("tf32", "tf32", "tf32x3", torch.float16, torch.float16),
     "bf16": Precision("tf32", "tf32", "tf32x3", torch.bfloat16),
 }
-"""The transformer's TF32 changes no more codes than the convolutions' alone (docs/internals/gpu.md). float16 keeps the 10 bits of
-fraction that TF32 keeps, in half the bytes. The quantiser decides between near vectors and stays float32.
+"""The transformer's TF32 changes no more codes than the convolutions' alone (docs/internals/gpu.md). float16 keeps the 10 bits
+of fraction that TF32 keeps, in half the bytes. The quantiser decides between near vectors and stays float32.
 """
 
 
