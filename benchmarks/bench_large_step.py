@@ -61,7 +61,7 @@ def command(part: str, folder: Path, rows: int) -> list[str]:
         return ["bench_step.py", "--no-times", "--no-reference", "--agreement", names, *out]
     if part == "neighbours":
         given = ["--shape", SHAPE, "--rows", str(rows), "--kv", "fp8", "--mimi", "f16", "--halves-from", str(rows // 2)]
-        return ["bench_neighbours.py", *given, "--frames", "60000", "--seconds", "50", "--device", "cuda", *out]
+        return ["bench_neighbours.py", *given, "--frames", "30000", "--seconds", "40", "--device", "cuda", *out]
     return [Path(__file__).name, str(folder), "--part", part, "--rows", str(rows)]
 
 
