@@ -11,6 +11,7 @@ Parts, in the order of their worth; each runs in a process of its own with a tim
   neighbours  Mimi in f16, halves next to each other: 1 to `rows` rows a step, joins and leaves; another schedule; one row
   attention   the tilings of both attentions
   convs       the tiles of Mimi's products in f16
+  slices      the language model's sliced products, in parts and by one program
   profile     a replayed step as CUPTI sees it, the overlap included
 
 No part begins after `seconds`. With several GPUs the parts are shared out. The 1B's shape, random weights, full contexts.
@@ -40,6 +41,7 @@ PARTS = {
     "neighbours": 90,
     "attention": 60,
     "convs": 60,
+    "slices": 40,
     "profile": 50,
 }
 """Seconds that each may take."""

@@ -13,7 +13,9 @@ from moshi_stt.models.torch_impl.cuda import attention as attentions
 from moshi_stt.models.torch_impl.cuda import conv as kernels
 from moshi_stt.models.torch_impl.cuda.attention import Tiling, choose_tiling, ring_attention
 from moshi_stt.models.torch_impl.cuda.compile import Compiler, finish
+from moshi_stt.models.torch_impl.cuda.elementwise import add_rms
 from moshi_stt.models.torch_impl.cuda.limits import limits_of
+from moshi_stt.models.torch_impl.cuda.product import Tile, joined_product, sliced_product
 
 
 def _without_fallback() -> None:
@@ -161,4 +163,47 @@ def convs(rows: int) -> dict[str, Any]:
         print(f"{name:20} chosen {chosen:8.1f} us   best " + "   ".join(
             f"{line['us']:.1f} {'chosen' if line['tile'] is None else tuple(line['tile'])}"
             + (f" ({line['differ']} DIFFER)" if line["differ"] else "") for line in good[:4]))  # fmt: skip
+    return result
+
+
+JOINED_TILES = [
+    Tile(128, 128, 64, 8, 4), Tile(128, 128, 64, 8, 3), Tile(128, 128, 64, 4, 3), Tile(128, 64, 64, 4, 4),
+    Tile(64, 128, 64, 4, 4), Tile(128, 64, 64, 8, 4), Tile(64, 64, 64, 4, 5),
+]  # fmt: skip
+
+
+def slices(rows: int) -> dict[str, Any]:
+    """The language model's sliced products with the norm that adds their parts up, against one program for all slices."""
+    device = torch.device("cuda")
+    result: dict[str, Any] = {}
+    compiler = Compiler(device)
+    for name, (n, k) in {"out_proj": (2_048, 2_048), "linear_out": (2_048, 5_632)}.items():
+        weights = (torch.randn(8, n, k, device=device) * 0.02).bfloat16()
+        for count in (rows, rows // 2):
+            x, alpha = torch.randn(count, k, device=device).bfloat16(), torch.ones(n, device=device)
+            carried = torch.zeros(count, n, device=device).bfloat16()
+            runs: dict[str, Callable[[int], torch.Tensor]] = {
+                "parts": lambda i, x=x, w=weights, c=carried, a=alpha: add_rms(c, sliced_product(x, w[i % 8]), a, 1e-8)
+            }  # type: ignore[dict-item]
+            for tile in JOINED_TILES:
+                runs[str(tuple(tile))] = lambda i, x=x, w=weights, c=carried, a=alpha, tile=tile: add_rms(
+                    c, joined_product(x, w[i % 8], tile), a, 1e-8
+                )  # type: ignore[misc]
+            finish([f for run in runs.values() for f in compiler.read(lambda run=run: run(0))])
+            wanted: torch.Tensor | None = None
+            lines = []
+            for how, run in runs.items():
+                try:
+                    carried.zero_()
+                    bits = run(0).clone()
+                    us = microseconds(run, 8, device)
+                except Exception as error:
+                    lines.append({"how": how, "error": str(error)[:100]})
+                    continue
+                wanted = bits if wanted is None else wanted
+                lines.append({"how": how, "us": round(us, 1), "differ": int((bits != wanted).sum())})
+            result[f"{name}, {count} rows"] = lines
+            print(f"{name:10} {count:5} rows, with the norm: " + "   ".join(
+                f"{x['how']} {x['us']} us" + (f" ({x['differ']} DIFFER)" if x["differ"] else "") for x in lines if "us" in x),
+                flush=True)  # fmt: skip
     return result

@@ -9,7 +9,15 @@ from moshi_stt.models.torch_impl.attention import FP8, Ring, make_ring, rotate_a
 from moshi_stt.models.torch_impl.attention import ring_attention as plain_attention
 from moshi_stt.models.torch_impl.cuda import conv, elementwise
 from moshi_stt.models.torch_impl.cuda.attention import Tiling, ring_attention
-from moshi_stt.models.torch_impl.cuda.product import gated_product, product, sliced_product, slices
+from moshi_stt.models.torch_impl.cuda.limits import limits_of
+from moshi_stt.models.torch_impl.cuda.product import (
+    choose_tile,
+    gated_product,
+    joined_product,
+    product,
+    sliced_product,
+    slices,
+)
 from moshi_stt.models.torch_impl.cuda.quantiser import quantise
 from moshi_stt.models.torch_impl.rope import RotaryTable
 
@@ -176,7 +184,10 @@ def test_a_sliced_product_is_summed_by_its_reader() -> None:
         assert difference(part, x[:, columns_of] @ weight[:, columns_of].T) < 1e-5
     carried = [randn(3, 48)] * 2
     carried = [tensor.clone() for tensor in carried]
-    deltas = (parts[0] + parts[1] + parts[2] + parts[3], parts)
+    summed = parts[0] + parts[1] + parts[2] + parts[3]
+    joined = joined_product(x, weight, choose_tile(3, 48, columns // 4, 4, limits_of(DEVICE)))
+    torch.testing.assert_close(joined, summed, rtol=0, atol=0)
+    deltas = (summed, parts)
     normed = [elementwise.add_rms(x, delta, alpha, 1e-8) for x, delta in zip(carried, deltas, strict=True)]
     assert torch.equal(*normed)
     assert torch.equal(*carried)
