@@ -4,8 +4,8 @@
 
 The published models' steps are run on the meta device, where nothing is computed, and their launches read. Each distinct one is
 compiled as Triton would compile it at its first launch: the same types, the same constants, the same divisibility. Prints one
-line of JSON for each: capability, kernel, its constants, bytes of shared memory; `limit` is what the card has. Without --all
-only the launch of each kernel that asks for most. To be run in a process of its own, since Triton decides at import whether it
+line of JSON for each: capability, kernel, its constants, bytes of shared memory, loops; `limit` is what the card has. Without --all
+only the launch of each kernel that asks for most, and that with most columns at once. To be run in a process of its own, since Triton decides at import whether it
 interprets.
 """
 
@@ -96,8 +96,13 @@ def size(launch: Launch) -> int:
     return int(stages * (block + tile))
 
 
+def depth(launch: Launch) -> int:
+    """Columns that a launch multiplies at once."""
+    return int(launch.options.get("BK", 0))
+
+
 def chosen(limits: Limits, *, every: bool) -> list[Launch]:
-    """The distinct launches on a GPU: all, or each kernel's largest for each dtype of its first argument."""
+    """The distinct launches on a GPU: all, or each kernel's largest and deepest for each dtype of its first argument."""
     found: dict[tuple[Any, ...], Launch] = {}
     kinds = [torch.bfloat16, torch.float32, *([FP8] if limits.capability >= (8, 9) else [])]
     for model in MODELS:
@@ -110,19 +115,20 @@ def chosen(limits: Limits, *, every: bool) -> list[Launch]:
                     found.setdefault(identity(launch), launch)
     if every:
         return list(found.values())
-    largest: dict[tuple[Any, ...], Launch] = {}
-    for launch in found.values():
-        key = launch.kernel, str(launch.arguments[0].dtype)
-        if key not in largest or size(launch) > size(largest[key]):
-            largest[key] = launch
-    return list(largest.values())
+    most: dict[tuple[Any, ...], Launch] = {}
+    for measure in (size, depth):
+        for launch in found.values():
+            key = launch.kernel, str(launch.arguments[0].dtype), measure
+            if key not in most or measure(launch) > measure(most[key]):
+                most[key] = launch
+    return list({identity(launch): launch for launch in most.values()}.values())
 
 
-def compile_launch(launch: Launch) -> int:
-    """Bytes of shared memory of the compiled kernel."""
+def compile_launch(launch: Launch) -> tuple[int, int]:
+    """Bytes of shared memory of the compiled kernel, and the loops that it has."""
     launch = lighter(launch)
     kernel = launch.kernel.warmup(*launch.arguments, grid=launch.grid, **launch.options)
-    return int(kernel.metadata.shared)
+    return int(kernel.metadata.shared), kernel.asm["ttir"].count("scf.for")
 
 
 def main() -> int:
@@ -142,7 +148,7 @@ def main() -> int:
                 line: dict[str, Any] = {"capability": text, "kernel": launch.kernel.__name__, "limit": limits.shared_bytes}
                 line["constants"] = {name: str(value) for name, value in launch.options.items()}
                 try:
-                    line["shared"] = done.result()
+                    line["shared"], line["loops"] = done.result()
                     failed += line["shared"] > limits.shared_bytes
                 except Exception as error:
                     line["error"] = f"{type(error).__name__}: {error}"[:500]

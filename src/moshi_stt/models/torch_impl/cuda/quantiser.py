@@ -101,12 +101,17 @@ def quantise(projected: Tensor, books: Tensor, half_norms: Tensor, codes: Tensor
 
 
 def choose_tile(rows: int, dim: int, precision: str, limits: Limits) -> tuple[int, int, int, int, int]:
-    """Rows, vectors and numbers of them at once, warps, stages."""
+    """Rows, vectors and numbers of them at once, warps, stages.
+
+    Never all numbers at once: of a loop with one turn the compiler makes none, and puts the sums that follow it into the
+    products, whose order of summation then is another one than that of the other tiles.
+    """
+    half = dim // 2
     if precision == "ieee":
-        return 16, 32, min(64, dim), 4, 3
+        return 16, 32, min(64, half), 4, 3
     if rows <= 64:
-        return 16, 32, min(256, dim), 4, 2
-    br, bn, bk, warps, stages = (64, 64, min(32, dim), 4, 3) if rows <= 512 else (64, 128, min(32, dim), 8, 3)
+        return 16, 32, min(128, half), 4, 2
+    br, bn, bk, warps, stages = (64, 64, min(32, half), 4, 3) if rows <= 512 else (64, 128, min(32, half), 8, 3)
     return br, bn, bk, warps, max(2, limits.stages(stages, 4 * (br + bn) * bk, br))
 
 
