@@ -6,11 +6,14 @@ probabilities and codes, to the last bit.
 """
 
 import time
+import wave
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from moshi_stt.sample import sample_path
 
 FRAME_SAMPLES = 1_920
 
@@ -35,9 +38,14 @@ class Crowd:
         rng = np.random.default_rng(7)
         loud = rng.uniform(0.0, 0.3, (509, 1)).astype(np.float32)
         self.sounds = rng.standard_normal((509, FRAME_SAMPLES)).astype(np.float32) * loud
+        with wave.open(str(sample_path())) as file:
+            whole = np.frombuffer(file.readframes(file.getnframes()), np.int16).astype(np.float32) / 32_768
+        self.speech = whole[: len(whole) // FRAME_SAMPLES * FRAME_SAMPLES].reshape(-1, FRAME_SAMPLES)
 
     def frame(self, stream: int, number: int) -> NDArray[np.float32]:
-        """A stream's frame: the same in every schedule."""
+        """A stream's frame: the same in every schedule. Every second stream hears speech, louder or softer, the others noise."""
+        if stream % 2:
+            return self.speech[(stream * 37 + number) % len(self.speech)] * np.float32(1 / (1 + stream % 13))
         return self.sounds[(stream * 131 + number * 17) % len(self.sounds)]
 
     def length(self, stream: int) -> int:
