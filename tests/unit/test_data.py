@@ -8,8 +8,9 @@ import pytest
 from moshi_stt.data import data_file
 
 SHA256 = {
-    "moonshine-tiny-en/decoder_model_merged.ort": "70ef2777a0d8109a7fcf6d040c79dd6ed2a56a578daecff731307073f1fb5704",
-    "moonshine-tiny-en/encoder_model.ort": "94e90a4654fc45cdfedb77c4c08e1739f48862998e58fada384b25118134f221",
+    "moonshine-tiny-en/decoder.onnx": "7a4169d692567afdf2a019bd384b9ede23259a0a544b7cea7155bae31e3622fb",
+    "moonshine-tiny-en/encoder.onnx": "3898f56be50d45555cac332c5d452a862ba42eddee08d8d797298d7dfbd547ca",
+    "moonshine-tiny-en/int8_probe.onnx": "fa7b07b9a7163ada575267ea1a083f1f5f89d06dd603ae2ccd36ca00fd19be92",
     "moonshine-tiny-en/tokenizer.bin": "6884b35fd6377d4c4d32336a0bc152f36b64d1e45b6503683cdc238250a8472d",
     "phrases/mimi.safetensors": "8b5b6004ca50feac3e8890bead1d634dfb73b4e93c3cc07849688fd7a0bcf1d6",
     "phrases/model.safetensors": "6196ab3f0223e009689922333d3611e2d47e6f45201f7bac39f3f2d0ecc00a82",

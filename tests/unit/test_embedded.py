@@ -29,6 +29,7 @@ from moshi_stt.models import embedded
 from moshi_stt.models.alignment import Aligner, share_out
 from moshi_stt.models.cross_attention import AttentionAligner, monotone_path
 from moshi_stt.models.embedded import EmbeddedRecogniser, load_embedded
+from moshi_stt.text.word_errors import word_errors
 
 DEADLINE = 120.0
 BECKETT = "ever tried ever failed no matter try again fail again fail better"
@@ -110,6 +111,60 @@ def check_times(events: list[AnyEvent], seconds: float) -> None:
 # ---- the recogniser --------------------------------------------------------------------------------------------------
 
 
+def test_unsigned_weights_say_the_same(
+    recogniser: EmbeddedRecogniser, beckett: NDArray[np.float32], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where products of unsigned and signed bytes saturate, weights are unsigned: every result must stay what it was."""
+    if embedded.int8_saturates():
+        pytest.skip("this processor can only compute with unsigned weights")
+    monkeypatch.setattr(embedded, "int8_saturates", lambda: True)
+    unsigned = load_embedded(1)
+    samples = to_16k(beckett)
+    for seconds in (1, 3, 7):
+        part = samples[: seconds * RECOGNISER_RATE]
+        assert unsigned.recognise(part) == recogniser.recognise(part)
+    unsigned.close()
+
+
+@pytest.mark.parametrize(("left", "saturates"), [(255 * 127 * 64, False), (32_767 * 32, True)])
+def test_saturating_products_are_told_from_exact_ones(left: int, saturates: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Session:
+        def run(self, _outputs: object, feed: dict[str, NDArray[np.uint8]]) -> list[NDArray[np.int32]]:
+            assert (feed["left"] == 255).all()
+            return [np.full((8, 32), left, np.int32)]
+
+    monkeypatch.setattr(embedded, "one_thread_session", lambda _path: Session())
+    assert embedded.int8_saturates() == saturates
+
+
+def test_the_decoder_continues_from_its_caches(recogniser: EmbeddedRecogniser, beckett: NDArray[np.float32]) -> None:
+    """Logits after a text in parts are those after the text at once, but for what quantizing another pass changes."""
+    model = recogniser._moonshine
+    samples = to_16k(beckett)
+    heard = model.encode(samples)
+    fixed = dict(zip(model._heard, heard, strict=True))
+    tokens = [1, *model.decode(heard, [], [], 100)[0]]
+    whole, caches = model._run(fixed, model._no_past, tokens)
+    for cut in (1, len(tokens) // 2, len(tokens) - 1):
+        first, past = model._run(fixed, model._no_past, tokens[:cut])
+        second, grown = model._run(fixed, past, tokens[cut:])
+        parts = np.concatenate([first, second])
+        assert min(np.corrcoef(one, two)[0, 1] for one, two in zip(parts, whole, strict=True)) > 0.99
+        assert [cache.shape for cache in grown] == [cache.shape for cache in caches]
+    late, _ = model._run(fixed, model._no_past, tokens, first=3)
+    assert len(late) == len(tokens) - 3
+    assert min(np.corrcoef(one, two)[0, 1] for one, two in zip(late, whole[3:], strict=True)) > 0.99
+
+
+def test_attention_covers_every_token_and_the_end(recogniser: EmbeddedRecogniser, beckett: NDArray[np.float32]) -> None:
+    model = recogniser._moonshine
+    heard = model.encode(to_16k(beckett))
+    tokens, _, _ = model.decode(heard, [], [], 100)
+    attention = model.cross_attention(heard, tokens)
+    assert attention.shape == (48, len(tokens) + 1, heard[0].shape[2])
+    assert np.allclose(attention.sum(axis=2), 1.0, atol=1e-4)
+
+
 def test_it_says_what_was_said(recogniser: EmbeddedRecogniser, beckett: NDArray[np.float32]) -> None:
     hypothesis = recogniser.recognise(to_16k(beckett))
     assert hypothesis.whole
@@ -168,8 +223,11 @@ def test_threads_share_one_model(recogniser: EmbeddedRecogniser, beckett: NDArra
     assert answers[0][0]
 
 
-def test_the_same_tokens_as_its_makers_own_library(recogniser: EmbeddedRecogniser, beckett: NDArray[np.float32]) -> None:
-    """The oracle is the wheel's C++ code, which cuts by itself: what it says of a line, ours says of the line's samples."""
+def test_the_same_words_as_its_makers_own_library(recogniser: EmbeddedRecogniser, beckett: NDArray[np.float32]) -> None:
+    """The oracle is the wheel's C++ code, which cuts by itself: what it says of a line, ours says of the line's samples.
+
+    Its graphs round elsewhere, so that a word that is as likely as another ("fair", "fare") may be the other.
+    """
     transcriber = pytest.importorskip("moonshine_voice.transcriber")
     api = pytest.importorskip("moonshine_voice.moonshine_api")
     oracle = transcriber.Transcriber(Path(transcriber.__file__).parent / "assets" / "tiny-en", api.ModelArch.TINY)
@@ -177,14 +235,12 @@ def test_the_same_tokens_as_its_makers_own_library(recogniser: EmbeddedRecognise
         lines = oracle.transcribe_without_streaming(to_16k(beckett).tolist(), RECOGNISER_RATE).lines
     finally:
         oracle.close()
-    compared = 0
-    for line in lines:
-        if line.duration < 0.5:
-            continue
-        ours = recogniser.recognise(np.array(line.audio_data, np.float32)).words
-        assert " ".join(word.text for word in ours) == line.text.strip()
-        compared += 1
-    assert compared >= 4
+    long = [line for line in lines if line.duration >= 0.5]
+    assert len(long) >= 4
+    theirs = [word for line in long for word in line.text.split()]
+    ours = [word.text for line in long for word in recogniser.recognise(np.array(line.audio_data, np.float32)).words]
+    assert len(theirs) >= 10
+    assert word_errors(theirs, ours) <= 1
 
 
 # ---- when ------------------------------------------------------------------------------------------------------------
@@ -420,12 +476,12 @@ async def test_eight_streams_at_once_say_what_each_says_alone(
 
 def test_a_missing_file_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("moshi_stt.data.__file__", str(tmp_path / "__init__.py"))
-    with pytest.raises(CheckpointError, match=r"encoder_model\.ort is missing: .* Install it again"):
+    with pytest.raises(CheckpointError, match=r"encoder\.onnx is missing: .* Install it again"):
         load_embedded()
 
 
 def test_a_damaged_file_is_named(tmp_path: Path) -> None:
-    damaged = tmp_path / "encoder_model.ort"
+    damaged = tmp_path / "encoder.onnx"
     damaged.write_bytes(os.urandom(1_000))
     with pytest.raises(CheckpointError, match="cannot load"):
         embedded.one_thread_session(damaged)

@@ -1,5 +1,6 @@
 """The small speech detector that comes with the package (Silero's, MIT), and how its kind of model is loaded."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Final, NamedTuple
 
@@ -14,13 +15,18 @@ VAD_RATE: Final = 16_000
 """Samples a second of what the detector hears (mono float32)."""
 
 
-def one_thread_session(path: Path) -> onnxruntime.InferenceSession:
-    """A session that computes on the calling thread alone, so that the engine's thread pool bounds the cores in use."""
+def one_thread_session(path: Path, settings: Mapping[str, str] | None = None) -> onnxruntime.InferenceSession:
+    """A session that computes on the calling thread alone, so that the engine's thread pool bounds the cores in use.
+
+    settings: onnxruntime's own for a session, by name. Raises CheckpointError.
+    """
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
     options.inter_op_num_threads = 1
     options.enable_mem_pattern = False
     options.enable_cpu_mem_arena = False  # lengths vary: an arena would keep the largest of each thread for ever
+    for name, value in (settings or {}).items():
+        options.add_session_config_entry(name, value)
     try:
         return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:

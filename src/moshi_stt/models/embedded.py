@@ -28,7 +28,7 @@ TOKENS_PER_SECOND = 6.5
 """No English speaker needs more; a decoder caught in a loop does. (Its makers' own bound for this model.)"""
 
 ATTENTION = "cross_attention"
-"""An output of the shipped decoder, see tools/embedded_model.py."""
+"""An output of the decoder, see tools/embedded_model.py."""
 
 LONGEST_LOOP, LOOPS = 24, 3
 """A decoder that says up to so many tokens so many times in a row is stopped;"""
@@ -101,31 +101,49 @@ def _text(pieces: Sequence[bytes]) -> str:
     return b"".join(pieces).decode("utf-8", "replace").strip().replace(",,", ",")
 
 
+UNSIGNED_WEIGHTS = {"session.x64quantprecision": "1"}
+"""A setting of onnxruntime: signed weights are made unsigned ones while loading, which gives the same results, later."""
+
+
+def int8_saturates() -> bool:
+    """Whether products of unsigned and signed bytes are inexact here, as on x86 processors without VNNI instructions.
+
+    Their sums of two products are cut off at 16 bits. The model's weights must then be unsigned.
+    """
+    left = np.full((8, 64), 255, np.uint8)
+    product = one_thread_session(data_file(f"{MODEL}/int8_probe.onnx")).run(None, {"left": left})[0]  # (8, 32)
+    return bool((product != 255 * 127 * left.shape[1]).any())
+
+
+Heard = list[NDArray[np.float32]]
+"""What the encoder makes of audio: keys and values of each decoder layer, each (1, H, T, D), about 41.7 frames a second."""
+
+
 class Moonshine:
     """Encoder and decoder of Moonshine tiny-en (27M parameters). Thread-safe: holds no state between calls."""
 
     def __init__(self, encoder: Path, decoder: Path, may_follow: NDArray[np.bool_]) -> None:
         """may_follow: (V,), the tokens that may follow a finished word."""
         self._may_follow = may_follow
-        self._encoder = one_thread_session(encoder)
-        self._decoder = one_thread_session(decoder)
-        self._outputs = [output.name for output in self._decoder.get_outputs() if output.name != ATTENTION]
-        self._pasts = [name.replace("present", "past_key_values") for name in self._outputs[1:]]
-        heads, width = self._decoder.get_inputs()[3].shape[1], self._decoder.get_inputs()[3].shape[3]
-        self._no_past = np.zeros((1, heads, 0, width), np.float32)  # (B, H, T, D)
-        self._growing = [name for name in self._outputs[1:] if "decoder" in name]
-        self._growing_pasts = [name for name in self._pasts if "decoder" in name]
+        settings = UNSIGNED_WEIGHTS if int8_saturates() else {}
+        self._encoder = one_thread_session(encoder, settings)
+        self._decoder = one_thread_session(decoder, settings)
+        self._heard = [output.name for output in self._encoder.get_outputs()]
+        inputs = {node.name: node.shape for node in self._decoder.get_inputs()}
+        self._pasts = [name for name in inputs if name.startswith("past.")]
+        self._outputs = ["logits", *(name.replace("past", "present") for name in self._pasts)]
+        heads, width = inputs[self._pasts[0]][1], inputs[self._pasts[0]][3]
+        self._no_past = [np.zeros((1, heads, 0, width), np.float32)] * len(self._pasts)  # (B, H, T, D)
 
-    def encode(self, samples: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Samples (S,) to hidden states (1, T, D), T = about 41.7 a second."""
+    def encode(self, samples: NDArray[np.float32]) -> Heard:
+        """Samples (S,) to what the decoder attends to."""
         if len(samples) < SHORTEST_SAMPLES:
             samples = np.pad(samples, (0, SHORTEST_SAMPLES - len(samples)))
-        mask = np.ones((1, len(samples)), np.int64)
-        hidden: NDArray[np.float32] = self._encoder.run(None, {"input_values": samples[None], "attention_mask": mask})[0]
-        return hidden
+        heard: Heard = self._encoder.run(None, {"samples": samples[None, None]})
+        return heard
 
     def decode(
-        self, hidden: NDArray[np.float32], said: Sequence[int], draft: Sequence[int], limit: int
+        self, heard: Heard, said: Sequence[int], draft: Sequence[int], limit: int
     ) -> tuple[list[int], list[float], bool]:
         """Continue the tokens `said` greedily by at most `limit`: tokens, their log-probabilities, whether they came to an end.
 
@@ -133,9 +151,8 @@ class Moonshine:
         the decoder would have chosen.
         """
         draft = draft[:limit]
-        feed = self._first_feed(hidden, [*said, *draft])
-        logits, *caches = self._decoder.run(self._outputs, feed)
-        scores = logits[0, len(said) :]  # (T, V)
+        fixed = dict(zip(self._heard, heard, strict=True))
+        scores, caches = self._run(fixed, self._no_past, [BEGIN, *said, *draft], first=len(said))
         if said:
             # What was said stays said: the next token must not lengthen the last word.
             scores[0] = np.where(self._may_follow, scores[0], -np.inf)
@@ -143,36 +160,35 @@ class Moonshine:
         right = next((index for index, token in enumerate(draft) if chosen[index][0] != token), len(draft))
         tokens, logprobs = [token for token, _ in chosen[:right]], [logprob for _, logprob in chosen[:right]]
         token, logprob = chosen[right]
-        feed.update(zip(self._pasts, caches, strict=True))
-        feed["use_cache_branch"] = np.array([True])
-        for name, cache in zip(self._pasts, caches, strict=True):
-            if "decoder" in name:
-                feed[name] = cache[:, :, : 1 + len(said) + right]
+        caches = [cache[:, :, : 1 + len(said) + right] for cache in caches]
         while token != END and len(tokens) < limit:
             tokens.append(token)
             logprobs.append(logprob)
             if loops(tokens):
                 break
-            feed["input_ids"] = np.array([[token]], np.int64)
-            logits, *caches = self._decoder.run([self._outputs[0], *self._growing], feed)
-            feed.update(zip(self._growing_pasts, caches, strict=True))
-            token, logprob = _best(logits[0, 0])
+            scores, caches = self._run(fixed, caches, [token])
+            token, logprob = _best(scores[0])
         return tokens, logprobs, token == END
 
-    def cross_attention(self, hidden: NDArray[np.float32], tokens: Sequence[int]) -> NDArray[np.float32]:
+    def _run(
+        self, fixed: dict[str, NDArray[np.float32]], pasts: Heard, tokens: Sequence[int], first: int = 0
+    ) -> tuple[NDArray[np.float32], Heard]:
+        """One pass of the decoder over tokens (T,) that follow `pasts`: logits (T - first, V) and the longer caches."""
+        feed: dict[str, NDArray[np.generic]] = {**fixed, **dict(zip(self._pasts, pasts, strict=True))}
+        logits, *caches = self._decoder.run(self._outputs, feed | _tokens_feed(tokens, first))
+        return logits[0], caches
+
+    def cross_attention(self, heard: Heard, tokens: Sequence[int]) -> NDArray[np.float32]:
         """How much each token, and the end after them, attends to each frame: (L * H, T + 1, frames), rows sum to 1."""
-        attention: NDArray[np.float32] = self._decoder.run([ATTENTION], self._first_feed(hidden, tokens))[0][0]
+        feed = dict(zip([*self._heard, *self._pasts], [*heard, *self._no_past], strict=True))
+        feed |= _tokens_feed([BEGIN, *tokens], len(tokens))
+        attention: NDArray[np.float32] = self._decoder.run([ATTENTION], feed)[0][0]
         return attention
 
-    def _first_feed(self, hidden: NDArray[np.float32], tokens: Sequence[int]) -> dict[str, NDArray[np.generic]]:
-        return {
-            "encoder_hidden_states": hidden,
-            # One for every audio sample, or, where all are valid, one that broadcasts.
-            "encoder_attention_mask": np.ones((1, 1), np.int64),
-            "input_ids": np.array([[BEGIN, *tokens]], np.int64),
-            "use_cache_branch": np.array([False]),
-            **dict.fromkeys(self._pasts, self._no_past),
-        }
+
+def _tokens_feed(tokens: Sequence[int], first: int) -> dict[str, NDArray[np.int64]]:
+    """Decoder inputs. first: the first token whose successor is asked for."""
+    return {"tokens": np.array([tokens], np.int64), "first": np.array([first], np.int64)}
 
 
 def loops(tokens: list[int]) -> bool:
@@ -246,8 +262,8 @@ class EmbeddedRecogniser:
     ) -> Hypothesis:
         seconds = len(samples) / RECOGNISER_RATE - max(0.0, said_seconds - SPARE_SECONDS)
         limit = math.ceil(seconds * TOKENS_PER_SECOND) + SPARE_TOKENS
-        hidden = self._moonshine.encode(samples)
-        tokens, logprobs, whole = self._moonshine.decode(hidden, _tokens(said), _tokens(draft), limit)
+        heard = self._moonshine.encode(samples)
+        tokens, logprobs, whole = self._moonshine.decode(heard, _tokens(said), _tokens(draft), limit)
         return Hypothesis(self._tokenizer.words(tokens, logprobs), whole)
 
     def align(self, samples: NDArray[np.float32], texts: Sequence[str], needed: int | None = None) -> list[Span]:
@@ -266,9 +282,7 @@ def load_embedded(threads: int = 0) -> EmbeddedRecogniser:
 
     threads: how many callers there may be at once; 0 takes one for each usable core. Raises CheckpointError.
     """
-    encoder, decoder, tokens = (
-        data_file(f"{MODEL}/{name}") for name in ("encoder_model.ort", "decoder_model_merged.ort", "tokenizer.bin")
-    )
+    encoder, decoder, tokens = (data_file(f"{MODEL}/{name}") for name in ("encoder.onnx", "decoder.onnx", "tokenizer.bin"))
     tokenizer = EmbeddedTokenizer(tokens.read_bytes())
     moonshine = Moonshine(encoder, decoder, tokenizer.may_follow())
     aligner: WordAligner = AttentionAligner(moonshine, tokenizer)
