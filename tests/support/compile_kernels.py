@@ -4,9 +4,9 @@
 
 The published models' steps are run on the meta device, where nothing is computed, and their launches read. Each distinct one is
 compiled as Triton would compile it at its first launch: the same types, the same constants, the same divisibility. Prints one
-line of JSON for each: capability, kernel, its constants, bytes of shared memory, loops; `limit` is what the card has. Without --all
-only the launch of each kernel that asks for most, and that with most columns at once. To be run in a process of its own, since Triton decides at import whether it
-interprets.
+line of JSON for each: capability, kernel, its constants, bytes of shared memory, loops; `limit` is what the card has. Without
+--all only the launch of each kernel that asks for most, and that with most columns at once. To be run in a process of its own,
+since Triton decides at import whether it interprets.
 """
 
 import argparse
