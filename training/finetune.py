@@ -19,7 +19,7 @@ from training.tokenizer import pieces_of
 from training.train import DELAY_FRAMES, changed_in_parts, held_out_tests, load_clips, validate
 
 ENCODER = ("encoder", "downsample", "quantizer")
-PADDING_SIZE = 0.5
+PADDING_SIZE = 0.7
 
 
 class Finetuner:
@@ -102,7 +102,7 @@ class Finetuner:
 
 
 def less_padding(embeddings: torch.Tensor) -> torch.Tensor:
-    """The text embeddings with that of padding at half its size.
+    """The text embeddings with that of padding made smaller, by `PADDING_SIZE`.
 
     In training, padding that goes on while people speak is the sign of babble. So a model that misses the first words of a
     stream would take it from its own silence that nobody speaks to it, and stay silent. Text dropout taught it to do without.

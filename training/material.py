@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from training.compose import FRAME, FRAME_RATE, Bank, Mix, Planner, music, render, targets
+from training.compose import FRAME, FRAME_RATE, Bank, Mix, Plan, Planner, music, render, targets
 from training.train import DELAY_FRAMES, held_out_tests
 from training.voices import RATE, Clip
 
@@ -43,29 +43,45 @@ def _tests(folder: Path) -> dict[str, list[Clip]]:
     return held_out_tests(folder)
 
 
-def speech_rows(clips: Path, pieces: dict[str, list[int]], rows: int, seconds: float, seed: int) -> dict[str, list[Row]]:
-    """So many rows of each set of `SETS` that there are clips of."""
+def speech_rows(
+    clips: Path, pieces: dict[str, list[int]], rows: int, seconds: float, seed: int, turns: float | None = None
+) -> dict[str, list[Row]]:
+    """So many rows of each set of `SETS` that there are clips of. turns: as in `Mix`; None: pauses that are drawn evenly."""
+    drawn = speech_plans(clips, pieces, rows, seconds, seed, turns)
+    return {name: _rows(plan, bank, pieces, seed + list(SETS).index(name)) for name, (plan, bank) in drawn.items()}
+
+
+def speech_plans(
+    clips: Path, pieces: dict[str, list[int]], rows: int, seconds: float, seed: int, turns: float | None = None
+) -> dict[str, tuple[Plan, Bank]]:
+    """What is said when in the rows of `speech_rows`, and the clips that say it."""
     tests = _tests(clips)
-    return {
-        name: _rows(tests[name], pieces, rows, round(seconds * FRAME_RATE), seed + i)
-        for i, name in enumerate(SETS)
-        if name in tests
-    }
+    drawn = {}
+    for i, name in enumerate(SETS):
+        if name not in tests:
+            continue
+        bank = Bank(tests[name], torch.device("cpu"))
+        kinds = [kind for kind, voices in bank.voices.items() if voices]
+        digits = 0.999 if kinds == ["digit"] else 0.3 if "digit" in kinds else 0.0
+        french = 0.999 if "fr" in kinds and "en" not in kinds else 0.0
+        mix = Mix(digits=digits, french=french, human=0.5, empty=0.0, split=0.2, turns=turns)
+        drawn[name] = Planner(bank, pieces, DELAY_FRAMES, mix, seed + i).plan(rows, round(seconds * FRAME_RATE)), bank
+    return drawn
 
 
-def _rows(clips: list[Clip], pieces: dict[str, list[int]], rows: int, frames: int, seed: int) -> list[Row]:
-    bank = Bank(clips, torch.device("cpu"))
-    kinds = [kind for kind, voices in bank.voices.items() if voices]
-    digits = 0.999 if kinds == ["digit"] else 0.3 if "digit" in kinds else 0.0
-    french = 0.999 if "fr" in kinds and "en" not in kinds else 0.0
-    planner = Planner(bank, pieces, DELAY_FRAMES, Mix(digits=digits, french=french, human=0.5, empty=0.0, split=0.2), seed)
-    plan = planner.plan(rows, frames)
+def pauses_of(said: Sequence[tuple[str, float, float]], frames: int, pieces: dict[str, list[int]]) -> NDArray[np.bool_]:
+    """bool (T, heads) of a row of so many frames and the tail after it."""
+    return targets(said, frames + TAIL_FRAMES, pieces, DELAY_FRAMES)[1]
+
+
+def _rows(plan: Plan, bank: Bank, pieces: dict[str, list[int]], seed: int) -> list[Row]:
+    rows, frames = plan.tokens.shape
     generator = torch.Generator().manual_seed(seed)
     sound = render(plan, bank, rows, frames, generator, change=False)
     sound = sound / sound.square().mean(1, keepdim=True).sqrt().clamp(min=1e-3) * LEVEL
     sound = sound + NOISE_FLOOR * torch.randn(sound.shape, generator=generator)
     return [
-        Row(pcm.numpy().copy(), tuple(words), targets(words, frames + TAIL_FRAMES, pieces, DELAY_FRAMES)[1])
+        Row(pcm.numpy().copy(), tuple(words), pauses_of(words, frames, pieces))
         for pcm, words in zip(sound, plan.said, strict=True)
     ]
 

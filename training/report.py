@@ -4,7 +4,8 @@
     python -m training.report --clips DATA/clips --variants all [--card MODEL_CARD.md]
 
 Word errors on held-out clips joined at known times, without and with noise; errors of word times; the pause heads' areas under
-the ROC; turns found, and scored as eot-bench does; words heard in silence, noise, music and babble.
+the ROC, and what can be foreseen at most; turns found, and scored as eot-bench does; words heard in silence, noise, music and
+babble.
 """
 
 import argparse
@@ -21,8 +22,9 @@ import numpy as np
 from moshi_stt.config_load import shipped_text
 from moshi_stt.engine.turns import HeadPauses, TurnDetector
 from moshi_stt.events import EndOfTurn, EndWord, Pause, Word
-from training.compose import FRAME_RATE, HORIZONS
+from training.compose import FRAME_RATE, HORIZONS, TRAINING
 from training.emulate import EMULATED
+from training.foresight import foreseen
 from training.material import SETS, Row, noisy, speech_rows, turn_rows, wordless
 from training.score import pairs
 from training.servers import Session, ask, our_server
@@ -89,11 +91,22 @@ def roc_area(scores: np.ndarray[Any, Any], truth: np.ndarray[Any, Any]) -> float
     return (ranks - positive * (positive + 1) / 2) / (positive * (len(truth) - positive))
 
 
-def pause_areas(rows: Sequence[Row], sessions: Sequence[Session]) -> list[float]:
-    """For each head, over all frames of all rows."""
-    heads = np.concatenate([np.array(session.pauses)[: len(row.pauses)] for row, session in zip(rows, sessions, strict=True)])
-    truth = np.concatenate([row.pauses[: len(session.pauses)] for row, session in zip(rows, sessions, strict=True)])
-    return [roc_area(heads[:, i], truth[:, i]) for i in range(len(HORIZONS))]
+def pause_areas(rows: Sequence[Row], scores: Sequence[np.ndarray[Any, Any]]) -> str:
+    """For each head, over all frames of all rows. scores: (T, heads) of each row."""
+    heads = np.concatenate([some[: len(row.pauses)] for row, some in zip(rows, scores, strict=True)])
+    truth = np.concatenate([row.pauses[: len(some)] for row, some in zip(rows, scores, strict=True)])
+    return ", ".join(f"{roc_area(heads[:, i], truth[:, i]):.3f}" for i in range(len(HORIZONS)))
+
+
+def pause_line(
+    args: argparse.Namespace, what: str, sets: dict[str, list[Row]], sessions: Sequence[Session], turns: float | None
+) -> tuple[str, str]:
+    """The heads' areas, and those of a listener who hears every word perfectly. turns: as the rows were drawn."""
+    rows = list(chain(*sets.values()))
+    listener = foreseen(args.clips, pieces_of(args.tokenizer), rows, args.seconds, turns)
+    heads = pause_areas(rows, [np.array(session.pauses) for session in sessions])
+    horizons = ", ".join(f"{horizon:g}" for horizon in HORIZONS)
+    return f"pause heads ({horizons} s), area under the ROC, {what}", f"{heads}; perfect hearing: {pause_areas(rows, listener)}"
 
 
 class Moment(NamedTuple):
@@ -200,9 +213,7 @@ def time_lines(sets: dict[str, list[Row]], found: dict[str, list[Session]]) -> L
                 f"{np.median(off) * 1e3:.0f} ms off in the median, {np.mean(off <= 2 / FRAME_RATE):.0%} within two frames",
             )
         )
-    areas = pause_areas(rows, sessions)
-    heads = ", ".join(f"{area:.3f}" for area in areas)
-    return [*lines, (f"pause heads ({', '.join(f'{h:g}' for h in HORIZONS)} s), area under the ROC", heads)]
+    return lines
 
 
 def measure_speech(args: argparse.Namespace, url: str) -> Lines:
@@ -213,7 +224,20 @@ def measure_speech(args: argparse.Namespace, url: str) -> Lines:
     show(timed)
     loud, _ = speech_lines(url, sets, NOISE_DB)
     show(loud)
-    return lines + loud + timed
+    return lines + loud + timed + measure_pauses(args, url, sets, list(chain(*found.values())))
+
+
+def measure_pauses(args: argparse.Namespace, url: str, even: dict[str, list[Row]], sessions: Sequence[Session]) -> Lines:
+    """even: rows whose pauses were drawn evenly, with their sessions."""
+    turns = TRAINING.turns
+    like = speech_rows(args.clips, pieces_of(args.tokenizer), args.rows, args.seconds, args.seed, turns)
+    answers = ask(url, [row.pcm for row in chain(*like.values())], TOGETHER)
+    lines = [
+        pause_line(args, "pauses like people's", like, answers, turns),
+        pause_line(args, "pauses drawn evenly up to 4 s", even, sessions, None),
+    ]
+    show(lines)
+    return lines
 
 
 def measure_turns(args: argparse.Namespace, url: str) -> Lines:

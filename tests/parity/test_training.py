@@ -12,7 +12,7 @@ pytest.importorskip("soundfile", reason="soundfile, which the recipe needs, is n
 pytest.importorskip("torch", reason="torch not installed")
 
 import torch
-from training import compose, emulate, encode, export, finetune, language, planning, report, train
+from training import compose, emulate, encode, export, finetune, foresight, language, planning, report, train
 from training.clips import read_shards, write_shard
 from training.model import Shape
 from training.quantise import Quantizer, fit_books
@@ -149,6 +149,32 @@ def test_formants_move_and_pitch_stays() -> None:
     assert float(second[other].max() - second[other].min()) > 80
     spectra[:, ::120] = 0
     assert float(spectra.max()) < 0.2 * float(torch.fft.rfft(vowel[12_000:36_000]).abs().max())
+
+
+def test_a_listener_knows_what_was_said_until_now_and_nothing_more() -> None:
+    """A word that is still to come changes no feature; silence and the kind of the last word are known."""
+    said = [("turn", 1.0, 1.2), ("left", 1.2, 1.6), ("five", 3.0, 3.4)]
+    whole, part = foresight.known(said, 60), foresight.known(said[:2], 60)
+    now = (np.arange(60) + 1 - train.DELAY_FRAMES + foresight.HEARD_FRAMES) / 12.5
+    before = now < 3.0
+    np.testing.assert_array_equal(whole[before], part[before])
+    assert (whole[~before] != part[~before]).any(1).all()
+    between = (now > 1.6) & before
+    np.testing.assert_allclose(whole[between, 0], now[between] - 1.6, atol=1e-5)
+    kinds = [set(whole[some, 2:6].argmax(1)) for some in (now < 1.0, (now > 1.0) & (now < 1.2), between, now > 3.0)]
+    assert kinds == [{3}, {1}, {2}, {0}]  # nothing yet; inside a phrase; its end; a digit
+
+
+def test_a_listener_learns_from_the_silence_so_far() -> None:
+    """Where every pause lasts one second or four, the first second says nothing of which, and what follows it says all."""
+    rng = np.random.default_rng(1)
+    silence = rng.uniform(0.0, 2.0, 20_000).astype(np.float32)
+    long = np.where(silence > 1.0, True, rng.random(20_000) < 0.5)
+    listener = foresight.Listener(silence[:, None], long[:, None])
+    scores = listener.scores(np.array([[0.2], [0.8], [1.2], [1.8]], np.float32))[:, 0]
+    assert scores[:2].max() + 2 < scores[2:].min()
+    drawn = silence < 1.0
+    assert abs(report.roc_area(listener.scores(silence[drawn, None])[:, 0], long[drawn]) - 0.5) < 0.05
 
 
 def test_codebooks_follow_latents_that_move() -> None:

@@ -13,7 +13,7 @@ SHA256 = {
     "moonshine-tiny-en/int8_probe.onnx": "fa7b07b9a7163ada575267ea1a083f1f5f89d06dd603ae2ccd36ca00fd19be92",
     "moonshine-tiny-en/tokenizer.bin": "6884b35fd6377d4c4d32336a0bc152f36b64d1e45b6503683cdc238250a8472d",
     "phrases/mimi.safetensors": "8b5b6004ca50feac3e8890bead1d634dfb73b4e93c3cc07849688fd7a0bcf1d6",
-    "phrases/model.safetensors": "6196ab3f0223e009689922333d3611e2d47e6f45201f7bac39f3f2d0ecc00a82",
+    "phrases/model.safetensors": "73b2d7257131ba67011f72f75b3f458eb9a611890bc60398accbfcf8df0ed7a0",
     "phrases/tokenizer.model": "be166c080dc404bc1f03d03a546d839dfce123b9b5b78b0515db28ac23d5caef",
     "silero-vad/silero_vad.onnx": "6b99cbfd39246b6706f98ec13c7c50c6b299181f2474fa05cbc8046acc274396",
     "speech/beckett.wav": "e5a26b3d29e5b0bc8dbd72c11d16a3808a4ec0ac45b21f12a27d2a2fe5c5ae61",
