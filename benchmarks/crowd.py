@@ -43,7 +43,7 @@ class Crowd:
         self.speech = whole[: len(whole) // FRAME_SAMPLES * FRAME_SAMPLES].reshape(-1, FRAME_SAMPLES)
 
     def frame(self, stream: int, number: int) -> NDArray[np.float32]:
-        """A stream's frame, the same in every schedule. Every second stream hears speech, of its own level; the others noise."""
+        """A stream's frame, the same in every schedule. Every second stream hears speech at its own level; the others noise."""
         if stream % 2:
             return self.speech[(stream * 37 + number) % len(self.speech)] * np.float32(1 / (1 + stream % 13))
         return self.sounds[(stream * 131 + number * 17) % len(self.sounds)]
