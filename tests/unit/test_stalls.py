@@ -2,6 +2,7 @@
 
 import gc
 import logging
+from pathlib import Path
 
 import pytest
 
@@ -83,3 +84,21 @@ def test_late_turns_are_logged_but_not_each(clock: Clock, caplog: pytest.LogCapt
         assert sum("longer than a frame" in line for line in caplog.messages) == 2
         watch.close()
     assert "11000.0 ms of 4 rows" in caplog.messages[-1]
+
+
+def test_a_wait_for_a_processor_is_named(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    watch = StallWatch()
+    waits = iter((1.0, 1.045))
+    monkeypatch.setattr(watch._queue, "seconds", lambda: next(waits))
+    turn(watch, clock, 0.050)
+    watch.close()
+    assert "waited 45 ms for a processor" in watch.longest.reason
+
+
+@pytest.mark.skipif(not Path("/proc/thread-self/schedstat").exists(), reason="only Linux counts that")
+def test_what_the_kernel_counts_is_read() -> None:
+    watch = StallWatch()
+    counted = int(Path("/proc/thread-self/schedstat").read_text().split()[1]) / 1e9
+    assert counted <= watch._queue.seconds() < counted + 60
+    watch.close()
+    assert watch._queue.seconds() == 0.0

@@ -6,6 +6,7 @@ turn is noted while it runs (a few calls a turn), and is put into words for the 
 
 import gc
 import logging
+import os
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -35,11 +36,16 @@ class StallWatch:
     """Watches the turns of one thread. `begin`, `note` and `end` are called by that thread."""
 
     def __init__(self, device_seconds: Callable[[], float | None] = lambda: None) -> None:
-        """device_seconds: how long the device worked on the last step, where that is known."""
+        """To be made by the thread that is watched.
+
+        device_seconds: how long the device worked on the last step, where that is known.
+        """
         self.longest = Turn(0.0, 0, "")
         self._device_seconds = device_seconds
         self._begun = 0.0
         self._usage: Any = None
+        self._queue = _Queue()
+        self._queued = 0.0
         self._collecting_since: float | None = None
         self._collected = 0.0
         self._generations: list[int] = []
@@ -51,6 +57,7 @@ class StallWatch:
         """Watch no more, and say which turn was the longest."""
         if self._collect in gc.callbacks:
             gc.callbacks.remove(self._collect)
+        self._queue.close()
         if self.longest.rows:
             log.info("the longest turn of the model thread: %s", described(self.longest))
 
@@ -59,6 +66,7 @@ class StallWatch:
         self._generations.clear()
         self._notes.clear()
         self._usage = _usage()
+        self._queued = self._queue.seconds()
         self._begun = time.monotonic()
 
     def note(self, what: str) -> None:
@@ -89,6 +97,8 @@ class StallWatch:
             parts.append(f"the device worked {1e3 * device:.0f} ms of the step's {1e3 * step_seconds:.0f} ms")
         elif step_seconds:
             parts.append(f"the step took {1e3 * step_seconds:.0f} ms")
+        if (queued := self._queue.seconds() - self._queued) > 0.1 * seconds:
+            parts.append(f"the thread waited {1e3 * queued:.0f} ms for a processor")
         now = _usage()
         if now is not None and self._usage is not None:
             if (switches := now.ru_nivcsw - self._usage.ru_nivcsw) > 0:
@@ -105,6 +115,29 @@ class StallWatch:
             self._collected += time.monotonic() - max(self._collecting_since, self._begun)
             self._generations.append(info["generation"])
             self._collecting_since = None
+
+
+class _Queue:
+    """How long the thread that made this was ready to run while others had the processors. Linux counts that; elsewhere 0."""
+
+    def __init__(self) -> None:
+        try:
+            self._file: int | None = os.open("/proc/thread-self/schedstat", os.O_RDONLY)
+        except OSError:
+            self._file = None
+
+    def seconds(self) -> float:
+        if self._file is None:
+            return 0.0
+        try:
+            return int(os.pread(self._file, 96, 0).split()[1]) / 1e9
+        except (OSError, IndexError, ValueError):  # a kernel that does not count
+            return 0.0
+
+    def close(self) -> None:
+        if self._file is not None:
+            os.close(self._file)
+            self._file = None
 
 
 def described(turn: Turn) -> str:
