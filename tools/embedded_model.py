@@ -10,6 +10,8 @@ weights keep their values, the graphs are written again for speed:
   onnxruntime multiplies these three times as fast on processors that have VNNI instructions; `int8_probe.onnx` tells whether
   a processor has them, see models/embedded.py.
 * Rotary embedding and self attention are one operator each, without masks: there is one stretch of audio, all of it valid.
+* The encoder's first two convolutions, a third of its work, are a graph of their own: each of their frames hears 32 ms,
+  so that of a segment that has grown only the new part needs them.
 * The encoder's last step is what the decoder attends to, keys and values of each layer, so that it is computed once a stretch.
 * The decoder has one branch, for any number of tokens after any number of earlier ones, and computes logits only from a
   given token on. Its second output, `cross_attention` (B, L * H, T, S), is how much each of the T tokens attends to each of the
@@ -70,6 +72,7 @@ def main() -> int:
             sys.exit(f"{name} has the SHA-256 {found}, expected {SOURCES[name]}")
     encoder, decoder = (Source(files[f"tiny-en/{name}.ort"]) for name in ("encoder_model", "decoder_model_merged"))
     (target / "tokenizer.bin").write_bytes(files["tiny-en/tokenizer.bin"])
+    (target / "stem.onnx").write_bytes(build_stem(encoder))
     (target / "encoder.onnx").write_bytes(build_encoder(encoder, decoder))
     (target / "decoder.onnx").write_bytes(build_decoder(decoder))
     (target / "int8_probe.onnx").write_bytes(build_probe())
@@ -134,9 +137,11 @@ def _text(value: bytes | None) -> str:
 class Network:
     """An ONNX graph that is being written."""
 
-    def __init__(self, rotary_length: int) -> None:
+    def __init__(self, rotary_length: int = 0) -> None:
         self.nodes: list[Any] = []
         self.constants: dict[str, Any] = {}
+        if not rotary_length:
+            return
         frequencies = (1.0 / ROTARY_BASE ** (np.arange(0, ROTARY_DIM, 2) / ROTARY_DIM)).astype(np.float32)
         angles = np.arange(rotary_length, dtype=np.float32)[:, None] * frequencies
         self.constant("cos", np.cos(angles))
@@ -235,10 +240,48 @@ def cache_names(kind: str) -> list[str]:
     return [f"{kind}.{layer}.{part}" for layer in range(LAYERS) for part in ("key", "value")]
 
 
+def build_stem(source: Source) -> bytes:
+    """samples (1, 1, S) to convolved (1, C, T), the second convolution of the first one's F frames, and their sums.
+
+    The group normalisation between the two spans all of the audio, so it is left to the encoder: its scale is part of the
+    weights here, and sums (1, F) and squares (1, F), over the channels, give its mean and variance.
+    """
+    net = Network()
+    first, second = "/conv1/Conv", "/conv2/Conv"
+    value = net.op("Tanh", net.op("Conv", "samples", net.constant("conv1.weight", source.tensor(first, 1)), strides=[64]))
+    net.add("ReduceSum", [value, net.integers(1)], ["sums"], keepdims=0)
+    net.add("ReduceSumSquare", [value], ["squares"], axes=[1], keepdims=0)
+    weight = source.tensor(second, 1) * _group_norm(source, "Mul")[:, None]  # (O, C, K)
+    net.add("Conv", [value, net.constant("conv2.weight", weight)], ["convolved"], strides=[3])
+    outputs = [floats("convolved", 1, 2 * DIM, "T"), floats("sums", 1, "F"), floats("squares", 1, "F")]
+    return net.serialise("stem", [floats("samples", 1, 1, "S")], outputs)
+
+
+def _group_norm(source: Source, operator: str) -> np.ndarray[Any, Any]:
+    return source.tensor(f"/groupnorm/{operator}", 1).ravel()
+
+
+def _normalise(net: Network, source: Source) -> str:
+    """What `build_stem` left out: mean and bias; and the last convolution. (1, T, C)."""
+    second, third = "/conv2/Conv", "/conv3/Conv"
+    weight = source.tensor(second, 1).astype(np.float64)
+    gain = np.einsum("ock,c->o", weight, _group_norm(source, "Mul")).astype(np.float32)[:, None]
+    bias = source.tensor(second, 2) + np.einsum("ock,c->o", weight, _group_norm(source, "Add")).astype(np.float32)
+    drift = net.op("Mul", net.op("Mul", "mean", "inverse"), net.constant("conv2.gain", gain))
+    offset = net.op("Sub", net.constant("conv2.bias", bias[:, None]), drift)
+    value = net.op("Gelu", net.op("Add", net.op("Mul", "convolved", "inverse"), offset), domain=MS)
+    constants = (net.constant(f"conv3.{name}", source.tensor(third, i)) for name, i in (("weight", 1), ("bias", 2)))
+    value = net.op("Gelu", net.op("Conv", value, *constants, strides=[2]), domain=MS)
+    return net.op("Transpose", value, perm=[0, 2, 1])
+
+
 def build_encoder(source: Source, decoder: Source) -> bytes:
-    """samples (1, 1, S) to cross.L.key and cross.L.value (1, H, T, D) of each decoder layer L."""
+    """convolved (1, C, T), and mean (1,) and inverse (1,) standard deviation of what was convolved,
+
+    to cross.L.key and cross.L.value (1, H, T, D) of each decoder layer L.
+    """
     net = Network(ENCODER_FRAMES)
-    value = net.op("Transpose", _stem(net, source), perm=[0, 2, 1])  # (1, T, C)
+    value = _normalise(net, source)
     positions = net.positions(net.integer(0), net.length(value, 1))
     for layer in range(LAYERS):
         prefix, name = f"/layers.{layer}/", f"layers.{layer}."
@@ -257,24 +300,7 @@ def build_encoder(source: Source, decoder: Source) -> bytes:
     for output, name in zip(net.linears(decoder, value, nodes, names), cache_names("cross"), strict=True):
         net.add("Transpose", [net.op("Reshape", output, net.integers(*SPLIT))], [name], perm=SWAP)
     outputs = [floats(name, 1, HEADS, "T", HEAD_DIM) for name in cache_names("cross")]
-    return net.serialise("encoder", [floats("samples", 1, 1, "S")], outputs)
-
-
-def _stem(net: Network, source: Source) -> str:
-    """The convolutions: samples (1, 1, S) to (1, C, T)."""
-    nodes = [f"/conv{index}/Conv" for index in (1, 2, 3)]
-    value = net.op("Tanh", net.op("Conv", "samples", net.constant("conv1.weight", source.tensor(nodes[0], 1)), strides=[64]))
-    one, none = net.constant("one", np.ones(1, np.float32)), net.constant("none", np.zeros(1, np.float32))
-    value = net.op("Reshape", value, net.integers(0, 1, -1))
-    value = net.op("InstanceNormalization", value, one, none, epsilon=EPSILON)
-    value = net.op("Reshape", value, net.integers(0, DIM, -1))
-    for operator, name in (("Mul", "weight"), ("Add", "bias")):
-        value = net.op(operator, value, net.constant(f"group_norm.{name}", source.tensor(f"/groupnorm/{operator}", 1)))
-    for index, stride in ((2, 3), (3, 2)):
-        weight, bias = source.tensor(nodes[index - 1], 1), source.tensor(nodes[index - 1], 2)
-        constants = net.constant(f"conv{index}.weight", weight), net.constant(f"conv{index}.bias", bias)
-        value = net.op("Gelu", net.op("Conv", value, *constants, strides=[stride]), domain=MS)
-    return value
+    return net.serialise("encoder", [floats("convolved", 1, 2 * DIM, "T"), floats("mean", 1), floats("inverse", 1)], outputs)
 
 
 def build_decoder(source: Source) -> bytes:

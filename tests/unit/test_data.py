@@ -9,8 +9,9 @@ from moshi_stt.data import data_file
 
 SHA256 = {
     "moonshine-tiny-en/decoder.onnx": "7a4169d692567afdf2a019bd384b9ede23259a0a544b7cea7155bae31e3622fb",
-    "moonshine-tiny-en/encoder.onnx": "3898f56be50d45555cac332c5d452a862ba42eddee08d8d797298d7dfbd547ca",
+    "moonshine-tiny-en/encoder.onnx": "a4782fd9e57611804b9e47f9b1739fe3f42b1e8790de378592a6d09474fa9dc6",
     "moonshine-tiny-en/int8_probe.onnx": "fa7b07b9a7163ada575267ea1a083f1f5f89d06dd603ae2ccd36ca00fd19be92",
+    "moonshine-tiny-en/stem.onnx": "b17aa1db6197eeb8b40637724eeead4840d49c5c7bf27889cee081c93e237479",
     "moonshine-tiny-en/tokenizer.bin": "6884b35fd6377d4c4d32336a0bc152f36b64d1e45b6503683cdc238250a8472d",
     "phrases/mimi.safetensors": "8b5b6004ca50feac3e8890bead1d634dfb73b4e93c3cc07849688fd7a0bcf1d6",
     "phrases/model.safetensors": "73b2d7257131ba67011f72f75b3f458eb9a611890bc60398accbfcf8df0ed7a0",

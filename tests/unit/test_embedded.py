@@ -156,6 +156,19 @@ def test_the_decoder_continues_from_its_caches(recogniser: EmbeddedRecogniser, b
     assert min(np.corrcoef(one, two)[0, 1] for one, two in zip(late, whole[3:], strict=True)) > 0.99
 
 
+@pytest.mark.parametrize("pieces", [(2.0, 5.0, 9.0), (0.3, 0.31, 0.332, 4.7), (6.0, 3.0, 3.0, 8.5), (5.0, 0.1, 7.0)])
+def test_memory_of_the_audio_changes_no_result(
+    pieces: Sequence[float], recogniser: EmbeddedRecogniser, beckett: NDArray[np.float32]
+) -> None:
+    """Audio that grows by much or by next to nothing, that is asked for twice, or that a part of is."""
+    samples, memory = to_16k(beckett), recogniser.memory()
+    for seconds in pieces:
+        part = samples[: round(seconds * RECOGNISER_RATE)]
+        heard = recogniser._moonshine.encode(part, memory)
+        assert all(np.array_equal(one, two) for one, two in zip(heard, recogniser._moonshine.encode(part), strict=True))
+    assert recogniser.recognise(part, memory=memory) == recogniser.recognise(part)
+
+
 def test_attention_covers_every_token_and_the_end(recogniser: EmbeddedRecogniser, beckett: NDArray[np.float32]) -> None:
     model = recogniser._moonshine
     heard = model.encode(to_16k(beckett))
@@ -476,7 +489,7 @@ async def test_eight_streams_at_once_say_what_each_says_alone(
 
 def test_a_missing_file_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("moshi_stt.data.__file__", str(tmp_path / "__init__.py"))
-    with pytest.raises(CheckpointError, match=r"encoder\.onnx is missing: .* Install it again"):
+    with pytest.raises(CheckpointError, match=r"stem\.onnx is missing: .* Install it again"):
         load_embedded()
 
 

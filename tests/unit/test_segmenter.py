@@ -142,7 +142,7 @@ class Changing(LevelRecogniser):
         super().__init__()
         self.answers = list(answers)
 
-    def recognise(self, samples, said=(), draft=(), said_seconds=0.0):  # type: ignore[no-untyped-def]
+    def recognise(self, samples, said=(), draft=(), said_seconds=0.0, memory=None):  # type: ignore[no-untyped-def]
         answer = self.answers[min(self.calls, len(self.answers) - 1)]
         self.calls += 1
         if answer is None:
@@ -216,8 +216,8 @@ def test_speech_that_the_model_passes_over_is_recognised_afresh() -> None:
     """Held to words that it takes for a whole sentence, the model hears no more; the rest of the speech is not lost."""
 
     class Deaf(LevelRecogniser):
-        def recognise(self, samples, said=(), draft=(), said_seconds=0.0):  # type: ignore[no-untyped-def]
-            heard = super().recognise(samples, said, draft, said_seconds)
+        def recognise(self, samples, said=(), draft=(), said_seconds=0.0, memory=None):  # type: ignore[no-untyped-def]
+            heard = super().recognise(samples, said, draft, said_seconds, memory)
             return Hypothesis([]) if len(said) >= 3 else heard
 
     audio = np.concatenate([say([10, 20, 30]), pause(0.3), say([40, 50, 60]), pause(0.3), say([70, 80])])
@@ -280,6 +280,26 @@ def test_a_lone_short_word_is_sent() -> None:
 def test_words_of_other_scripts_are_not_sent() -> None:
     assert texts(run(Segmenter(Changing(spoken("Ще не"))), STEADY, pause(2.0))) == []
     assert texts(run(Segmenter(Changing(spoken("A café."))), STEADY, pause(2.0))) == ["A", "café."]
+
+
+@pytest.mark.parametrize(
+    ("said", "heard"),
+    [
+        ("we go on the side we go on the side", "we go on the side"),
+        ("so we go on the side we go on the side we go on", "so we go on the side"),
+        ("one two three one two three four five six seven", "one two three"),
+        ("no no no", "no no no"),
+    ],
+)
+def test_a_phrase_said_twice_by_nobody_so_fast_was_said_once(said: str, heard: str) -> None:
+    audio = np.concatenate([np.full(SAMPLE_RATE, 0.5, np.float32), pause(2.0)])
+    assert texts(run(Segmenter(Changing(spoken(said)), RULES), audio)) == heard.split()
+
+
+def test_a_phrase_said_twice_in_time_enough_was_said_twice() -> None:
+    said = "we go on the side we go on the side"
+    audio = np.concatenate([np.full(2 * SAMPLE_RATE, 0.5, np.float32), pause(2.0)])
+    assert texts(run(Segmenter(Changing(spoken(said)), RULES), audio)) == said.split()
 
 
 def test_nothing_of_a_loop_is_sent_and_what_was_settled_before_stays() -> None:

@@ -46,10 +46,14 @@ VadState = Any
 """State of the speech detector between two frames of a stream: immutable, and the recogniser's own affair."""
 
 
+Memory = Any
+"""What a recogniser keeps of a stretch of audio that grows: mutable, of one stream, and the recogniser's own affair."""
+
+
 class Recogniser(Protocol):
     """A loaded model, shared by all streams. Every method may be called from several threads at once.
 
-    A result depends on its arguments alone.
+    A result depends on its arguments alone; `memory` changes what it costs.
     """
 
     name: str
@@ -69,17 +73,23 @@ class Recogniser(Protocol):
         """Probability in [0, 1] that `frame`, float32 (VAD_FRAME,), holds speech; and the state for the next frame."""
         ...
 
+    def memory(self) -> Memory:
+        """For `recognise`: of a stretch of audio of which nothing was heard yet."""
+        ...
+
     def recognise(
         self,
         samples: NDArray[np.float32],
         said: Sequence[Spoken] = (),
         draft: Sequence[Spoken] = (),
         said_seconds: float = 0.0,
+        memory: Memory | None = None,
     ) -> Hypothesis:
         """The words of samples, float32 (S,) of at most 30 s, that follow `said`.
 
         said: words at the start of the samples that are settled: the result continues them. said_seconds: where they end.
         draft: a guess of what follows (an earlier hypothesis); it saves time where it is right, and leads nowhere else.
+        memory: of calls with the same samples, or a part of them from the start: saves time. None: there were none.
         Raises whatever the model's framework raises.
         """
         ...

@@ -20,8 +20,8 @@ from moshi_stt.engine.engine import NO_EXTRAS, StreamOptions
 from moshi_stt.engine.evidence import Evidence, EvidenceSettings, Plausibility
 from moshi_stt.engine.language import LanguageSettings, LanguageWatch, foreign_message
 from moshi_stt.engine.pauses import PauseMeter, PauseSettings
-from moshi_stt.engine.recogniser import RECOGNISER_RATE, VAD_FRAME, Recogniser, Spoken
-from moshi_stt.engine.settling import LoopSettings, Standing, bare, chance, follow, loop_start
+from moshi_stt.engine.recogniser import RECOGNISER_RATE, VAD_FRAME, Memory, Recogniser, Spoken
+from moshi_stt.engine.settling import LoopSettings, Standing, bare, chance, follow, loop_start, said_again
 from moshi_stt.events import AnyEvent, EndWord, Interim, Pause, Step, Warning, Word  # noqa: A004 - the event
 
 BLOCK_SAMPLES = 768
@@ -52,7 +52,7 @@ class SegmentSettings:
     """Audio taken before the first frame of speech."""
     fewest_frames: int = 3
     """Frames of speech that a segment must have to be recognised at all."""
-    hypothesis_frames: int = 20
+    hypothesis_frames: int = 16
     """From one hypothesis to the next while somebody speaks, in frames of the detector."""
     pause_seconds: float = 0.25
     """After so much silence the last word is over: a hypothesis is made at once,"""
@@ -65,13 +65,13 @@ class SegmentSettings:
     longest_seconds: float = 15.0
     """Speech without a pause is cut here, at the quietest place of the last `cut_seconds`."""
     cut_seconds: float = 4.0
-    settled_chance: float = 0.955
+    settled_chance: float = 0.93
     """A word with this chance to stay is sent;"""
     followers: int = 4
     """one that so many words follow, far from the audio's end where most changes are, with"""
     followed_chance: float = 0.5
     """this chance;"""
-    most_followers: int = 8
+    most_followers: int = 6
     """and one that so many follow in any case. A second hypothesis in one pause settles everything."""
     stray_frames: int = 12
     """Frames of speech that must not go without a word: the segment then begins again after the last one."""
@@ -97,6 +97,8 @@ class _Segment:
     voiced_frames: int = 0
     silent_frames: int = 0
     evidence: Evidence = field(default_factory=Evidence)
+    memory: Memory | None = None
+    """The recogniser's, of the audio from `start` on."""
     committed: list[Spoken] = field(default_factory=list)
     """Words sent."""
     partial: list[Standing] = field(default_factory=list)
@@ -311,18 +313,28 @@ class Segmenter:
         self.hypotheses += 1
         sent_seconds = (self._position(self._last_stop) - segment.start) / RECOGNISER_RATE if segment.committed else 0.0
         samples = self._between(segment.start, stop)
-        words, whole = self.recogniser.recognise(samples, segment.committed, segment.guess, sent_seconds)
+        if segment.memory is None:
+            segment.memory = self.recogniser.memory()
+        words, whole = self.recogniser.recognise(samples, segment.committed, segment.guess, sent_seconds, segment.memory)
         before = [word.text for word in segment.committed[-KEPT_TEXTS:]]
         loop = loop_start([bare(text) for text in [*before, *(word.text for word in words)]], self.settings.loops)
         if loop is not None:
             words = words[: max(0, loop - len(before))]
         if not (words if loop is not None else whole):
             return None
+        words = words[: self._said_once(segment, [bare(text) for text in before], [bare(word.text) for word in words])]
         if not segment.evidence.supports([*segment.committed, *words], self.settings.evidence):
             return []
         tokens = sum(len(word.tokens) for word in words)
         likely = sum(word.logprob for word in words) >= self.settings.lowest_logprob * tokens + self.settings.spare_logprob
         return words if likely else []
+
+    def _said_once(self, segment: _Segment, before: Sequence[str], texts: Sequence[str]) -> int:
+        """How many of the words may have been said: less what repeats the phrase before it, where nobody speaks so fast."""
+        loops = self.settings.loops
+        if len(texts) <= loops.fastest * FRAME_SECONDS * segment.voiced_since(self._position(self._last_stop)):
+            return len(texts)
+        return said_again([*before, *texts], len(before), loops) - len(before)
 
     def _recognise_to_pause(self, segment: _Segment, stop: int) -> list[Spoken] | None:
         """`_recognise` up to where speech has stopped, so that no word may be missing.
@@ -337,7 +349,7 @@ class Segmenter:
             segment.start += frames * VAD_FRAME
             del segment.voiced[:frames]
             partial = segment.partial
-            segment.committed, segment.partial, segment.anchor = [], [], None
+            segment.committed, segment.partial, segment.anchor, segment.memory = [], [], None, None
             words = self._recognise(segment, stop)
             if words is None:
                 segment.partial = partial

@@ -77,6 +77,10 @@ class LoopSettings:
     pair: int = 4
     phrase: int = 3
     longest_phrase: int = 12
+    twice: int = 3
+    """A phrase of so many words or more that is said twice running"""
+    fastest: float = 6.0
+    """by somebody who would have to say so many words in a second of speech, was said once."""
 
 
 def loop_start(texts: Sequence[str], settings: LoopSettings, repetitions: int = 0) -> int | None:
@@ -94,3 +98,12 @@ def loop_start(texts: Sequence[str], settings: LoopSettings, repetitions: int = 
             if count >= wanted:
                 return start
     return None
+
+
+def said_again(texts: Sequence[str], start: int, settings: LoopSettings) -> int:
+    """Where in a list of bare words, from `start` on, the phrase before it begins again; its length where none does."""
+    for second in range(max(start, settings.twice), len(texts) - settings.twice + 1):
+        for length in range(settings.twice, min(settings.longest_phrase, second, len(texts) - second) + 1):
+            if texts[second - length : second] == texts[second : second + length]:
+                return second
+    return len(texts)

@@ -4,6 +4,7 @@ import importlib.util
 import math
 import wave
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -115,6 +116,26 @@ def int8_saturates() -> bool:
     return bool((product != 255 * 127 * left.shape[1]).any())
 
 
+STEM_SAMPLES, STEM_STRIDE = 127, 64
+"""Samples that a frame of the encoder's first convolution hears, and from one frame to the next;"""
+CONVOLVED_FRAMES, CONVOLVED_STRIDE = 7, 3
+"""of those, how many the second convolution hears, and its step."""
+STEM_CHANNELS = 288
+GROUP_NORM_EPSILON = 1e-5
+
+
+@dataclass
+class StemMemory:
+    """What the encoder's first layers made of the start of a stretch of audio: they need not hear it again when it has grown.
+
+    convolved: (1, C, T), the second convolution. sums, squares: (1, F) over the channels of each frame of the first.
+    """
+
+    convolved: NDArray[np.float32]
+    sums: NDArray[np.float32]
+    squares: NDArray[np.float32]
+
+
 Heard = list[NDArray[np.float32]]
 """What the encoder makes of audio: keys and values of each decoder layer, each (1, H, T, D), about 41.7 frames a second."""
 
@@ -122,10 +143,11 @@ Heard = list[NDArray[np.float32]]
 class Moonshine:
     """Encoder and decoder of Moonshine tiny-en (27M parameters). Thread-safe: holds no state between calls."""
 
-    def __init__(self, encoder: Path, decoder: Path, may_follow: NDArray[np.bool_]) -> None:
+    def __init__(self, stem: Path, encoder: Path, decoder: Path, may_follow: NDArray[np.bool_]) -> None:
         """may_follow: (V,), the tokens that may follow a finished word."""
         self._may_follow = may_follow
         settings = UNSIGNED_WEIGHTS if int8_saturates() else {}
+        self._stem = one_thread_session(stem)
         self._encoder = one_thread_session(encoder, settings)
         self._decoder = one_thread_session(decoder, settings)
         self._heard = [output.name for output in self._encoder.get_outputs()]
@@ -135,11 +157,36 @@ class Moonshine:
         heads, width = inputs[self._pasts[0]][1], inputs[self._pasts[0]][3]
         self._no_past = [np.zeros((1, heads, 0, width), np.float32)] * len(self._pasts)  # (B, H, T, D)
 
-    def encode(self, samples: NDArray[np.float32]) -> Heard:
-        """Samples (S,) to what the decoder attends to."""
+    def memory(self) -> StemMemory:
+        """For `encode`: of audio of which nothing was heard yet."""
+        width = self._encoder.get_inputs()[0].shape[1]
+        return StemMemory(np.zeros((1, width, 0), np.float32), np.zeros((1, 0), np.float32), np.zeros((1, 0), np.float32))
+
+    def encode(self, samples: NDArray[np.float32], memory: StemMemory | None = None) -> Heard:
+        """Samples (S,) to what the decoder attends to.
+
+        memory: of the same samples' start; what is made of the rest is added to it.
+        """
         if len(samples) < SHORTEST_SAMPLES:
-            samples = np.pad(samples, (0, SHORTEST_SAMPLES - len(samples)))
-        heard: Heard = self._encoder.run(None, {"samples": samples[None, None]})
+            samples, memory = np.pad(samples, (0, SHORTEST_SAMPLES - len(samples))), None
+        memory = self.memory() if memory is None else memory
+        stem_frames = (len(samples) - STEM_SAMPLES) // STEM_STRIDE + 1
+        frames = (stem_frames - CONVOLVED_FRAMES) // CONVOLVED_STRIDE + 1
+        known = min(memory.convolved.shape[2], frames - 1)
+        rest = samples[known * CONVOLVED_STRIDE * STEM_STRIDE :]
+        convolved, *powers = self._stem.run(["convolved", "sums", "squares"], {"samples": rest[None, None]})
+        memory.convolved = np.concatenate([memory.convolved[:, :, :known], convolved], axis=2)
+        earlier = known * CONVOLVED_STRIDE
+        memory.sums, memory.squares = (
+            np.concatenate([old[:, :earlier], new], axis=1)
+            for old, new in zip((memory.sums, memory.squares), powers, strict=True)
+        )
+        count = stem_frames * STEM_CHANNELS
+        mean = memory.sums.sum(dtype=np.float64) / count
+        variance = memory.squares.sum(dtype=np.float64) / count - mean**2
+        inverse = (max(variance, 0.0) + GROUP_NORM_EPSILON) ** -0.5
+        numbers = {"mean": np.array([mean], np.float32), "inverse": np.array([inverse], np.float32)}
+        heard: Heard = self._encoder.run(None, {"convolved": memory.convolved, **numbers})
         return heard
 
     def decode(
@@ -253,16 +300,20 @@ class EmbeddedRecogniser:
     def speech_probability(self, frame: NDArray[np.float32], state: SileroState) -> tuple[float, SileroState]:
         return self._vad(frame, state)
 
+    def memory(self) -> StemMemory:
+        return self._moonshine.memory()
+
     def recognise(
         self,
         samples: NDArray[np.float32],
         said: Sequence[Spoken] = (),
         draft: Sequence[Spoken] = (),
         said_seconds: float = 0.0,
+        memory: StemMemory | None = None,
     ) -> Hypothesis:
         seconds = len(samples) / RECOGNISER_RATE - max(0.0, said_seconds - SPARE_SECONDS)
         limit = math.ceil(seconds * TOKENS_PER_SECOND) + SPARE_TOKENS
-        heard = self._moonshine.encode(samples)
+        heard = self._moonshine.encode(samples, memory)
         tokens, logprobs, whole = self._moonshine.decode(heard, _tokens(said), _tokens(draft), limit)
         return Hypothesis(self._tokenizer.words(tokens, logprobs), whole)
 
@@ -282,9 +333,9 @@ def load_embedded(threads: int = 0) -> EmbeddedRecogniser:
 
     threads: how many callers there may be at once; 0 takes one for each usable core. Raises CheckpointError.
     """
-    encoder, decoder, tokens = (data_file(f"{MODEL}/{name}") for name in ("encoder.onnx", "decoder.onnx", "tokenizer.bin"))
-    tokenizer = EmbeddedTokenizer(tokens.read_bytes())
-    moonshine = Moonshine(encoder, decoder, tokenizer.may_follow())
+    stem, encoder, decoder = (data_file(f"{MODEL}/{name}.onnx") for name in ("stem", "encoder", "decoder"))
+    tokenizer = EmbeddedTokenizer(data_file(f"{MODEL}/tokenizer.bin").read_bytes())
+    moonshine = Moonshine(stem, encoder, decoder, tokenizer.may_follow())
     aligner: WordAligner = AttentionAligner(moonshine, tokenizer)
     if importlib.util.find_spec(ALIGNER_PACKAGE) is not None:
         aligner = Aligner(threads or usable_cores())
