@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Paced live streams through the whole engine: how long a step takes, and how late its tokens are.
 
-    bench_engine.py [--shape 1b|2.6b|tiny] [--streams 1024] [--seconds 60] [--kv auto|bf16|fp8] [--mimi tf32] [--device auto]
+    bench_engine.py [--shape 1b|2.6b|tiny] [--streams 1024] [--seconds 60] [--kv auto|bf16|fp8] [--mimi f16] [--device auto]
                     [--processes 8] [--lifetime 20] [--old] [--out FILE]
 
 Streams send a frame of noise every 80 ms, in groups at as many moments, live for a random time (mean `lifetime` seconds),
@@ -416,7 +416,7 @@ def main() -> None:
     parser.add_argument("--streams", type=int, default=1024)
     parser.add_argument("--seconds", type=float, default=60.0)
     parser.add_argument("--kv", default="auto")
-    parser.add_argument("--mimi", default="tf32")
+    parser.add_argument("--mimi", default="f16")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--processes", type=int, default=8)
     parser.add_argument("--lifetime", type=float, default=20.0)

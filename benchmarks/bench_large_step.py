@@ -1,30 +1,29 @@
 #!/usr/bin/env python3
-"""What a step of many rows is made of on a GPU, and what could make it shorter.
+"""What a step of many rows is made of on a GPU.
 
-    bench_large_step.py FOLDER [--parts NAME,...] [--gpus 1] [--seconds 240] [--rows 1024]
+    bench_large_step.py FOLDER [--parts NAME,...] [--seconds 240] [--rows 1024]
 
-Parts, in the order of their worth; each runs in a process of its own with a time limit and leaves FOLDER/NAME.json:
-  steps       Mimi, language model and the whole step by rows, Mimi in each precision, keys and values in bf16 and fp8
-  kernels     every kernel of a step with fp8 keys and values, one after the other: microseconds, launches
-  overlap     the same step with its halves next to each other, and with priorities: milliseconds, and whether a bit differs
+Parts, in the order of their worth. Each runs in a process of its own with a time limit; FOLDER/large-step.json gets what they
+found:
+  steps       Mimi, language model and the whole step by rows, Mimi in float16 and TF32, keys and values in fp8 and bf16
+  profile     a replayed step as CUPTI sees it, and where the host's time goes
+  quantiser   Mimi's quantiser at other tiles, and with books that are split on the way
+  attention   both attentions at the blocks that are chosen and at others, few rows and many
+  neighbours  1 to `rows` rows a step, joins and leaves; another schedule; one row a step: what differs
   agreement   codes and tokens of Mimi's precisions against float32
-  neighbours  Mimi in f16, halves next to each other: 1 to `rows` rows a step, joins and leaves; another schedule; one row
-  attention   the tilings of both attentions
-  convs       the tiles of Mimi's products in f16
-  slices      the language model's sliced products, in parts and by one program
-  profile     a replayed step as CUPTI sees it, the overlap included
+  kernels     every kernel of a step with fp8 keys and values, one after the other: microseconds, launches
+  tilings     all tilings of both attentions
+  convs       the tiles of Mimi's products in float16
 
-No part begins after `seconds`. With several GPUs the parts are shared out. The 1B's shape, random weights, full contexts.
+No part begins after `seconds`. The 1B's shape, random weights, full contexts.
 """
 
 import argparse
 import contextlib
 import json
-import os
-import queue
 import subprocess
 import sys
-import threading
+import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -35,14 +34,14 @@ HERE = Path(__file__).resolve().parent
 
 PARTS = {
     "steps": 150,
-    "kernels": 60,
-    "overlap": 70,
-    "agreement": 120,
-    "neighbours": 90,
+    "profile": 60,
+    "quantiser": 60,
     "attention": 60,
+    "neighbours": 90,
+    "agreement": 120,
+    "kernels": 60,
+    "tilings": 60,
     "convs": 60,
-    "slices": 40,
-    "profile": 50,
 }
 """Seconds that each may take."""
 
@@ -52,75 +51,55 @@ SHAPE = "1b"
 # ---- the parts' processes --------------------------------------------------------------------------------------------------
 
 
-def command(part: str, folder: Path, rows: int) -> list[str]:
-    out = ["--out", str(folder / f"{part}.json")]
+def command(part: str, out: Path, rows: int) -> list[str]:
+    to = ["--out", str(out)]
     if part == "steps":
-        counts = ",".join(str(n) for n in (1, 8, 64, 256) if n < rows)
-        given = ["--no-reference", "--rows", f"{counts},{rows}", "--kv", "fp8,auto", "--mimi", "tf32,f16,bf16", "--steps", "20"]
-        return ["bench_step.py", *given, *out]
+        counts = ",".join(str(n) for n in (1, 8, 64, 256, 512) if n < rows)
+        given = ["--no-reference", "--rows", f"{counts},{rows}", "--kv", "fp8,auto", "--mimi", "f16,tf32", "--steps", "15"]
+        return ["bench_step.py", *given, *to]
     if part == "agreement":
         names = "float32,tf32 Mimi,f16 Mimi,bf16 Mimi"
-        return ["bench_step.py", "--no-times", "--no-reference", "--agreement", names, *out]
+        return ["bench_step.py", "--no-times", "--no-reference", "--agreement", names, *to]
     if part == "neighbours":
-        given = ["--shape", SHAPE, "--rows", str(rows), "--kv", "fp8", "--mimi", "f16", "--halves-from", str(rows // 2)]
-        return ["bench_neighbours.py", *given, "--frames", "30000", "--seconds", "40", "--device", "cuda", *out]
-    return [Path(__file__).name, str(folder), "--part", part, "--rows", str(rows)]
+        given = ["--shape", SHAPE, "--rows", str(rows), "--kv", "auto,fp8", "--frames", "20000", "--seconds", "40"]
+        return ["bench_neighbours.py", *given, "--device", "cuda", *to]
+    return [Path(__file__).name, str(out), "--part", part, "--rows", str(rows)]
 
 
-def work(folder: Path, left: "queue.Queue[str]", gpu: int | None, until: float, rows: int, said: dict[str, str]) -> None:
-    """Run parts until none is left or the time is up."""
-    environment = dict(os.environ) | ({} if gpu is None else {"CUDA_VISIBLE_DEVICES": str(gpu)})
-    while True:
+def run_part(part: str, rows: int, seconds: float) -> dict[str, Any]:
+    """A part's JSON and how it ended; what it printed is printed, shortened where it failed."""
+    begun = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "part.json"
         try:
-            part = left.get_nowait()
-        except queue.Empty:
-            return
-        spare = until - time.monotonic()
-        if spare < 15:
-            said[part] = "not begun: the time was up"
-            continue
-        begun = time.monotonic()
-        with (folder / f"{part}.log").open("w", encoding="utf-8") as log:
-            try:
-                done = subprocess.run(
-                    [sys.executable, *command(part, folder, rows)],
-                    cwd=HERE,
-                    env=environment,
-                    stdout=log,
-                    stderr=subprocess.STDOUT,
-                    timeout=min(PARTS[part], spare),
-                    check=False,
-                )
-                how = "done" if done.returncode == 0 else f"failed with status {done.returncode}"
-            except subprocess.TimeoutExpired:
-                how = "stopped at its time limit"
-        said[part] = f"{how} after {time.monotonic() - begun:.0f} s"
+            done = subprocess.run(
+                [sys.executable, *command(part, out, rows)],
+                cwd=HERE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                timeout=min(PARTS[part], seconds),
+                check=False,
+            )
+            said, how = done.stdout, "done" if done.returncode == 0 else f"failed with status {done.returncode}"
+        except subprocess.TimeoutExpired as error:
+            said, how = error.stdout or b"", "stopped at its time limit"
+        found = json.loads(out.read_text()) if out.exists() else {}
+    how += f" after {time.monotonic() - begun:.0f} s"
+    print(f"== {part}: {how}", flush=True)
+    lines = [line[:200] for line in said.decode(errors="replace").splitlines() if not line.startswith("{")]
+    print("\n".join(lines if found else lines[-15:])[:6_000], flush=True)
+    return {"how": how, **found}
 
 
 def run_all(args: argparse.Namespace) -> int:
-    folder = args.folder.resolve()
-    folder.mkdir(parents=True, exist_ok=True)
-    parts = args.parts.split(",") if args.parts else list(PARTS)
-    left: queue.Queue[str] = queue.Queue()
-    for part in parts:
-        left.put(part)
-    said: dict[str, str] = {}
+    args.folder.mkdir(parents=True, exist_ok=True)
+    found: dict[str, Any] = {}
     until = time.monotonic() + args.seconds
-    threads = [
-        threading.Thread(target=work, args=(folder, left, None if args.gpus == 1 else gpu, until, args.rows, said))
-        for gpu in range(args.gpus)
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    (folder / "parts.json").write_text(json.dumps(said) + "\n")
-    for part in parts:
-        print(f"== {part}: {said.get(part, 'not run')}", flush=True)
-        log = (folder / f"{part}.log").read_text(errors="replace").splitlines() if (folder / f"{part}.log").exists() else []
-        shown = [line[:200] for line in log if not line.startswith("{")]
-        print("\n".join(shown if "done" in said.get(part, "") else shown[-15:])[:6_000], flush=True)
-    return int(any("done" not in how for how in said.values()))
+    for part in args.parts.split(",") if args.parts else PARTS:
+        left = until - time.monotonic()
+        found[part] = run_part(part, args.rows, left) if left > 8 else {"how": "not begun: the time was up"}
+        (args.folder / "large-step.json").write_text(json.dumps(found) + "\n")
+    return int(any("done" not in part["how"] for part in found.values()))
 
 
 # ---- parts of this file ----------------------------------------------------------------------------------------------------
@@ -202,60 +181,37 @@ def kernels(rows: int) -> dict[str, Any]:
     return result
 
 
-def overlap(rows: int) -> dict[str, Any]:
-    """A step under each way of sharing the GPU."""
+def on_the_host(backend: Any, pcm: Any, slots: Any, fresh: Any) -> dict[str, float]:
+    """Milliseconds of a step: all, the copy into pinned memory, the launch, the device between its events."""
     import numpy as np
+    import torch
 
-    from moshi_stt.models.torch_impl.cuda.overlap import Overlap, Streams
+    from moshi_stt.engine.backend import StepInputs
 
-    backend = built(rows)
-    result: dict[str, Any] = {}
-    first: dict[int, Any] = {}
-    counts = [n for n in (rows, rows // 2, rows // 4) if n >= 2]
-    ways = {
-        "as it is": Overlap(),
-        "Mimi first": Overlap(mimi_priority=-1),
-        "halves": Overlap(halves_from=2, product_priority=0),
-        "halves, products first": Overlap(halves_from=2, product_priority=-1),
-        "halves, products and Mimi first": Overlap(halves_from=2, product_priority=-1, mimi_priority=-1),
-        "halves, products first, Mimi before": Overlap(halves_from=2, product_priority=-1, mimi_priority=-2),
-    }
-    for name, way in ways.items():
-        try:
-            backend._streams = Streams(backend.device, way)
-        except Exception as error:  # a priority that this PyTorch has not
-            print(f"{name}: {error}", flush=True)
-            continue
-        backend._buckets = tuple(sorted(counts))
-        del backend.runner
-        backend.runner = backend._make_runner()
-        backend.warm_up()
-        line: dict[str, Any] = {"overlap": way._asdict()}
-        for count in counts:
-            pcm = (np.random.default_rng(count).standard_normal((count, 1_920)) * 0.2).astype(np.float32)
-            slots = np.arange(count, dtype=np.int64)
-            heard = []
-            for n in range(3):
-                output = backend.step(pcm, slots, np.full(count, n == 0))
-                heard.append((output.text_token, output.logprob, backend.state.codes[:count].cpu().numpy()))
-            backend.fill_context()
-            for _ in range(3):
-                backend.step(pcm, slots, np.zeros(count, np.bool_))
-            taken = []
-            for _ in range(15):
-                begun = time.perf_counter()
-                backend.step(pcm, slots, np.zeros(count, np.bool_))
-                taken.append(1e3 * (time.perf_counter() - begun))
-            first.setdefault(count, heard)
-            differ = sum(int((a != b).any()) for one, other in zip(first[count], heard, strict=True)
-                         for a, b in zip(one, other, strict=True))  # fmt: skip
-            line[str(count)] = {"ms": round(float(np.median(taken)), 3), "least": round(min(taken), 3), "differ": differ}
-        result[name] = line
-        said = "   ".join(
-            f"{n} rows {line[str(n)]['ms']:6.2f} ms" + (" BITS DIFFER" if line[str(n)]["differ"] else "") for n in counts
-        )
-        print(f"{name:36} {said}", flush=True)
-    return result
+    runner, taken = backend.runner, defaultdict(list)
+    given, replay = StepInputs(pcm, slots, fresh), runner._bucket(len(slots)).replay
+    with torch.inference_mode():
+        for _ in range(15):
+            started = time.perf_counter()
+            runner._put(given)
+            copied = time.perf_counter()
+            replay.begin()
+            launched = time.perf_counter()
+            replay.wait()
+            ended = time.perf_counter()
+            backend.step(pcm, slots, fresh)
+            for name, seconds in (
+                ("copy", copied - started),
+                ("launch", launched - copied),
+                ("wait", ended - launched),
+                ("device", runner.device_seconds),
+                ("step", time.perf_counter() - ended),
+            ):
+                taken[name].append(1e3 * seconds)
+            started = time.perf_counter()
+            runner.inputs.put(given)
+            taken["copy by one thread"].append(1e3 * (time.perf_counter() - started))
+    return {name: round(float(np.median(times)), 3) for name, times in taken.items()}
 
 
 def profile(rows: int) -> dict[str, Any]:
@@ -265,51 +221,45 @@ def profile(rows: int) -> dict[str, Any]:
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as profiler
 
-    from moshi_stt.models.torch_impl.cuda.overlap import Overlap, Streams
-
     backend = built(rows)
     pcm = (np.random.default_rng(0).standard_normal((rows, 1_920)) * 0.2).astype(np.float32)
     slots, fresh = np.arange(rows, dtype=np.int64), np.zeros(rows, np.bool_)
-    result: dict[str, Any] = {}
-    for name, way in {"as it is": Overlap(), "halves": Overlap(halves_from=2, product_priority=-1)}.items():
-        backend._streams = Streams(backend.device, way)
-        del backend.runner
-        backend.runner = backend._make_runner()
-        backend.warm_up()
-        for _ in range(3):
-            backend.step(pcm, slots, fresh)
-        with profiler(activities=[ProfilerActivity.CUDA]) as seen:
-            backend.step(pcm, slots, fresh)
-            torch.cuda.synchronize()
-        seen.export_chrome_trace("/tmp/large_step_trace.json")
-        events = [e for e in json.loads(Path("/tmp/large_step_trace.json").read_text())["traceEvents"]
+    for _ in range(3):
+        backend.step(pcm, slots, fresh)
+    host = on_the_host(backend, pcm, slots, fresh)
+    print("ms: " + ", ".join(f"{name} {ms}" for name, ms in host.items()), flush=True)
+    with profiler(activities=[ProfilerActivity.CUDA]) as seen:
+        backend.step(pcm, slots, fresh)
+        torch.cuda.synchronize()
+    with tempfile.TemporaryDirectory() as folder:
+        trace = Path(folder) / "trace.json"
+        seen.export_chrome_trace(str(trace))
+        events = [e for e in json.loads(trace.read_text())["traceEvents"]
                   if e.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset") and "dur" in e]  # fmt: skip
-        spans = sorted((e["ts"], e["ts"] + e["dur"]) for e in events)
-        busy, end = 0.0, float("-inf")
-        for begin, stop in spans:
-            busy += max(0.0, stop - max(begin, end))
-            end = max(end, stop)
-        taken: dict[str, list[float]] = defaultdict(list)
-        for e in events:
-            taken[str(e["name"])[:60]].append(e["dur"])
-        largest = sorted(taken.items(), key=lambda item: -sum(item[1]))
-        table = [{"kernel": k, "launches": len(us), "us": round(sum(us), 1)} for k, us in largest]
-        whole, total = end - spans[0][0] if spans else 0.0, sum(e["dur"] for e in events)
-        result[name] = {"from_first_to_last_us": whole, "busy_us": busy, "sum_us": total, "kernels": table}
-        print(f"\n{name}: {whole / 1e3:.2f} ms from first to last, {busy / 1e3:.2f} busy, {total / 1e3:.2f} in all kernels")
-        for line in table[:16]:
-            print(f"{line['us']:9.1f} us {line['launches']:4} x  {line['kernel']}")
-    return result
+    spans = sorted((e["ts"], e["ts"] + e["dur"]) for e in events)
+    busy, end = 0.0, float("-inf")
+    for begin, stop in spans:
+        busy += max(0.0, stop - max(begin, end))
+        end = max(end, stop)
+    taken: dict[str, list[float]] = defaultdict(list)
+    for e in events:
+        taken[str(e["name"])[:60]].append(e["dur"])
+    largest = sorted(taken.items(), key=lambda item: -sum(item[1]))
+    table = [{"kernel": k, "launches": len(us), "us": round(sum(us), 1)} for k, us in largest]
+    whole, total = end - spans[0][0] if spans else 0.0, sum(e["dur"] for e in events)
+    print(f"{whole / 1e3:.2f} ms from first to last, {busy / 1e3:.2f} busy, {total / 1e3:.2f} in all kernels")
+    for line in table[:14]:
+        print(f"{line['us']:9.1f} us {line['launches']:4} x  {line['kernel']}")
+    return {"host_ms": host, "from_first_to_last_us": whole, "busy_us": busy, "sum_us": total, "kernels": table}
 
 
-OWN: dict[str, Callable[[int], dict[str, Any]]] = {"kernels": kernels, "overlap": overlap, "profile": profile}
+OWN: dict[str, Callable[[int], dict[str, Any]]] = {"kernels": kernels, "profile": profile}
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--parts", help="names, comma between; all")
-    parser.add_argument("--gpus", type=int, default=1)
     parser.add_argument("--seconds", type=float, default=240.0)
     parser.add_argument("--rows", type=int, default=1_024)
     parser.add_argument("--part", choices=tuple(PARTS), help=argparse.SUPPRESS)
@@ -324,8 +274,8 @@ def main() -> int:
     run = OWN[args.part] if args.part in OWN else getattr(large_step_tiles, args.part)
     with torch.inference_mode():
         found = run(args.rows)
-    document = {"rows": args.rows, **measured_on(torch.device("cuda")), args.part: found}
-    report.finish(f"large-step-{args.part}", document, args.folder / f"{args.part}.json")
+    measured = {"rows": args.rows, **measured_on(torch.device("cuda")), "found": found}
+    report.finish(f"large-step-{args.part}", measured, args.folder)
     return 0
 
 

@@ -2,7 +2,7 @@
 """How often neighbours change what a stream says, and what a step costs that lets none.
 
     bench_neighbours.py CHECKPOINT [--speech FOLDER] [--frames 100000] [--streams 16] [--device cuda]
-    bench_neighbours.py --shape 1b --rows 256 [--frames 100000] [--kv auto,fp8] [--mimi tf32] [--device cuda]
+    bench_neighbours.py --shape 1b --rows 256 [--frames 100000] [--kv auto,fp8] [--mimi f16] [--device cuda]
 
 The second form needs no files, and steps a crowd of up to `rows` streams by two schedules that share nothing but the streams
 (`crowd.py`), and then one row a step: how many tokens, probabilities and codes differ, to the last bit. The first:
@@ -176,15 +176,10 @@ def crowds(args: argparse.Namespace) -> dict[str, Any]:
 
     from moshi_stt.models.torch_impl.device import choose_device
 
-    overlap = None
-    if args.halves_from:
-        from moshi_stt.models.torch_impl.cuda.overlap import Overlap
-
-        overlap = Overlap(halves_from=args.halves_from, mimi_priority=-1)
     device, _ = choose_device(args.device)
     begun, results = time.monotonic(), []
     for kv in args.kv.split(","):
-        backend = build(args.shape, device, args.rows, kv=kv, mimi=args.mimi, overlap=overlap)
+        backend = build(args.shape, device, args.rows, kv=kv, mimi=args.mimi)
         crowd = Crowd(backend, args.rows)
         first, told = crowd.run(args.frames, seed=1)
         for name, rows, frames in (("another schedule", 0, args.frames), ("one row a step", 1, args.frames // 20)):
@@ -203,7 +198,7 @@ def crowds(args: argparse.Namespace) -> dict[str, Any]:
         backend.close()
         del crowd, backend
         release(device)
-    return {"rows": args.rows, "mimi": args.mimi, "halves_from": args.halves_from, "results": results}
+    return {"rows": args.rows, "mimi": args.mimi, "results": results}
 
 
 def main() -> None:
@@ -212,8 +207,7 @@ def main() -> None:
     parser.add_argument("--shape", help="random weights of this shape, and no files")
     parser.add_argument("--rows", type=int, default=256, help="the most rows of a step, with --shape")
     parser.add_argument("--kv", default="auto", help="dtypes of keys and values, with --shape")
-    parser.add_argument("--mimi", default="tf32", help="Mimi's precision, with --shape")
-    parser.add_argument("--halves-from", type=int, default=0, help="`Overlap.halves_from`, with --shape")
+    parser.add_argument("--mimi", default="f16", help="Mimi's precision, with --shape")
     parser.add_argument("--seconds", type=float, default=300.0, help="begin nothing more after so many, with --shape")
     parser.add_argument("--speech", type=Path, help="a folder of recordings")
     parser.add_argument("--frames", type=int, default=100_000)

@@ -336,7 +336,7 @@ def main() -> None:
     parser.add_argument("--slots", type=int, help="slots of the server; as many as streams unless given")
     parser.add_argument("--seconds", type=float, default=60.0)
     parser.add_argument("--kv", default="auto")
-    parser.add_argument("--mimi", default="tf32")
+    parser.add_argument("--mimi", default="auto")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--devices", default="", help="`--devices` of the worker; --slots is then the number on each")
     parser.add_argument("--clients", type=int, default=8)

@@ -49,7 +49,7 @@ def main() -> None:
     parser.add_argument("--shape", default="1b")
     parser.add_argument("--slots", type=int, default=1_024)
     parser.add_argument("--kv", default="auto")
-    parser.add_argument("--mimi", default="tf32")
+    parser.add_argument("--mimi", default="auto")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--checkpoint", type=Path, required=True)
     parser.add_argument("--out", type=Path)

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """One step of many streams with full contexts: ours beside PyPI `moshi`, the same random weights' shape, in one run.
 
-    bench_step.py [--shape 1b|2.6b|tiny] [--rows 1,8,64,256,512,1024] [--kv auto,fp8] [--mimi tf32] [--steps 40]
+    bench_step.py [--shape 1b|2.6b|tiny] [--rows 1,8,64,256,512,1024] [--kv auto,fp8] [--mimi f16] [--steps 40]
                   [--device auto] [--no-reference] [--agreement [SETTINGS]] [--out FILE]
 
 For each number of active streams: Mimi, the language model and the whole step, ours and the reference's (its own streaming
@@ -31,8 +31,15 @@ from random_weights import SHAPES, model_spec, random_lm, random_mimi
 from moshi_stt.constants import FRAME_SAMPLES
 from moshi_stt.models.torch_impl.attention import FP8
 from moshi_stt.models.torch_impl.backend import TorchBackend
-from moshi_stt.models.torch_impl.build import Options, choose_mimi_kv_dtype, fused_backend, make_state, plain_backend
-from moshi_stt.models.torch_impl.device import choose_device, choose_dtype, device_name, without_kernels
+from moshi_stt.models.torch_impl.build import Options, fused_backend, make_state, plain_backend
+from moshi_stt.models.torch_impl.device import (
+    MimiDtype,
+    choose_device,
+    choose_dtype,
+    choose_mimi_kv_dtype,
+    device_name,
+    without_kernels,
+)
 
 KV_DTYPES = {"bf16": torch.bfloat16, "f32": torch.float32, "fp8": FP8}
 
@@ -45,13 +52,12 @@ def build(
     device: torch.device,
     slots: int,
     kv: str = "auto",
-    mimi: str = "tf32",
+    mimi: MimiDtype = "f16",
     dtype: torch.dtype | None = None,
     buckets: tuple[int, ...] | None = None,
     plain: bool = False,
-    overlap: Any = None,
 ) -> Any:
-    """A warm backend of random weights: fused where that can run, unless `plain`. overlap: see `CudaBackend`."""
+    """A warm backend of random weights: fused where that can run, unless `plain`."""
     dtype = dtype or choose_dtype(None, device)
     spec = model_spec(shape)
     with torch.inference_mode():
@@ -59,9 +65,9 @@ def build(
     fused = not (plain or without_kernels(spec.lm, dtype, device))
     mimi_kv = choose_mimi_kv_dtype(mimi, fused=fused)
     state = make_state(spec, slots, dtype if kv == "auto" else KV_DTYPES[kv], device, mimi_kv)
-    options = Options(mimi_dtype=mimi)  # type: ignore[arg-type]
+    options = Options(mimi_dtype=mimi)
     if fused:
-        backend: Any = fused_backend(spec, params, mimi_params, state, options, buckets=buckets, overlap=overlap)
+        backend: Any = fused_backend(spec, params, mimi_params, state, options, buckets=buckets)
     else:
         backend = plain_backend(spec, params, mimi_params, state, options)
     backend.warm_up()
@@ -400,7 +406,7 @@ def main() -> None:
     parser.add_argument("--shape", choices=tuple(SHAPES), default="1b")
     parser.add_argument("--rows", default="1,8,64,256,512,1024")
     parser.add_argument("--kv", default="auto")
-    parser.add_argument("--mimi", default="tf32")
+    parser.add_argument("--mimi", default="f16")
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--no-reference", dest="reference", action="store_false")

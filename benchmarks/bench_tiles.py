@@ -26,7 +26,7 @@ from moshi_stt.models.torch_impl.cuda import conv as convs
 from moshi_stt.models.torch_impl.cuda.compile import Compiler, finish
 from moshi_stt.models.torch_impl.cuda.limits import limits_of
 from moshi_stt.models.torch_impl.cuda.product import Tile, choose_tile, fitted, gated_product, product, sliced_product, slices
-from moshi_stt.models.torch_impl.cuda.quantiser import quantise
+from moshi_stt.models.torch_impl.cuda.quantiser import make_books, quantise
 
 SHAPES = {
     "in_proj": (6_144, 2_048),
@@ -233,16 +233,13 @@ def mimi_bits(device: torch.device) -> dict[str, Any]:
                     continue
                 first = out.clone() if first is None else first
                 found[name] = f"{int((out != first).sum())} of {out.numel()} differ"
-    books = torch.randn(8, 2_048, 256, device=device) * 0.4
+    books = make_books(torch.randn(8, 2_048, 256, device=device) * 0.4)
     latent = torch.randn(1_024, 512, device=device)
     every = torch.full((1_025, 8), -1, dtype=torch.int64, device=device)
-    norms = books.square().sum(-1) / 2
-    quantise(latent, books, norms, every, torch.arange(1_024, device=device), precision="tf32x3")
+    quantise(latent, books, every, torch.arange(1_024, device=device), precision="tf32x3")
     some = torch.full((1_025, 8), -1, dtype=torch.int64, device=device)
     for start in range(0, 1_024, 16):
-        quantise(
-            latent[start : start + 16], books, norms, some, torch.arange(start, start + 16, device=device), precision="tf32x3"
-        )
+        quantise(latent[start : start + 16], books, some, torch.arange(start, start + 16, device=device), precision="tf32x3")
     found["quantiser"] = f"{int((every != some).sum())} of {1_024 * 8} codes differ"
     return found
 

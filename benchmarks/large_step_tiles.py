@@ -1,4 +1,4 @@
-"""Tiles of a large step's kernels on a GPU, for `bench_large_step.py`: both attentions, and Mimi's products in float16."""
+"""Tiles of a large step's kernels on a GPU, for `bench_large_step.py`: attentions, quantiser, Mimi's products in float16."""
 
 import itertools
 from collections.abc import Callable
@@ -11,72 +11,157 @@ from moshi_stt.models.spec import MimiSpec
 from moshi_stt.models.torch_impl.attention import FP8, make_ring
 from moshi_stt.models.torch_impl.cuda import attention as attentions
 from moshi_stt.models.torch_impl.cuda import conv as kernels
+from moshi_stt.models.torch_impl.cuda import quantiser as quantisers
 from moshi_stt.models.torch_impl.cuda.attention import Tiling, choose_tiling, ring_attention
 from moshi_stt.models.torch_impl.cuda.compile import Compiler, finish
-from moshi_stt.models.torch_impl.cuda.elementwise import add_rms
 from moshi_stt.models.torch_impl.cuda.limits import limits_of
-from moshi_stt.models.torch_impl.cuda.product import Tile, joined_product, sliced_product
+from moshi_stt.models.torch_impl.cuda.quantiser import make_books, quantise
 
 
 def _without_fallback() -> None:
     """A tile that cannot run raises, and PyTorch's own operations do not take the place of those after it."""
-    for module in (attentions, kernels):
+    for module in (attentions, kernels, quantisers):
         module.attempt = lambda name, kernel, plain: kernel()  # type: ignore[attr-defined]
 
 
+ATTENTIONS = {
+    "Mimi f16": (8, 250, 64, 2, torch.float16, torch.float16),
+    "LM fp8": (16, 750, 128, 1, FP8, torch.bfloat16),
+    "LM bf16": (16, 750, 128, 1, torch.bfloat16, torch.bfloat16),
+}
+"""Heads, context, dim, positions a step, dtype of the ring and of the products."""
+
+BLOCKS = ((32, 1), (32, 2), (64, 1), (64, 2), (64, 4))
+"""Ring entries and warps."""
+
+
+def _attend(name: str, counts: list[int], tilings: Callable[[int], list[Tiling]]) -> dict[int, list[dict[str, Any]]]:
+    """Microseconds and TB/s of the ring for each count of rows at each of its tilings, the quickest first."""
+    heads, context, dim, t, kind, dtype = ATTENTIONS[name]
+    device, most = torch.device("cuda"), max(counts)
+    rings = [make_ring(most, heads, context, dim, kind, device) for _ in range(3)]
+    for ring in rings:
+        for tensor in ring:
+            if tensor is not None:
+                tensor.view(torch.uint8).zero_() if tensor.dtype is FP8 else tensor.fill_(0.01)
+    compiler = Compiler(device)
+    runs: dict[tuple[int, Tiling], Callable[[int], torch.Tensor]] = {}
+    for count in counts:
+        qkv = torch.randn(count, t, 3, heads, dim, device=device).to(dtype)
+        cos = torch.ones(count, t, dim // 2, device=device)
+        slots, at = torch.arange(count, device=device), torch.full((count,), 10 * context, device=device)
+        for tiling in dict.fromkeys(tilings(count)):
+            runs[count, tiling] = (lambda i, tiling=tiling, q=qkv, c=cos, s=slots, p=at:  # type: ignore[misc]
+                                   ring_attention(q, c, c, rings[i % 3], s, p, tiling=tiling))  # fmt: skip
+    finish([future for run in runs.values() for future in compiler.read(lambda run=run: run(0))])  # type: ignore[misc]
+    found: dict[int, list[dict[str, Any]]] = {count: [] for count in counts}
+    for (count, tiling), run in runs.items():
+        try:
+            us = microseconds(run, 3, device)
+        except Exception as error:
+            found[count].append({"tiling": tiling, "error": str(error)[:100]})
+            continue
+        rate = 2 * count * heads * context * dim * rings[0].k.element_size() / us / 1e6
+        chosen = tiling == choose_tiling(count, heads, context, dim, kind, limits_of(device))
+        found[count].append({"tiling": tiling, "us": round(us, 1), "TBps": round(rate, 2), "chosen": chosen})
+    compiler.close()
+    for lines in found.values():
+        lines.sort(key=lambda line: line.get("us", 1e9))
+    return found
+
+
 def attention(rows: int) -> dict[str, Any]:
-    """Both attentions of a large step at other tilings: microseconds and TB/s of the ring."""
+    """Both attentions at the blocks that are chosen and at others, for few rows and many."""
     _without_fallback()
-    device = torch.device("cuda")
+    counts = [n for n in (1, 2, 8, 32, 64, 128, 256, 512) if n < rows] + [rows]
     result: dict[str, Any] = {}
-    cases = {
-        "Mimi f16": (8, 250, 64, 2, torch.float16, torch.float16),
-        "Mimi f32": (8, 250, 64, 2, torch.float32, torch.float32),
-        "LM fp8": (16, 750, 128, 1, FP8, torch.bfloat16),
-    }
-    for name, (heads, context, dim, t, kind, dtype) in cases.items():
-        rings = [make_ring(rows, heads, context, dim, kind, device) for _ in range(3)]
-        for ring in rings:
-            for tensor in ring:
-                if tensor is not None:
-                    tensor.view(torch.uint8).zero_() if tensor.dtype is FP8 else tensor.fill_(0.01)
-        for count in (rows, rows // 2):
-            qkv = torch.randn(count, t, 3, heads, dim, device=device).to(dtype)
-            cos = torch.ones(count, t, dim // 2, device=device)
-            slots, at = torch.arange(count, device=device), torch.full((count,), 10 * context, device=device)
-            chosen = choose_tiling(count, heads, context, dim, kind, limits_of(device))
-            tilings = [chosen]
-            if kind is not torch.float32:
-                blocks, stages = ((32, 64, 128, 256), (1, 2, 3)) if t == 2 else ((32, 64, 128), (2, 3, 4, 5))
-                tilings += [Tiling(1, b, w, s) for b, w, s in itertools.product(blocks, (1, 2, 4), stages)]
-            compiler = Compiler(device)
-            runs = {
-                tiling: (lambda i, tiling=tiling, q=qkv, c=cos, s=slots, p=at, r=rings:
-                         ring_attention(q, c, c, r[i % 3], s, p, tiling=tiling))
-                for tiling in dict.fromkeys(tilings)
-            }  # fmt: skip
-            with torch.inference_mode():
-                finish([future for run in runs.values() for future in compiler.read(lambda run=run: run(0))])
-                lines = []
-                for tiling, run in runs.items():
-                    try:
-                        us = microseconds(run, 3, device)
-                    except Exception as error:
-                        lines.append({"tiling": tiling, "error": str(error)[:100]})
-                        continue
-                    numbers = 2 * count * heads * context * dim * rings[0].k.element_size()
-                    lines.append(
-                        {"tiling": tiling, "us": round(us, 1), "TBps": round(numbers / us / 1e6, 2), "chosen": tiling == chosen}
-                    )
-            lines.sort(key=lambda line: line.get("us", 1e9))
-            result[f"{name}, {count} rows"] = lines
-            print(f"\n{name}, {count} rows (splits, block, warps, stages)")
+    for name, (heads, context, dim, _, kind, _) in ATTENTIONS.items():
+
+        def tilings(count: int) -> list[Tiling]:
+            found, chosen = [], attentions._BLOCKS[kind]  # noqa: B023
+            for block in (chosen, *BLOCKS):
+                attentions._BLOCKS[kind] = block  # noqa: B023
+                tiling = choose_tiling(count, heads, context, dim, kind, limits_of(torch.device("cuda")))  # noqa: B023
+                found += [tiling, *([tiling._replace(stages=stages) for stages in (2, 3)] if tiling.splits == 1 else [])]
+            attentions._BLOCKS[kind] = chosen  # noqa: B023
+            return found
+
+        with torch.inference_mode():
+            result[name] = _attend(name, counts, tilings)
+        torch.cuda.empty_cache()
+        print(f"{name}: us (splits, block, warps, stages), the chosen one first")
+        for count, lines in result[name].items():
+            lines = [line for line in lines if line.get("chosen")] + [line for line in lines if not line.get("chosen")]
+            print(f"{count:5} " + "  ".join(f"{x['us']:.1f} {tuple(x['tiling'])}" for x in lines[:4] if "us" in x), flush=True)
+    return result
+
+
+def tilings(rows: int) -> dict[str, Any]:
+    """All tilings of the attentions of a large step and of half of one."""
+    _without_fallback()
+    result: dict[str, Any] = {}
+    for name, (heads, context, dim, t, kind, _) in ATTENTIONS.items():
+        blocks, stages = ((32, 64, 128, 256), (1, 2, 3)) if t == 2 else ((32, 64, 128), (2, 3, 4, 5))
+        tried = [Tiling(1, b, w, s) for b, w, s in itertools.product(blocks, (1, 2, 4), stages)]
+        with torch.inference_mode():
+            result[name] = _attend(
+                name,
+                [rows, rows // 2],
+                lambda count: [choose_tiling(count, heads, context, dim, kind, limits_of(torch.device("cuda"))), *tried],  # noqa: B023
+            )
+        torch.cuda.empty_cache()
+        for count, lines in result[name].items():
+            print(f"{name}, {count} rows (splits, block, warps, stages)")
             for line in [x for x in lines if x.get("chosen")] + lines[:6]:
                 print(f"{line.get('us', 0):9.1f} us {line.get('TBps', 0):6.2f} TB/s  {tuple(line['tiling'])}"
                       + (" chosen" if line.get("chosen") else ""), flush=True)  # fmt: skip
-            compiler.close()
-        del rings, runs
-        torch.cuda.empty_cache()
+    return result
+
+
+QUANTISER_TILES = [
+    (64, 64, 32, 4, 3), (64, 64, 32, 8, 3), (64, 128, 32, 8, 3), (64, 128, 32, 8, 4), (128, 64, 32, 8, 3), (128, 64, 32, 8, 4),
+    (128, 32, 32, 4, 3),
+]  # fmt: skip
+FEW_ROWS_TILES = [(16, 32, 128, 4, 2), (16, 32, 64, 4, 3), (16, 64, 64, 4, 3), (32, 64, 64, 4, 3), (64, 32, 64, 4, 3)]
+
+
+def quantiser(rows: int) -> dict[str, Any]:
+    """All 32 levels at other tiles, with books split ahead and on the way: microseconds, and whether a code differs."""
+    _without_fallback()
+    device = torch.device("cuda")
+    books = make_books(torch.randn(32, 2_048, 256, device=device) * 0.4)
+    compiler, result = Compiler(device), {}
+    for count in [n for n in (1, 16, 64, 128, 256, 512) if n < rows] + [rows]:
+        latent, slots = torch.randn(count, 512, device=device) * 4, torch.arange(count, device=device)
+        codes = torch.zeros(count, 32, dtype=torch.int64, device=device)
+        shapes = FEW_ROWS_TILES if count <= 64 else QUANTISER_TILES
+        chosen = quantisers.choose_tile(count, 256, "tf32x3", limits_of(device))
+        tiles = dict.fromkeys([chosen, *(quantisers.Tile(*shape, split) for shape in shapes for split in (False, True))])
+
+        def run(tile: quantisers.Tile) -> None:
+            quantise(latent, books, codes, slots, precision="tf32x3", tile=tile)  # noqa: B023
+
+        with torch.inference_mode():
+            finish([future for tile in tiles for future in compiler.read(lambda tile=tile: run(tile))])  # type: ignore[misc]
+            lines: list[dict[str, Any]] = []
+            wanted: torch.Tensor | None = None
+            for tile in tiles:
+                try:
+                    run(tile)
+                    heard = codes.clone()
+                    us = microseconds(lambda i, tile=tile: run(tile), 1, device)  # type: ignore[misc]
+                except Exception as error:
+                    lines.append({"tile": tile, "error": str(error)[:100]})
+                    continue
+                wanted = heard if wanted is None else wanted
+                lines.append({"tile": tile, "us": round(us, 1), "differ": int((heard != wanted).sum())})
+        result[str(count)] = lines
+        said = [lines[0], *sorted((line for line in lines[1:] if "us" in line), key=lambda line: line["us"])[:3]]
+        for split in (False, True):  # the best of either kind at least
+            said += sorted((x for x in lines if "us" in x and x["tile"].split is split), key=lambda line: line["us"])[:1]
+        print(f"{count:5} " + "  ".join(f"{x.get('us', 0):.0f} {tuple(x['tile'])}" for x in said)
+              + f"; codes that differ: {sum(x.get('differ', 0) for x in lines)}", flush=True)  # fmt: skip
+    compiler.close()
     return result
 
 
@@ -163,47 +248,4 @@ def convs(rows: int) -> dict[str, Any]:
         print(f"{name:20} chosen {chosen:8.1f} us   best " + "   ".join(
             f"{line['us']:.1f} {'chosen' if line['tile'] is None else tuple(line['tile'])}"
             + (f" ({line['differ']} DIFFER)" if line["differ"] else "") for line in good[:4]))  # fmt: skip
-    return result
-
-
-JOINED_TILES = [
-    Tile(128, 128, 64, 8, 4), Tile(128, 128, 64, 8, 3), Tile(128, 128, 64, 4, 3), Tile(128, 64, 64, 4, 4),
-    Tile(64, 128, 64, 4, 4), Tile(128, 64, 64, 8, 4), Tile(64, 64, 64, 4, 5),
-]  # fmt: skip
-
-
-def slices(rows: int) -> dict[str, Any]:
-    """The language model's sliced products with the norm that adds their parts up, against one program for all slices."""
-    device = torch.device("cuda")
-    result: dict[str, Any] = {}
-    compiler = Compiler(device)
-    for name, (n, k) in {"out_proj": (2_048, 2_048), "linear_out": (2_048, 5_632)}.items():
-        weights = (torch.randn(8, n, k, device=device) * 0.02).bfloat16()
-        for count in (rows, rows // 2):
-            x, alpha = torch.randn(count, k, device=device).bfloat16(), torch.ones(n, device=device)
-            carried = torch.zeros(count, n, device=device).bfloat16()
-            runs: dict[str, Callable[[int], torch.Tensor]] = {
-                "parts": lambda i, x=x, w=weights, c=carried, a=alpha: add_rms(c, sliced_product(x, w[i % 8]), a, 1e-8)
-            }  # type: ignore[dict-item]
-            for tile in JOINED_TILES:
-                runs[str(tuple(tile))] = lambda i, x=x, w=weights, c=carried, a=alpha, tile=tile: add_rms(
-                    c, joined_product(x, w[i % 8], tile), a, 1e-8
-                )  # type: ignore[misc]
-            finish([f for run in runs.values() for f in compiler.read(lambda run=run: run(0))])
-            wanted: torch.Tensor | None = None
-            lines = []
-            for how, run in runs.items():
-                try:
-                    carried.zero_()
-                    bits = run(0).clone()
-                    us = microseconds(run, 8, device)
-                except Exception as error:
-                    lines.append({"how": how, "error": str(error)[:100]})
-                    continue
-                wanted = bits if wanted is None else wanted
-                lines.append({"how": how, "us": round(us, 1), "differ": int((bits != wanted).sum())})
-            result[f"{name}, {count} rows"] = lines
-            print(f"{name:10} {count:5} rows, with the norm: " + "   ".join(
-                f"{x['how']} {x['us']} us" + (f" ({x['differ']} DIFFER)" if x["differ"] else "") for x in lines if "us" in x),
-                flush=True)  # fmt: skip
     return result

@@ -153,7 +153,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     device: Literal["auto", "cpu", "cuda", "mps", "mlx"] = "auto"
     quantize: Literal["none", "int8", "int4"] = "none"
     kv_dtype: Literal["auto", "bf16", "f32", "fp8"] = "auto"
-    mimi_dtype: Literal["tf32", "f32", "f16", "bf16"] = "tf32"
+    mimi_dtype: Literal["auto", "tf32", "f32", "f16", "bf16"] = "auto"
     threads: int = 0
     """CPU threads of the model; 0 chooses."""
     fixed_shapes: bool = False

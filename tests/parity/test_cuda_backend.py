@@ -13,7 +13,6 @@ from moshi_stt.models.torch_impl.build import Options, make_state, plain_backend
 from moshi_stt.models.torch_impl.cuda.backend import CudaBackend
 from moshi_stt.models.torch_impl.cuda.lm import FusedLM
 from moshi_stt.models.torch_impl.cuda.mimi import PRECISIONS, FusedMimi
-from moshi_stt.models.torch_impl.cuda.overlap import Overlap, Streams
 from moshi_stt.models.torch_impl.graphs import CudaGraphs
 from moshi_stt.models.torch_impl.loader import allocate_lm
 from moshi_stt.models.weights import mimi_table
@@ -222,24 +221,3 @@ def test_resized_it_steps_as_before(monkeypatch: pytest.MonkeyPatch) -> None:
     output = ours.step(pcm, np.array([11]), np.array([True]))
     np.testing.assert_array_equal(output.text_token, expected.text_token)
     np.testing.assert_array_equal(ours.state.codes[11].cpu(), plain.state.codes[2].cpu())
-
-
-@pytest.mark.skipif(DEVICE.type == "cpu", reason="streams and their priorities are CUDA's")
-def test_halves_next_to_each_other_change_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A step in two halves on streams of their own, in graphs, against the whole: tokens, pauses and codes."""
-    monkeypatch.setattr("moshi_stt.models.torch_impl.graphs.FRAME_SAMPLES", SAMPLES)
-    heard = []
-    for overlap in (Overlap(), Overlap(halves_from=2, product_priority=-1, mimi_priority=-1)):
-        _, ours = pair(SPEC)
-        ours._streams = Streams(DEVICE, overlap)
-        ours.warm_up()
-        rng = np.random.default_rng(6)
-        for n in range(8):
-            rows = [4, 0, 2] if n % 2 else [2, 4, 1, 0]
-            pcm = (rng.standard_normal((len(rows), SAMPLES)) * 0.3).astype(np.float32)
-            output = ours.step(pcm, np.array(rows), np.full(len(rows), n < 2))
-            codes = ours.state.codes[:SLOTS].cpu().numpy()  # without the scratch slot
-            heard.append((output.text_token, output.logprob, output.pause, codes))
-    for whole, halves in zip(heard[:8], heard[8:], strict=True):
-        for one, other in zip(whole, halves, strict=True):
-            np.testing.assert_array_equal(one, other)

@@ -9,10 +9,11 @@ import pytest
 from tests.parity.test_cuda_backend import SPEC, pair, step_both
 from tests.support.triton_twins import QUIET, torch
 
+from moshi_stt.config import EngineConfig
 from moshi_stt.errors import ConfigError
 from moshi_stt.models.torch_impl import build, device
 from moshi_stt.models.torch_impl.attention import FP8
-from moshi_stt.models.torch_impl.build import fit_slots
+from moshi_stt.models.torch_impl.build import Options, fit_slots
 from moshi_stt.models.torch_impl.cuda import attention, conv, launch, limits, product, quantiser
 from moshi_stt.models.torch_impl.cuda.limits import Limits
 from moshi_stt.models.torch_impl.cuda.toolchain import c_compiler
@@ -112,6 +113,16 @@ def test_eight_bit_floats_are_refused_where_there_are_none(
         device.choose_kv_dtype("fp8", torch.bfloat16, "", torch.device("cuda"))
 
 
+def test_mimi_is_float16_where_nothing_is_set_and_our_kernels_run() -> None:
+    assert EngineConfig().mimi_dtype == "auto"
+    assert device.choose_mimi_dtype("auto") == Options().mimi_dtype == "f16"
+    assert device.choose_mimi_kv_dtype("f16", fused=True) is torch.float16
+    for setting in ("f32", "tf32", "bf16"):
+        assert device.choose_mimi_dtype(setting) == setting
+        assert device.choose_mimi_kv_dtype(setting, fused=True) is torch.float32
+    assert device.choose_mimi_kv_dtype("f16", fused=False) is torch.float32, "PyTorch's own operations take float32"
+
+
 @pytest.mark.parametrize("gigabytes", [12, 24])
 def test_slots_are_as_many_as_the_card_has_room_for(gigabytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The 1B on cards of 12 and 24 GB, of which the weights have 2.2."""
@@ -124,16 +135,16 @@ def test_slots_are_as_many_as_the_card_has_room_for(gigabytes: int, monkeypatch:
     monkeypatch.setattr(build, "device_name", lambda _: "cuda")
     free = int((gigabytes - 2.2) * 1e9)
     cuda = torch.device("cuda")
-    fitting, said = fit_slots(spec, 1_024, torch.bfloat16, cuda, fused=True, free=free)
+    fitting, said = fit_slots(spec, 1_024, torch.bfloat16, cuda, fused=True, mimi_kv_dtype=torch.float16, free=free)
     slot_bytes = 2 * 16 * 16 * 750 * 128 * 2  # keys and values of every layer, in 16 bits
     assert 0.8 * free < fitting * slot_bytes < free
     assert said == (
         f"room for {fitting} of 1024 slots in the {free / 1e9:.1f} GB that are free beside the weights: all of them",
     )
-    assert fit_slots(spec, 1_024, FP8, cuda, fused=True, free=free)[0] > 1.7 * fitting
-    assert fit_slots(spec, 16, torch.bfloat16, cuda, fused=True, free=free) == (16, ())
+    assert fit_slots(spec, 1_024, FP8, cuda, fused=True, mimi_kv_dtype=torch.float16, free=free)[0] > 1.7 * fitting
+    assert fit_slots(spec, 16, torch.bfloat16, cuda, fused=True, mimi_kv_dtype=torch.float16, free=free) == (16, ())
     with pytest.raises(ConfigError, match=r"0\.9 GB free beside the weights.*smaller model"):
-        fit_slots(spec, 16, torch.bfloat16, cuda, fused=True, free=900_000_000)
+        fit_slots(spec, 16, torch.bfloat16, cuda, fused=True, mimi_kv_dtype=torch.float16, free=900_000_000)
 
 
 def test_a_pretended_card_is_read_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,7 @@
 """Every Triton kernel against its plain twin."""
 
+from typing import Any
+
 import pytest
 from tests.support.triton_twins import DEVICE, INTERPRETED, QUIET, difference, kernels_run, poisoned, torch  # noqa: F401
 
@@ -7,18 +9,10 @@ import torch.nn.functional as F  # isort: skip
 
 from moshi_stt.models.torch_impl.attention import FP8, Ring, make_ring, rotate_and_attend
 from moshi_stt.models.torch_impl.attention import ring_attention as plain_attention
-from moshi_stt.models.torch_impl.cuda import conv, elementwise
+from moshi_stt.models.torch_impl.cuda import conv, elementwise, quantiser
 from moshi_stt.models.torch_impl.cuda.attention import Tiling, ring_attention
-from moshi_stt.models.torch_impl.cuda.limits import limits_of
-from moshi_stt.models.torch_impl.cuda.product import (
-    choose_tile,
-    gated_product,
-    joined_product,
-    product,
-    sliced_product,
-    slices,
-)
-from moshi_stt.models.torch_impl.cuda.quantiser import quantise
+from moshi_stt.models.torch_impl.cuda.product import gated_product, product, sliced_product, slices
+from moshi_stt.models.torch_impl.cuda.quantiser import Tile, make_books, quantise
 from moshi_stt.models.torch_impl.rope import RotaryTable
 
 pytestmark = [*QUIET, pytest.mark.usefixtures("kernels_run")]
@@ -184,10 +178,7 @@ def test_a_sliced_product_is_summed_by_its_reader() -> None:
         assert difference(part, x[:, columns_of] @ weight[:, columns_of].T) < 1e-5
     carried = [randn(3, 48)] * 2
     carried = [tensor.clone() for tensor in carried]
-    summed = parts[0] + parts[1] + parts[2] + parts[3]
-    joined = joined_product(x, weight, choose_tile(3, 48, columns // 4, 4, limits_of(DEVICE)))
-    torch.testing.assert_close(joined, summed, rtol=0, atol=0)
-    deltas = (summed, parts)
+    deltas = (parts[0] + parts[1] + parts[2] + parts[3], parts)
     normed = [elementwise.add_rms(x, delta, alpha, 1e-8) for x, delta in zip(carried, deltas, strict=True)]
     assert torch.equal(*normed)
     assert torch.equal(*carried)
@@ -243,7 +234,7 @@ def test_quantiser(rows: int, precision: str) -> None:
     latent = randn(rows, 128) * 4
     codes = torch.full((100, 4), -1, device=DEVICE)
     slots = torch.randperm(100)[:rows].to(DEVICE)
-    quantise(latent, books, half_norms, codes, slots, precision=precision)
+    quantise(latent, make_books(books), codes, slots, precision=precision)
     wanted = [(half_norms[0] - latent[:, :64] @ books[0].T).argmin(1)]
     residual = latent[:, 64:]
     for book, norms in zip(books[1:], half_norms[1:], strict=True):
@@ -253,13 +244,36 @@ def test_quantiser(rows: int, precision: str) -> None:
     assert (codes.sum(1) == -4).sum() == 100 - rows, "other slots stay as they are"
 
 
+def test_books_split_ahead_give_the_bits_of_books_split_on_the_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Distances and choices of every level; the two parts of a book are the book, and the first has 10 bits of fraction."""
+    books = make_books(randn(4, 128, 64))
+    assert torch.equal(books.big + books.small, books.vectors)
+    assert not (books.big.view(torch.int32) & 0x1FFF).any()
+    found: list[torch.Tensor] = []
+    launch = quantiser.launch
+
+    def noted(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
+        launch(kernel, grid, *arguments, **options)
+        if kernel is quantiser._keep_codes:
+            found.append(arguments[0].clone())
+
+    monkeypatch.setattr(quantiser, "launch", noted)
+    latent, slots = randn(40, 128) * 4, torch.arange(40, device=DEVICE)
+    codes = torch.zeros(40, 4, dtype=torch.int64, device=DEVICE)
+    for split in (False, True):
+        tile = Tile(16, 32, 32, 4, 2, split)
+        quantise(latent, books, codes, slots, precision="tf32x3", tile=tile)
+    assert torch.equal(*found)
+    assert len(found[0]) == 4
+
+
 def test_quantiser_takes_the_lowest_index_of_equals() -> None:
     books = randn(2, 128, 64)
     books[:, 100] = books[:, 3]
     latent = torch.cat([books[0, 3], books[1, 3]])[None]
     codes = torch.zeros(1, 2, dtype=torch.int64, device=DEVICE)
     slots = torch.zeros(1, dtype=torch.int64, device=DEVICE)
-    quantise(latent, books, books.square().sum(-1) / 2, codes, slots, precision="ieee")
+    quantise(latent, make_books(books), codes, slots, precision="ieee")
     assert codes.tolist() == [[3, 3]]
 
 

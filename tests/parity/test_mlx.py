@@ -256,6 +256,18 @@ def test_report(small: Checkpoint) -> None:
     backend.close()
 
 
+@pytest.mark.parametrize(("setting", "rounds"), [("auto", True), ("tf32", True), ("f32", False), ("f16", False)])
+def test_mimi_may_round_as_matrix_units_do_where_nothing_else_is_set(
+    setting: str, rounds: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from moshi_stt.models.mlx_impl.device import choose_mimi_precision
+
+    monkeypatch.setenv("MLX_ENABLE_TF32", "1")
+    notes = choose_mimi_precision(setting)
+    assert (os.environ["MLX_ENABLE_TF32"] == "1") is rounds
+    assert bool(notes) is (setting == "f16")
+
+
 def test_settings_that_cannot_be(small: Checkpoint) -> None:
     cases = [
         ({"engine_device": "cuda"}, "none that MLX runs on"),

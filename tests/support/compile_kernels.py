@@ -25,7 +25,6 @@ from triton.runtime import driver
 from moshi_stt.models.spec import LMSpec, MimiSpec, ModelSpec
 from moshi_stt.models.torch_impl.attention import FP8
 from moshi_stt.models.torch_impl.backend import make_state
-from moshi_stt.models.torch_impl.build import choose_mimi_kv_dtype
 from moshi_stt.models.torch_impl.cuda import limits as limits_module
 from moshi_stt.models.torch_impl.cuda.compile import identity, lighter
 from moshi_stt.models.torch_impl.cuda.elementwise import advance
@@ -33,6 +32,7 @@ from moshi_stt.models.torch_impl.cuda.launch import Launch, instead
 from moshi_stt.models.torch_impl.cuda.limits import SHARED_BYTES, Limits
 from moshi_stt.models.torch_impl.cuda.lm import FusedLM
 from moshi_stt.models.torch_impl.cuda.mimi import PRECISIONS, FusedMimi
+from moshi_stt.models.torch_impl.device import MimiDtype, choose_mimi_kv_dtype
 from moshi_stt.models.torch_impl.graphs import bucket_sizes
 from moshi_stt.models.torch_impl.loader import allocate_lm
 from moshi_stt.models.weights import mimi_table
@@ -63,7 +63,7 @@ class Absent:
 
 
 def launches(
-    model: str, *, dtype: torch.dtype, kv: torch.dtype, mimi: str, limits: Limits, most: int = 2_048
+    model: str, *, dtype: torch.dtype, kv: torch.dtype, mimi: MimiDtype, limits: Limits, most: int = 2_048
 ) -> Iterator[Launch]:
     """Every launch of a step of each bucket up to `most` rows, on a GPU of these limits. One layer stands for all."""
     lm_spec, hidden = MODELS[model]
@@ -107,8 +107,8 @@ def chosen(limits: Limits, *, every: bool) -> list[Launch]:
     kinds = [torch.bfloat16, torch.float32, *([FP8] if limits.capability >= (8, 9) else [])]
     for model in MODELS:
         for kv in kinds:
-            for mimi in ("tf32", "f16", "bf16", "f32"):
-                if mimi != "tf32" and kv is not torch.bfloat16:
+            for mimi in ("f16", "tf32", "bf16", "f32"):
+                if mimi != "f16" and kv is not torch.bfloat16:
                     continue
                 dtype = torch.float32 if kv is torch.float32 else torch.bfloat16
                 for launch in launches(model, dtype=dtype, kv=kv, mimi=mimi, limits=limits):

@@ -11,6 +11,7 @@ torch = pytest.importorskip("torch", reason="PyTorch is not installed")
 from tests.support.graphs import NoGraphs  # noqa: E402
 
 from moshi_stt.constants import FRAME_SAMPLES  # noqa: E402
+from moshi_stt.models.torch_impl import graphs  # noqa: E402
 from moshi_stt.models.torch_impl.graphs import GraphRunner, Replay, bucket_sizes  # noqa: E402
 
 SCRATCH = 99
@@ -62,6 +63,18 @@ def test_rows_come_back_as_given(count: int) -> None:
     assert out.shape == (count, 3)
     np.testing.assert_array_equal(out, np.stack([pcm[:, 0], slots, fresh], axis=1))
     assert recorder.sizes[-1] == min(size for size in runner.buckets if size >= count)
+
+
+def test_much_sound_is_copied_by_several_threads_and_all_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(graphs, "LARGE_BYTES", 3 * 4 * FRAME_SAMPLES)
+    for cores in (1, 3, 16):
+        monkeypatch.setattr(graphs, "usable_cores", lambda cores=cores: cores)
+        _, runner = make()
+        for count in (2, 3, 8, 7):
+            pcm = np.random.default_rng(count).random((count, FRAME_SAMPLES), np.float32)
+            out = runner.step(pcm, *rows(count)[1:])
+            np.testing.assert_array_equal(out[:, 0], pcm[:, 0])
+            np.testing.assert_array_equal(runner.inputs.pcm[:count], pcm)
 
 
 def test_spare_rows_are_fresh_and_point_at_the_scratch_slot() -> None:

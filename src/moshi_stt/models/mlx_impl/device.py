@@ -51,11 +51,11 @@ def choose_kv_dtype(setting: str, dtype: mx.Dtype) -> mx.Dtype:
 
 
 def choose_mimi_precision(setting: str) -> tuple[str, ...]:
-    """Mimi is float32 here. `tf32`, the default, lets the matrix units of recent chips round its products' inputs.
+    """Mimi is float32 here. `auto`, as `tf32`, lets the matrix units of recent chips round its products' inputs.
 
     MLX reads the variable at its first product, so this holds for the process.
     """
-    if setting != "tf32":
+    if setting not in ("auto", "tf32"):
         os.environ["MLX_ENABLE_TF32"] = "0"
     return (f'mimi_dtype = "{setting}": Mimi runs in float32 on MLX',) if setting in ("f16", "bf16") else ()
 

@@ -5,7 +5,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,9 +21,12 @@ from moshi_stt.models.torch_impl.backend import BackendState, TorchBackend, make
 from moshi_stt.models.torch_impl.beside import Beside
 from moshi_stt.models.torch_impl.device import (
     DTYPE_NAMES,
+    MimiDtype,
     choose_device,
     choose_dtype,
     choose_kv_dtype,
+    choose_mimi_dtype,
+    choose_mimi_kv_dtype,
     choose_threads,
     device_name,
     free_bytes,
@@ -39,8 +42,6 @@ from moshi_stt.models.weights import Plan, plan_lm, plan_mimi
 
 if TYPE_CHECKING:
     from moshi_stt.models.torch_impl.cuda.backend import CudaBackend
-    from moshi_stt.models.torch_impl.cuda.overlap import Overlap
-
 
 log = logging.getLogger(__name__)
 
@@ -81,7 +82,8 @@ def load_backend(
         mimi_params = load_mimi_params(mimi_plan, target)
         read = time.perf_counter()
         weight_bytes = _bytes(params) + _bytes(mimi_params) + _quantized_bytes(quantized)
-    mimi_kv_dtype = choose_mimi_kv_dtype(module.engine.mimi_dtype, fused=not why_plain)
+    mimi_dtype = choose_mimi_dtype(module.engine.mimi_dtype)
+    mimi_kv_dtype = choose_mimi_kv_dtype(mimi_dtype, fused=not why_plain)
     if target.type == "cuda":
         slots, said = fit_slots(spec, slots, kv_dtype, target, fused=not why_plain, mimi_kv_dtype=mimi_kv_dtype)
         notes += said
@@ -97,7 +99,7 @@ def load_backend(
         load_seconds=0.0,
         notes=(*spec.notes, *notes, *(memory_note(state.slot_bytes(), slots) if target.type == "cpu" else ())),
     )
-    options = Options(module.engine.mimi_dtype, module.engine.fixed_shapes, seed, zero_start)
+    options = Options(mimi_dtype, module.engine.fixed_shapes, seed, zero_start)
     backend: TorchBackend | CudaBackend
     if why_plain:
         backend = plain_backend(spec, params, mimi_params, state, options, beside=beside, quantized=quantized, dtype=dtype)
@@ -116,11 +118,6 @@ RESERVED_BYTES = 700 << 20
 """Of a GPU's memory, for what is no state: the context, kernels, graphs and libraries."""
 
 
-def choose_mimi_kv_dtype(mimi_dtype: str, *, fused: bool) -> torch.dtype:
-    """Of the keys and values of Mimi's transformer: float16 under `f16`, where our kernels run, else float32."""
-    return torch.float16 if fused and mimi_dtype == "f16" else torch.float32
-
-
 def fit_slots(
     spec: ModelSpec,
     slots: int,
@@ -128,7 +125,7 @@ def fit_slots(
     device: torch.device,
     *,
     fused: bool,
-    mimi_kv_dtype: torch.dtype = torch.float32,
+    mimi_kv_dtype: torch.dtype,
     free: int | None = None,
 ) -> tuple[int, tuple[str, ...]]:
     """As many of `slots` as the device has memory for beside the weights, and what to say where that is fewer.
@@ -210,11 +207,11 @@ def quantized_notes(quantized: QuantizedWeights | None, plan: Plan, scheme: Sche
 
 
 class Options(NamedTuple):
-    """mimi_dtype, fixed_shapes: see `config.EngineConfig`. seed: of the noise where the temperature is above 0.
-    zero_start: see `MimiEncoder`.
+    """mimi_dtype: see `device.choose_mimi_dtype`. fixed_shapes: see `config.EngineConfig`. seed: of the noise where the
+    temperature is above 0. zero_start: see `MimiEncoder`.
     """
 
-    mimi_dtype: Literal["tf32", "f32", "f16", "bf16"] = "tf32"
+    mimi_dtype: MimiDtype = "f16"
     fixed_shapes: bool = False
     seed: int = 0
     zero_start: bool = False
@@ -248,9 +245,8 @@ def fused_backend(
     options: Options,
     report: LoadReport | None = None,
     buckets: tuple[int, ...] | None = None,
-    overlap: "Overlap | None" = None,
 ) -> "CudaBackend":
-    """On a GPU where `device.without_kernels` finds nothing, from filled params. buckets, overlap: see `CudaBackend`."""
+    """On a GPU where `device.without_kernels` finds nothing, from filled params. buckets: see `CudaBackend`."""
     from moshi_stt.models.torch_impl.cuda.backend import CudaBackend
     from moshi_stt.models.torch_impl.cuda.lm import FusedLM
     from moshi_stt.models.torch_impl.cuda.mimi import PRECISIONS, FusedMimi
@@ -258,16 +254,7 @@ def fused_backend(
     with torch.inference_mode():
         lm = FusedLM(spec.lm, params, spec.condition, temperature=spec.temperature, seed=options.seed)
         mimi = FusedMimi(spec.mimi, mimi_params, PRECISIONS[options.mimi_dtype], zero_start=options.zero_start)
-    return CudaBackend(
-        spec,
-        lm,
-        mimi,
-        state,
-        fixed_shapes=options.fixed_shapes,
-        report=report,
-        buckets=buckets,
-        overlap=overlap,
-    )
+    return CudaBackend(spec, lm, mimi, state, fixed_shapes=options.fixed_shapes, report=report, buckets=buckets)
 
 
 def rows_independent(lm: LanguageModel, mimi: MimiEncoder) -> bool:

@@ -6,6 +6,7 @@ Every choice that was not asked for and that its user should know of comes back 
 import ctypes
 import importlib.util
 import sys
+from typing import Literal
 
 import torch
 
@@ -18,6 +19,9 @@ from moshi_stt.models.torch_impl.cuda.toolchain import NO_COMPILER, c_compiler
 
 DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32, "f64": torch.float64}
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+MimiDtype = Literal["f32", "tf32", "f16", "bf16"]
+"""What our kernels multiply Mimi's numbers in (`cuda.mimi.PRECISIONS`)."""
 
 
 def choose_device(wanted: str) -> tuple[torch.device, tuple[str, ...]]:
@@ -96,6 +100,16 @@ def choose_kv_dtype(setting: str, dtype: torch.dtype, without_kernels: str, devi
             )
         return torch.float8_e4m3fn
     return dtype if setting == "auto" else DTYPES[setting]
+
+
+def choose_mimi_dtype(setting: Literal["auto"] | MimiDtype) -> MimiDtype:
+    """What our kernels multiply Mimi's numbers in: `auto` is float16. PyTorch's own operations stay in float32."""
+    return "f16" if setting == "auto" else setting
+
+
+def choose_mimi_kv_dtype(mimi_dtype: MimiDtype, *, fused: bool) -> torch.dtype:
+    """Of the keys and values of Mimi's transformer: float16 under `f16`, where our kernels run, else float32."""
+    return torch.float16 if fused and mimi_dtype == "f16" else torch.float32
 
 
 def without_kernels(spec: LMSpec, dtype: torch.dtype, device: torch.device) -> str:

@@ -6,6 +6,8 @@ the outputs come back in one copy. All copies are part of the graph, so that a s
 """
 
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from ctypes import memmove
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -14,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from moshi_stt.constants import FRAME_SAMPLES
+from moshi_stt.cores import usable_cores
 from moshi_stt.engine.backend import StepInputs
 
 StepRows = Callable[[Callable[[], Tensor], Tensor, Tensor], Tensor]
@@ -27,6 +30,12 @@ SMALL_ROWS = 8
 
 BRIEF_ROWS = 256
 """A step of so many rows is waited for without sleeping: to be woken takes longer than a tenth of it."""
+
+
+LARGE_BYTES = 1 << 20
+"""So much sound and more is copied into pinned memory by several threads."""
+
+COPY_THREADS = 4
 
 
 class Replay(NamedTuple):
@@ -146,6 +155,8 @@ class GraphRunner:
         self.inputs = StepInputs(pcm.numpy(), slots.numpy(), fresh.numpy())
         self._captured: dict[int, _Bucket] = {}
         self._usable = buckets
+        self._copiers = min(COPY_THREADS, usable_cores())
+        self._pool = ThreadPoolExecutor(self._copiers, "sound")  # its threads sleep between steps, PyTorch's would spin
 
     def prepare(self) -> None:
         """Capture every bucket, the largest first, so that the smaller ones fit into its memory."""
@@ -213,7 +224,7 @@ class GraphRunner:
         rows = len(given.slots)
         size = next(size for size in self._usable if size >= rows)
         output, replay = self._bucket(size)
-        self.inputs.put(given)
+        self._put(given)
         self.inputs.slots[rows:size] = self._scratch
         self.inputs.fresh[rows:size] = True
         replay.begin()
@@ -223,6 +234,20 @@ class GraphRunner:
             return output[:rows].copy()
 
         return finish
+
+    def _put(self, given: StepInputs) -> None:
+        """Copy what does not lie in the inputs yet."""
+        pcm, into = given.pcm, self.inputs.pcm[: len(given.pcm)]
+        source, target, size = pcm.ctypes.data, into.ctypes.data, pcm.nbytes
+        if size >= LARGE_BYTES and source != target and pcm.flags.c_contiguous:
+            each = -(-size // self._copiers)
+            parts = [(target + at, source + at, min(each, size - at)) for at in range(0, size, each)]
+            others = [self._pool.submit(memmove, *part) for part in parts[1:]]  # NumPy would hold the GIL
+            memmove(*parts[0])
+            for other in others:
+                other.result()
+            given = given._replace(pcm=into)
+        self.inputs.put(given)
 
     def _bucket(self, rows: int) -> _Bucket:
         if rows not in self._captured:

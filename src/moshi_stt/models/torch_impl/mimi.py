@@ -3,7 +3,7 @@
 Per-slot state, first axis the slot:
 conv   (slots, 11 526) float32          the left contexts of all convolutions, one behind the other
 rings  8 x (slots, 8, 250, 64), K and V  the transformer's last 10 s, uninitialised where not yet written: float32 here, float16
-                                        under `mimi_dtype = "f16"`
+                                        under `mimi_dtype = "f16"`, a GPU's default
 """
 
 import torch

@@ -185,7 +185,7 @@ class Tiling(NamedTuple):
 
 def choose_tiling(rows: int, heads: int, context: int, dim: int, dtype: torch.dtype, limits: Limits) -> Tiling:
     """Few rows are split, so that every multiprocessor has programs; many rows take one pass. Measured on an H200."""
-    block, warps = _BLOCKS[dtype.itemsize]
+    block, warps = _BLOCKS[dtype]
     programs = rows * heads
     splits = 1
     while programs * splits < 512 and splits < min(16, triton.cdiv(context, block)):
@@ -200,8 +200,8 @@ def choose_tiling(rows: int, heads: int, context: int, dim: int, dtype: torch.dt
     return Tiling(splits, block, warps, max(fitting, 1))
 
 
-_BLOCKS = {4: (32, 2), 2: (64, 4), 1: (64, 2)}
-"""Ring entries and warps by the size of a number."""
+_BLOCKS = {torch.float32: (32, 2), torch.bfloat16: (64, 4), torch.float16: (32, 1), FP8: (64, 2)}
+"""Ring entries and warps by a ring's dtype: whatever the number of rows, since the order of sums depends on them."""
 
 
 def ring_attention(

@@ -22,7 +22,6 @@ from moshi_stt.models.torch_impl.cuda.elementwise import advance
 from moshi_stt.models.torch_impl.cuda.launch import INTERPRETED
 from moshi_stt.models.torch_impl.cuda.lm import FusedLM
 from moshi_stt.models.torch_impl.cuda.mimi import FusedMimi
-from moshi_stt.models.torch_impl.cuda.overlap import Overlap, Streams
 from moshi_stt.models.torch_impl.graphs import Capturer, CudaGraphs, GraphRunner, SlotCopier, bucket_sizes
 
 log = logging.getLogger(__name__)
@@ -45,16 +44,15 @@ class CudaBackend(SlotBackend):
         report: LoadReport | None = None,
         graphs: Capturer | None = None,
         buckets: tuple[int, ...] | None = None,
-        overlap: Overlap | None = None,
     ) -> None:
         """fixed_shapes: every step has the same shapes, so that no row's rounding depends on how many others there are.
 
-        graphs, buckets: CUDA graphs of `bucket_sizes` unless given. overlap: `Overlap()` unless given.
+        graphs, buckets: CUDA graphs of `bucket_sizes` unless given.
         """
         super().__init__(spec, state, report)
         self.lm = lm
         self.mimi = mimi
-        self._streams = Streams(self.device, overlap or Overlap()) if self.device.type == "cuda" else None
+        self._side = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None  # type: ignore[no-untyped-call]
         self._fixed_shapes = fixed_shapes
         self._buckets = buckets
         self._graphs = graphs
@@ -206,32 +204,16 @@ class CudaBackend(SlotBackend):
         state = self.state
         frames = advance(slots, fresh.view(torch.uint8), state.frames)
         x = self.lm.embed(frames, slots, state.text, state.codes)  # reads the codes that Mimi is about to replace
-        if self._streams is None:
+        if self._side is None:
             self.mimi.step(state.mimi, load(), frames, slots, state.codes)
             return self._with_codes(self.lm.step(state.lm, x, frames, slots, state.text), slots)
-        stream, mimi = torch.cuda.current_stream(self.device), self._streams.mimi
-        mimi.wait_stream(stream)
-        with torch.cuda.stream(mimi):
-            self.mimi.step(state.mimi, load(), frames, slots, state.codes)
-        output = self._step_lm(x, frames, slots, self._streams)
-        stream.wait_stream(mimi)
-        return self._with_codes(output, slots)
-
-    def _step_lm(self, x: Tensor, frames: Tensor, slots: Tensor, streams: Streams) -> Tensor:
-        """The language model's step, of all rows or of two halves at once: float32 (B, 2 + heads)."""
-        state = self.state
-        halves = streams.halves(slots.shape[0])
-        if not halves:
-            return self.lm.step(state.lm, x, frames, slots, state.text)
         stream = torch.cuda.current_stream(self.device)
-        outputs = []
-        for part, lane in halves:
-            lane.products.wait_stream(stream)
-            with torch.cuda.stream(lane.products):
-                outputs.append(self.lm.step(state.lm, x[part], frames[part], slots[part], state.text, attention=lane.attention))
-        for _, lane in halves:
-            stream.wait_stream(lane.products)
-        return torch.cat(outputs)
+        self._side.wait_stream(stream)
+        with torch.cuda.stream(self._side):
+            self.mimi.step(state.mimi, load(), frames, slots, state.codes)
+        output = self.lm.step(state.lm, x, frames, slots, state.text)
+        stream.wait_stream(self._side)
+        return self._with_codes(output, slots)
 
     def _with_codes(self, output: Tensor, slots: Tensor) -> Tensor:
         """The columns of `width`."""

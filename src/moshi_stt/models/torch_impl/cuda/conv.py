@@ -274,10 +274,14 @@ def choose_tile(count: int, n: int, k: int, dtype: torch.dtype, precision: str, 
         tile = Tile(64, 32, 64, 4, 4)
     elif work < 1 << 21:
         tile = Tile(64, 64, 32, 4, 4)
+    elif dtype is not torch.float32 and 2_048 <= count <= 4_096 and k <= 2_048:
+        tile = Tile(64, 128, 32, 4, 3) if n < 2_048 else Tile(128, 128, 32, 8, 3)
     elif count <= 4_096:
         tile = Tile(64, 128, 32, 4, 4)
-    elif n >= 256:
+    elif n >= 256 and (dtype is torch.float32 or (n == 256 and k > 256)):
         tile = Tile(128, 256, 32, 8, 3)
+    elif n >= 256:
+        tile = Tile(128, 128, 32, 8, 3)
     elif work < 1 << 23:
         tile = Tile(128, 64, 32, 4, 4)
     else:

@@ -1,14 +1,11 @@
 """The language model's step in fused kernels. Knows nothing of sound, of graphs, or of who owns a slot."""
 
-from functools import partial
-
 import torch
 from torch import Tensor
 
 from moshi_stt.models.spec import Condition, LMSpec
 from moshi_stt.models.torch_impl.cuda.attention import ring_attention
 from moshi_stt.models.torch_impl.cuda.elementwise import add_rms, angle_rates, angles, choose, embed
-from moshi_stt.models.torch_impl.cuda.overlap import on_stream
 from moshi_stt.models.torch_impl.cuda.product import gated_product, product, sliced_product
 from moshi_stt.models.torch_impl.lm import LMState, condition_vector
 from moshi_stt.models.torch_impl.sampling import choose as sample
@@ -55,21 +52,13 @@ class FusedLM:
         start, pad = self.spec.start_token, self.spec.pad_code
         return embed(slots, frames, texts, codes, self.embeddings, self.condition, start_token=start, pad_code=pad)
 
-    def step(
-        self,
-        state: LMState,
-        x: Tensor,
-        frames: Tensor,
-        slots: Tensor,
-        texts: Tensor,
-        attention: torch.cuda.Stream | None = None,
-    ) -> Tensor:
+    def step(self, state: LMState, x: Tensor, frames: Tensor, slots: Tensor, texts: Tensor) -> Tensor:
         """From the input x (B, dim), which is overwritten: token, log-probability and pauses, float32 (B, 2 + heads).
 
-        The token goes into its slot's `texts` (slots,) too. attention: the stream for it, if not the current one.
+        The token goes into its slot's `texts` (slots,) too.
         """
         spec = self.spec
-        logits = self._attend(state, x, frames, slots, attention)
+        logits = self._attend(state, x, frames, slots)
         out = torch.empty(x.shape[0], 2 + spec.extra_heads, dtype=torch.float32, device=x.device)
         choose(logits, slots, texts, out, spec.text_card, spec.extra_heads, spec.extra_head_dim)
         if self.temperature > 0:
@@ -78,14 +67,14 @@ class FusedLM:
             out[:, 0], out[:, 1] = token, logprob
         return out
 
-    def _attend(self, state: LMState, x: Tensor, frames: Tensor, slots: Tensor, attention: torch.cuda.Stream | None) -> Tensor:
+    def _attend(self, state: LMState, x: Tensor, frames: Tensor, slots: Tensor) -> Tensor:
         """All layers and the logits (B, text_card + heads * head_dim)."""
         spec, eps = self.spec, self.spec.norm_eps
         cos, sin = angles(frames, self.rates, 1)
         delta: Tensor | None = None
         for layer, ring in zip(self.layers, state.rings, strict=True):
             qkv = product(add_rms(x, delta, layer.norm1, eps), layer.in_proj).view(-1, 1, 3, spec.heads, spec.head_dim)
-            attended = on_stream(attention, partial(ring_attention, qkv, cos, sin, ring, slots, frames)).view(-1, spec.dim)
+            attended = ring_attention(qkv, cos, sin, ring, slots, frames).view(-1, spec.dim)
             delta = sliced_product(attended, layer.out_proj)
             inner = gated_product(add_rms(x, delta, layer.norm2, eps), layer.linear_in)
             delta = sliced_product(inner, layer.linear_out)

@@ -5,7 +5,7 @@ goes on only in the implementation that began it.
 """
 
 from itertools import accumulate
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,12 +14,11 @@ from moshi_stt.models.spec import ConvSpec, MimiSpec
 from moshi_stt.models.torch_impl.cuda import conv as kernels
 from moshi_stt.models.torch_impl.cuda.attention import ring_attention
 from moshi_stt.models.torch_impl.cuda.elementwise import angle_rates, angles, scaled_add_into, scaled_add_norm
-from moshi_stt.models.torch_impl.cuda.quantiser import quantise
+from moshi_stt.models.torch_impl.cuda.quantiser import make_books, quantise
 from moshi_stt.models.torch_impl.cuda.rounding import saturated
+from moshi_stt.models.torch_impl.device import MimiDtype
 from moshi_stt.models.torch_impl.mimi import MimiState
 from moshi_stt.models.weights import codebook_stems
-
-MimiDtype = Literal["f32", "tf32", "f16", "bf16"]
 
 
 class Precision(NamedTuple):
@@ -74,14 +73,12 @@ class FusedMimi:
         self.layers = [FusedMimiLayer(params, i, precision.linear_dtype) for i in range(spec.layers)]
         parts = (params[f"quantizer.{part}.input_proj.weight"] for part in ("rvq_first", "rvq_rest"))
         self.project = torch.cat(list(parts)).squeeze(-1).contiguous()  # (2 * codebook_dim, dim)
-        self.codebooks = torch.stack(
-            [
-                params[f"{stem}.embedding_sum"] / params[f"{stem}.cluster_usage"].clamp(min=1e-5)[:, None]
-                for stem in codebook_stems(spec)
-            ]
-        )  # (K, size, codebook_dim)
-        self.half_norms = self.codebooks.square().sum(-1) / 2
-        device = self.codebooks.device
+        vectors = [
+            params[f"{stem}.embedding_sum"] / params[f"{stem}.cluster_usage"].clamp(min=1e-5)[:, None]
+            for stem in codebook_stems(spec)
+        ]
+        self.books = make_books(torch.stack(vectors))
+        device = self.books.vectors.device
         self.rates = angle_rates(spec.head_dim // 2, spec.max_period, device)
         self._groups, self._maps = _tail_maps(spec, device)
 
@@ -107,7 +104,7 @@ class FusedMimi:
             tails.save(whole, state.conv, slots)
         projected = torch.empty(rows, 1, self.project.shape[0], device=x.device)
         kernels.conv(latent, self.project, None, projected, precision=precision.linear)
-        quantise(projected[:, 0], self.codebooks, self.half_norms, codes, slots, precision=precision.quantiser)
+        quantise(projected[:, 0], self.books, codes, slots, precision=precision.quantiser)
 
     def _convolve(self, buffers: dict[int, Tensor]) -> Tensor:
         """The convolution stack, from buffer to buffer: (B * T, dim) float32."""

@@ -43,30 +43,6 @@ def _product(
 
 
 @triton.jit(do_not_specialize=["count"])
-def _joined(
-    x, weight, out, count, N, K, share,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """As `_product`, but one program takes all slices and adds them up, in the order in which a reader of the parts does."""
-    n = tl.program_id(0) * BN + tl.arange(0, BN)
-    m = tl.program_id(1) * BM + tl.arange(0, BM)
-    k = tl.arange(0, BK)
-    there = (m < count)[:, None]
-    inside = (n < N)[None, :]
-    a = x + m[:, None].to(tl.int64) * K + k[None, :]
-    b = weight + n[None, :].to(tl.int64) * K + k[:, None]
-    total = tl.zeros([BM, BN], tl.float32)
-    for first in range(0, K, share):
-        part = tl.zeros([BM, BN], tl.float32)
-        for start in tl.range(first, first + share, BK, num_stages=STAGES):
-            row = tl.load(a + start, mask=there, other=0.0)
-            part = tl.dot(row, tl.load(b + start, mask=inside, other=0.0), part, input_precision=PRECISION)
-        total += part
-    at = out + m[:, None].to(tl.int64) * N + n[None, :]
-    tl.store(at, total.to(out.dtype.element_ty), mask=there & inside)
-
-
-@triton.jit(do_not_specialize=["count"])
 def _gated(
     x, weight, out, count, N, K,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
@@ -163,18 +139,6 @@ def sliced_product(x: Tensor, weight: Tensor, *, tile: Tile | None = None) -> Te
 
     attempt("product", lambda: _launch(x, weight, parts, tile), plain)
     return parts
-
-
-def joined_product(x: Tensor, weight: Tensor, tile: Tile) -> Tensor:
-    """The sum of `sliced_product`'s parts, rounded to x's dtype, to the same bits: (B, N). For rows that fill a GPU."""
-    out = x.new_empty(x.shape[0], weight.shape[0])
-    (rows, k), n = x.shape, weight.shape[0]
-    with device_of(x):
-        launch(
-            _joined, (triton.cdiv(n, tile.n), triton.cdiv(rows, tile.m)), x, weight, out, rows, n, k, k // slices(n, k),
-            BM=tile.m, BN=tile.n, BK=tile.k, STAGES=tile.stages, PRECISION=_precision(x), num_warps=tile.warps,
-        )  # fmt: skip
-    return out
 
 
 def _launch(x: Tensor, weight: Tensor, out: Tensor, tile: Tile | None) -> None:

@@ -8,6 +8,8 @@ it and subtracts that vector on the way. Axes: B row, K codebook, D dim.
 # Triton's language has no types.
 # mypy: disable-error-code="no-untyped-def,untyped-decorator,attr-defined,operator"
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -27,11 +29,14 @@ def _tf32(x):
 
 @triton.jit(do_not_specialize=["rows", "level"])
 def _level(
-    source, source_stride, residual, previous, books, half_norms, best, rows, level,
+    source, source_stride, residual, previous, books, big, small, half_norms, best, rows, level,
     SIZE: tl.constexpr, D: tl.constexpr, BR: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-    SUBTRACT: tl.constexpr, PRECISION: tl.constexpr,
+    SUBTRACT: tl.constexpr, PRECISION: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
-    """One slice of one codebook for BR rows. With SUBTRACT, the residual is `source` less the last level's choice."""
+    """One slice of one codebook for BR rows. With SUBTRACT, the residual is `source` less the last level's choice.
+
+    SPLIT: TF32 of the books and what it leaves of them are read from `big` and `small`, straight into shared memory.
+    """
     r = tl.program_id(0) * BR + tl.arange(0, BR)
     piece = tl.program_id(1)
     n = piece * BN + tl.arange(0, BN)
@@ -50,15 +55,21 @@ def _level(
         if SUBTRACT:
             x -= tl.load(books + chosen[:, None] * D + (start + k)[None, :], mask=inside[:, None], other=0.0)
             tl.store(residual + row[:, None] * D + (start + k)[None, :], x, mask=inside[:, None] & (piece == 0))
-        e = tl.load(books + (level * SIZE + n)[None, :] * D + (start + k)[:, None])
+        entry = (level * SIZE + n)[None, :] * D + (start + k)[:, None]
         if PRECISION == "tf32x3":
+            if SPLIT:
+                big_e = tl.load(big + entry)
+                small_e = tl.load(small + entry)
+            else:
+                e = tl.load(books + entry)
+                big_e = _tf32(e)
+                small_e = e - big_e
             big_x = _tf32(x)
-            big_e = _tf32(e)
             first = tl.dot(x - big_x, big_e, first, input_precision="tf32")
-            second = tl.dot(big_x, e - big_e, second, input_precision="tf32")
+            second = tl.dot(big_x, small_e, second, input_precision="tf32")
             products = tl.dot(big_x, big_e, products, input_precision="tf32")
         else:
-            products = tl.dot(x, e, products, input_precision=PRECISION)
+            products = tl.dot(x, tl.load(books + entry), products, input_precision=PRECISION)
     if PRECISION == "tf32x3":
         products += first + second
     distance = tl.load(half_norms + level * SIZE + n)[None, :] - products
@@ -78,21 +89,54 @@ def _keep_codes(best, codes, slots, apart, K: tl.constexpr, BLOCK: tl.constexpr)
     tl.store(codes + slot * K + k, code.to(codes.dtype.element_ty), mask=k < K)
 
 
-def quantise(projected: Tensor, books: Tensor, half_norms: Tensor, codes: Tensor, slots: Tensor, *, precision: str) -> None:
+class Books(NamedTuple):
+    """The codebooks, the semantic one and then the acoustic levels: float32, made by `make_books`.
+
+    vectors     (K, size, D)
+    half_norms  (K, size): |e|^2 / 2
+    big, small  (K, size, D): what TF32 keeps of the vectors, and the rest, exactly; for steps of many rows
+    """
+
+    vectors: Tensor
+    half_norms: Tensor
+    big: Tensor
+    small: Tensor
+
+
+def make_books(vectors: Tensor) -> Books:
+    """From vectors float32 (K, size, D)."""
+    big = (vectors.view(torch.int32) & -8192).view(torch.float32)
+    return Books(vectors, vectors.square().sum(-1) / 2, big, vectors - big)
+
+
+class Tile(NamedTuple):
+    """Rows, vectors and columns a program has at once; its warps; blocks in flight; whether the books come split."""
+
+    rows: int
+    vectors: int
+    columns: int
+    warps: int
+    stages: int
+    split: bool
+
+
+def quantise(
+    projected: Tensor, books: Books, codes: Tensor, slots: Tensor, *, precision: str, tile: Tile | None = None
+) -> None:
     """Write each row's codes into its slot's row of `codes` (slots, K).
 
     projected  (B, 2*D) float32: the latent through the semantic projection, then through the acoustic one
-    books      (K, size, D) float32: the semantic codebook, then the acoustic levels; half_norms (K, size): |e|^2 / 2
     precision  `ieee` or `tf32x3`: both are float32 in effect; `tf32` is coarser
     """
 
     def kernel() -> None:
-        _launch(projected, books, half_norms, codes, slots, precision)
+        _launch(projected, books, codes, slots, precision, tile)
 
     def plain() -> None:
-        residual = projected[:, books.shape[2] :]
-        chosen = [(half_norms[0] - projected[:, : books.shape[2]] @ books[0].T).argmin(1)]
-        for book, norms in zip(books[1:], half_norms[1:], strict=True):
+        vectors, half_norms = books.vectors, books.half_norms
+        residual = projected[:, vectors.shape[2] :]
+        chosen = [(half_norms[0] - projected[:, : vectors.shape[2]] @ vectors[0].T).argmin(1)]
+        for book, norms in zip(vectors[1:], half_norms[1:], strict=True):
             chosen.append((norms - residual @ book.T).argmin(1))
             residual = residual - book[chosen[-1]]
         codes[slots] = torch.stack(chosen, 1).to(codes.dtype)
@@ -100,38 +144,40 @@ def quantise(projected: Tensor, books: Tensor, half_norms: Tensor, codes: Tensor
     attempt("quantiser", kernel, plain)
 
 
-def choose_tile(rows: int, dim: int, precision: str, limits: Limits) -> tuple[int, int, int, int, int]:
-    """Rows, vectors and numbers of them at once, warps, stages.
-
-    Never all numbers at once: of a loop with one turn the compiler makes none, and puts the sums that follow it into the
+def choose_tile(rows: int, dim: int, precision: str, limits: Limits) -> Tile:
+    """Never all columns at once: of a loop with one turn the compiler makes none, and puts the sums that follow it into the
     products, whose order of summation then is another one than that of the other tiles.
+
+    Few rows split the books on the way: what they take is reading them, and split they are twice as large.
     """
     half = dim // 2
     if precision == "ieee":
-        return 16, 32, min(64, half), 4, 3
+        return Tile(16, 32, min(64, half), 4, 3, split=False)
     if rows <= 64:
-        return 16, 32, min(128, half), 4, 2
+        return Tile(16, 32, min(128, half), 4, 2, split=False)
     br, bn, bk, warps, stages = (64, 64, min(32, half), 4, 3) if rows <= 512 else (64, 128, min(32, half), 8, 3)
-    return br, bn, bk, warps, max(2, limits.stages(stages, 4 * (br + bn) * bk, br))
+    stages = max(2, limits.stages(stages, 4 * (br + 2 * bn) * bk, br))
+    return Tile(br, bn, bk, warps, stages, split=True)
 
 
-def _launch(projected: Tensor, books: Tensor, half_norms: Tensor, codes: Tensor, slots: Tensor, precision: str) -> None:
+def _launch(projected: Tensor, books: Books, codes: Tensor, slots: Tensor, precision: str, tile: Tile | None) -> None:
     rows = projected.shape[0]
-    levels, size, dim = books.shape
+    levels, size, dim = books.vectors.shape
     apart = rows + rows % 2  # so that every level's minima begin at a multiple of 16 bytes
     best = torch.full((levels, apart), _NOTHING_YET, dtype=torch.int64, device=projected.device)
     buffers = torch.empty(2, rows, dim, dtype=torch.float32, device=projected.device)
-    br, bn, bk, warps, stages = choose_tile(rows, dim, precision, limits_of(projected.device))
-    grid = (triton.cdiv(rows, br), size // bn)
+    tile = tile or choose_tile(rows, dim, precision, limits_of(projected.device))
+    grid = (triton.cdiv(rows, tile.rows), size // tile.vectors)
     with device_of(projected):
         for level in range(levels):
             source = projected if level == 0 else projected[:, dim:] if level < 3 else buffers[level % 2]
             launch(
                 _level, grid,
                 source, source.stride(0), buffers[(level + 1) % 2], best[max(level - 1, 0)],
-                books, half_norms, best[level], rows, level,
-                SIZE=size, D=dim, BR=br, BN=bn, BK=bk, SUBTRACT=level >= 2, PRECISION=precision,
-                num_warps=warps, num_stages=stages,
+                books.vectors, books.big, books.small, books.half_norms, best[level], rows, level,
+                SIZE=size, D=dim, BR=tile.rows, BN=tile.vectors, BK=tile.columns,
+                SUBTRACT=level >= 2, PRECISION=precision, SPLIT=tile.split,
+                num_warps=tile.warps, num_stages=tile.stages,
             )  # fmt: skip
         block = triton.next_power_of_2(levels)
         launch(_keep_codes, (rows,), best, codes, slots, apart, K=levels, BLOCK=block, num_warps=1)
