@@ -17,6 +17,8 @@ from moshi_stt.models.torch_impl.cuda.compile import Compiler, finish
 from moshi_stt.models.torch_impl.cuda.limits import limits_of
 from moshi_stt.models.torch_impl.cuda.quantiser import make_books, quantise
 
+DEVICE = torch.device("cuda")
+
 
 def _without_fallback() -> None:
     """A tile that cannot run raises, and PyTorch's own operations do not take the place of those after it."""
@@ -38,7 +40,7 @@ BLOCKS = ((32, 1), (32, 2), (64, 1), (64, 2), (64, 4))
 def _attend(name: str, counts: list[int], tilings: Callable[[int], list[Tiling]]) -> dict[int, list[dict[str, Any]]]:
     """Microseconds and TB/s of the ring for each count of rows at each of its tilings, the quickest first."""
     heads, context, dim, t, kind, dtype = ATTENTIONS[name]
-    device, most = torch.device("cuda"), max(counts)
+    device, most = DEVICE, max(counts)
     rings = [make_ring(most, heads, context, dim, kind, device) for _ in range(3)]
     for ring in rings:
         for tensor in ring:
@@ -81,7 +83,7 @@ def attention(rows: int) -> dict[str, Any]:
             found, chosen = [], attentions._BLOCKS[kind]  # noqa: B023
             for block in (chosen, *BLOCKS):
                 attentions._BLOCKS[kind] = block  # noqa: B023
-                tiling = choose_tiling(count, heads, context, dim, kind, limits_of(torch.device("cuda")))  # noqa: B023
+                tiling = choose_tiling(count, heads, context, dim, kind, limits_of(DEVICE))  # noqa: B023
                 found += [tiling, *([tiling._replace(stages=stages) for stages in (2, 3)] if tiling.splits == 1 else [])]
             attentions._BLOCKS[kind] = chosen  # noqa: B023
             return found
@@ -107,7 +109,7 @@ def tilings(rows: int) -> dict[str, Any]:
             result[name] = _attend(
                 name,
                 [rows, rows // 2],
-                lambda count: [choose_tiling(count, heads, context, dim, kind, limits_of(torch.device("cuda"))), *tried],  # noqa: B023
+                lambda count: [choose_tiling(count, heads, context, dim, kind, limits_of(DEVICE)), *tried],  # noqa: B023
             )
         torch.cuda.empty_cache()
         for count, lines in result[name].items():
@@ -128,7 +130,7 @@ FEW_ROWS_TILES = [(16, 32, 128, 4, 2), (16, 32, 64, 4, 3), (16, 64, 64, 4, 3), (
 def quantiser(rows: int) -> dict[str, Any]:
     """All 32 levels at other tiles, with books split ahead and on the way: microseconds, and whether a code differs."""
     _without_fallback()
-    device = torch.device("cuda")
+    device = DEVICE
     books = make_books(torch.randn(32, 2_048, 256, device=device) * 0.4)
     compiler, result = Compiler(device), {}
     for count in [n for n in (1, 16, 64, 128, 256, 512) if n < rows] + [rows]:
@@ -179,7 +181,7 @@ RESIDUAL_TILES = [
 def convs(rows: int) -> dict[str, Any]:
     """Mimi's products at `rows` rows in float16: microseconds at each tile, and whether a bit differs from the chosen one's."""
     _without_fallback()
-    device, half = torch.device("cuda"), torch.float16
+    device, half = DEVICE, torch.float16
     spec = MimiSpec()
     result: dict[str, Any] = {}
     cases: dict[str, tuple[Callable[[Any], torch.Tensor], list[tuple[int, ...]]]] = {}

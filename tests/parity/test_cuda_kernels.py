@@ -10,7 +10,8 @@ import torch.nn.functional as F  # isort: skip
 from moshi_stt.models.torch_impl.attention import FP8, Ring, make_ring, rotate_and_attend
 from moshi_stt.models.torch_impl.attention import ring_attention as plain_attention
 from moshi_stt.models.torch_impl.cuda import conv, elementwise, quantiser
-from moshi_stt.models.torch_impl.cuda.attention import Tiling, ring_attention
+from moshi_stt.models.torch_impl.cuda.attention import Tiling, choose_tiling, ring_attention
+from moshi_stt.models.torch_impl.cuda.limits import Limits
 from moshi_stt.models.torch_impl.cuda.product import gated_product, product, sliced_product, slices
 from moshi_stt.models.torch_impl.cuda.quantiser import Tile, make_books, quantise
 from moshi_stt.models.torch_impl.rope import RotaryTable
@@ -42,6 +43,16 @@ def _entry(ring: Ring, slot: int, index: int) -> torch.Tensor:
     """The keys at one place, as a reader sees them."""
     keys = ring.k[slot, :, index].float()
     return keys if ring.k_scale is None else keys * ring.k_scale[slot, :, index, None]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, FP8])
+def test_the_order_of_attention_does_not_depend_on_the_rows(dtype: torch.dtype) -> None:
+    """Block and warps decide it; how the ring is split, and how many blocks are in flight, do not."""
+    for heads, context, dim in ((8, 250, 64), (16, 750, 128), (32, 375, 64)):
+        for limits in (Limits((9, 0), 232_448), Limits((8, 9), 101_376)):
+            tilings = [choose_tiling(rows, heads, context, dim, dtype, limits) for rows in (1, 2, 7, 64, 300, 1_024, 4_096)]
+            assert len({(tiling.block, tiling.warps) for tiling in tilings}) == 1
+            assert tilings[0].splits > tilings[-1].splits == 1
 
 
 @pytest.mark.parametrize("splits", [1, 2])

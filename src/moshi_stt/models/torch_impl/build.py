@@ -137,7 +137,7 @@ def fit_slots(
     with torch.inference_mode():
         slot = make_state(spec, 1, kv_dtype, torch.device("meta"), mimi_kv_dtype).slot_bytes()
     each = slot + step_bytes(spec, slot, fused=fused)
-    most = (free - RESERVED_BYTES) // each - 1  # one is scratch
+    most = (free - RESERVED_BYTES - (split_bytes(spec) if fused else 0)) // each - 1  # one is scratch
     if most >= slots:
         return slots, ()
     if most < 2:
@@ -146,6 +146,11 @@ def fit_slots(
             f"{spec.lm.context} positions: free memory on it, or use a smaller model"
         )
     return most, (f"room for {most} of {slots} slots in the {free / 1e9:.1f} GB that are free beside the weights: all of them",)
+
+
+def split_bytes(spec: ModelSpec) -> int:
+    """Of Mimi's codebooks in two parts, which our quantiser keeps next to them (`cuda.quantiser.Books`)."""
+    return 2 * 4 * spec.mimi.codebooks * spec.mimi.codebook_size * spec.mimi.codebook_dim
 
 
 def step_bytes(spec: ModelSpec, slot_bytes: int, *, fused: bool) -> int:
