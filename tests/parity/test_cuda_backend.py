@@ -32,7 +32,7 @@ SPEC = ModelSpec(
         layers=1,
         feedforward=128,
         context=6,
-        channels=(32, 32, 32, 32, 32),
+        channels=(16, 32, 32, 32, 32),
         strides=(2, 2, 2, 6),
         frame_samples=SAMPLES,
     ),

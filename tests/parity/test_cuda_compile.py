@@ -1,7 +1,7 @@
 """Every kernel compiled for GPUs that are not there: `tests.support.compile_kernels` in a process of its own.
 
-The default run takes each kernel's largest and deepest tile on two chips, with MOSHI_STT_FULL=1 every tile that can be
-chosen on every kind of chip from Ampere on.
+The default run takes each kernel's largest, deepest and thinnest tile on two chips, with MOSHI_STT_FULL=1 every tile that can
+be chosen on every kind of chip from Ampere on.
 """
 
 import importlib.util

@@ -42,8 +42,12 @@ META = torch.device("meta")
 MODELS = {
     "1b": (LMSpec(2048, 16, 16, 750, 1e5, 8000, 32, extra_heads=4), 5632),
     "2.6b": (LMSpec(2048, 32, 48, 375, 1e5, 4000, 32), 5632),
+    "phrases": (LMSpec(256, 4, 4, 125, 1e5, 448, 8, 256, extra_heads=4), 672),
 }
-"""The published language models and their gates' hidden sizes."""
+"""Language models, the two published ones and that of the package, and their gates' hidden sizes."""
+
+ENCODERS = {"phrases": MimiSpec(8, 256, 64, 128, 2, 3, 512, channels=(16, 32, 64, 128, 256))}
+"""Where it is not Mimi as published."""
 
 
 class Absent:
@@ -68,7 +72,8 @@ def launches(
     """Every launch of a step of each bucket up to `most` rows, on a GPU of these limits. One layer stands for all."""
     lm_spec, hidden = MODELS[model]
     lm_spec = replace(lm_spec, layers=2)
-    spec = ModelSpec(lm=lm_spec, mimi=MimiSpec(codebooks=lm_spec.codebooks), delay_frames=6)
+    encoder = ENCODERS.get(model, MimiSpec(codebooks=lm_spec.codebooks))
+    spec = ModelSpec(lm=lm_spec, mimi=encoder, delay_frames=6)
     params, _ = allocate_lm(lm_spec, hidden, dtype, META)
     lm = FusedLM(lm_spec, params)
     shapes = {param.name: param.shape for param in mimi_table(spec.mimi)}
@@ -101,8 +106,13 @@ def depth(launch: Launch) -> int:
     return int(launch.options.get("BK", 0))
 
 
+def thinness(launch: Launch) -> int:
+    """The least side of a launch's blocks, negated."""
+    return -min((launch.options[name] for name in ("BM", "BR", "BN", "BK", "HIDDEN", "D") if name in launch.options), default=0)
+
+
 def chosen(limits: Limits, *, every: bool) -> list[Launch]:
-    """The distinct launches on a GPU: all, or each kernel's largest and deepest for each dtype of its first argument."""
+    """The distinct launches on a GPU: all, or each kernel's largest, deepest and thinnest by its first argument's dtype."""
     found: dict[tuple[Any, ...], Launch] = {}
     kinds = [torch.bfloat16, torch.float32, *([FP8] if limits.capability >= (8, 9) else [])]
     for model in MODELS:
@@ -116,7 +126,7 @@ def chosen(limits: Limits, *, every: bool) -> list[Launch]:
     if every:
         return list(found.values())
     most: dict[tuple[Any, ...], Launch] = {}
-    for measure in (size, depth):
+    for measure in (size, depth, thinness):
         for launch in found.values():
             key = launch.kernel, str(launch.arguments[0].dtype), measure
             if key not in most or measure(launch) > measure(most[key]):

@@ -8,6 +8,7 @@ from itertools import accumulate
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from moshi_stt.models.spec import ConvSpec, MimiSpec
@@ -19,6 +20,12 @@ from moshi_stt.models.torch_impl.cuda.rounding import saturated
 from moshi_stt.models.torch_impl.device import MimiDtype
 from moshi_stt.models.torch_impl.mimi import MimiState
 from moshi_stt.models.weights import codebook_stems
+
+ConvWeight = tuple[Tensor, Tensor | None]
+"""A weight (C_out, kernel * C_in) and its bias."""
+
+LEAST_COLUMNS = 16
+"""Of a product on the matrix units."""
 
 
 class Precision(NamedTuple):
@@ -70,6 +77,8 @@ class FusedMimi:
         self.precision = precision
         self.zero_start = zero_start
         self.weights = [_conv_weight(conv, params, precision, i, len(spec.convs)) for i, conv in enumerate(spec.convs)]
+        for at in range(1, len(self.weights) - 2, 3):
+            self.weights[at : at + 2] = _widened(*self.weights[at : at + 2])
         self.layers = [FusedMimiLayer(params, i, precision.linear_dtype) for i in range(spec.layers)]
         parts = (params[f"quantizer.{part}.input_proj.weight"] for part in ("rvq_first", "rvq_rest"))
         self.project = torch.cat(list(parts)).squeeze(-1).contiguous()  # (2 * codebook_dim, dim)
@@ -166,13 +175,20 @@ class FusedMimi:
         return out
 
 
-def _conv_weight(
-    conv: ConvSpec, params: dict[str, Tensor], precision: Precision, index: int, count: int
-) -> tuple[Tensor, Tensor | None]:
+def _conv_weight(conv: ConvSpec, params: dict[str, Tensor], precision: Precision, index: int, count: int) -> ConvWeight:
     """A convolution's weight (C_out, kernel * C_in) and float32 bias; the first and the last of all stay float32."""
     kind = torch.float32 if index in (0, count - 1) else precision.conv_dtype
     bias = params.get(f"{conv.name}.conv.conv.bias")
     return saturated(kernels.conv_weight(params[f"{conv.name}.conv.conv.weight"]), kind), bias
+
+
+def _widened(first: ConvWeight, second: ConvWeight) -> tuple[ConvWeight, ConvWeight]:
+    """A residual block's convolutions with zeros between them, up to the least that the matrix units multiply."""
+    (weight1, bias1), (weight2, bias2) = first, second
+    assert bias1 is not None
+    more = max(0, LEAST_COLUMNS - weight1.shape[0])
+    wide = F.pad(weight1, (0, 0, 0, more)), F.pad(bias1, (0, more))
+    return wide, (F.pad(weight2, (0, more)), bias2)
 
 
 def _tail_maps(spec: MimiSpec, device: torch.device) -> tuple[list[list[int]], list[kernels.TailMap]]:
