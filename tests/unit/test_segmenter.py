@@ -11,7 +11,7 @@ from tests.support.level_speech import LevelRecogniser, pause, say
 
 from moshi_stt.constants import FRAME_SAMPLES, FRAME_SECONDS, SAMPLE_RATE
 from moshi_stt.engine.engine import StreamOptions
-from moshi_stt.engine.recogniser import Hypothesis, Spoken
+from moshi_stt.engine.recogniser import Hypothesis, Span, Spoken
 from moshi_stt.engine.segmenter import Segmenter, SegmentSettings
 from moshi_stt.events import AnyEvent, EndWord, Interim, Pause, Step, Warning, Word  # noqa: A004 - the event
 
@@ -308,6 +308,29 @@ def test_nothing_of_a_loop_is_sent_and_what_was_settled_before_stays() -> None:
     events = run(Segmenter(Changing(settled, loop, None), RULES), STEADY, pause(2.0))
     assert texts(events) == ["we", "begin", "here"]
     assert texts(run(Segmenter(Changing(spoken("I am very happy " * 4)), RULES), STEADY, pause(2.0))) == []
+
+
+class Soundless(Changing):
+    """Its alignment finds no sound for the second of four words, so near the end of the audio."""
+
+    def __init__(self, before_end: float) -> None:
+        super().__init__(spoken("we begin here now"))
+        self.before_end = before_end
+
+    def align(self, samples, texts, needed=None):  # type: ignore[no-untyped-def]
+        seconds = len(samples) / 16_000
+        at = seconds - self.before_end
+        spans = {"we": (0.0, 0.1), "begin": (at, at), "here": (at, at + 0.05), "now": (at + 0.05, seconds)}
+        return [Span(*spans[text]) for text in texts][:needed]
+
+
+@pytest.mark.parametrize(("before_end", "live"), [(0.2, ["we"]), (0.8, ["we", "begin", "here"])])
+def test_only_a_word_without_sound_at_the_end_of_the_audio_waits(before_end: float, live: list[str]) -> None:
+    segmenter = Segmenter(Soundless(before_end), RULES)
+    heard = [event for batch in segmenter.feed(STEADY[: SAMPLE_RATE * 2]) for event in batch]
+    assert texts(heard) == live
+    rest = [event for batch in segmenter.flush() for event in batch]
+    assert texts(heard + rest) == ["we", "begin", "here", "now"]
 
 
 def test_what_people_repeat_is_sent() -> None:

@@ -31,6 +31,9 @@ FRAME_SECONDS = VAD_FRAME / RECOGNISER_RATE
 SHORTEST_WORD_SECONDS = 0.03
 """Three frames of alignment: no word is shorter."""
 
+FORESEEN_SECONDS = 0.5
+"""A shorter word so near the end of the audio was foreseen; one that is followed by more speech was slurred."""
+
 QUIETEST_FRAMES = 3
 """A long segment is cut in the middle of the quietest stretch of so many frames."""
 
@@ -457,7 +460,8 @@ class Segmenter:
             spelled = any(letter.isalnum() for letter in word.text)
             start = max(round(offset + span.start, 3), self._last_stop)
             stop_time = max(round(offset + span.stop, 3), start)
-            if spelled and not heard_whole and stop_time - start < SHORTEST_WORD_SECONDS:
+            foreseen = stop_time - start < SHORTEST_WORD_SECONDS and self._seconds(stop) - stop_time < FORESEEN_SECONDS
+            if spelled and not heard_whole and foreseen:
                 break
             segment.committed.append(word)
             if not spelled:

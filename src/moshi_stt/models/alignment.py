@@ -4,14 +4,13 @@ import itertools
 import queue
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from moshi_stt.engine.recogniser import RECOGNISER_RATE, Span
-from moshi_stt.errors import CheckpointError
 from moshi_stt.models.pronounce import letters_to_phones, spoken_forms
+from moshi_stt.models.sphinx import sphinx_decoder
 
 FRAME_SECONDS = 0.01
 SHORTEST_SECONDS = 0.1
@@ -40,45 +39,33 @@ class _Decoder:
         import pocketsphinx  # has no wheel for some versions of Python: see cross_attention.py
 
         folder = Path(pocketsphinx.get_model_path("en-us"))
-        try:
-            self.search: Any = pocketsphinx.Decoder(
-                hmm=str(folder / "en-us"),
-                dict=str(folder / "cmudict-en-us.dict"),
-                lm=None,
-                loglevel="FATAL",
-                cmn="batch",  # "live" would carry the level of one stream's audio over to the next
-                bestpath=False,  # its lattice search drops a word that ends with the audio
-                topn=GAUSSIANS,  # "ds", which scores fewer frames, carries something over from call to call
-            )
-        except RuntimeError as error:
-            raise CheckpointError(
-                f"pocketsphinx {pocketsphinx.__version__} cannot load its acoustic model from {folder}: {error}; "
-                "run `pip install --force-reinstall 'pocketsphinx>=5.1.1,<6'`"
-            ) from error
+        self.search = sphinx_decoder(
+            {
+                "hmm": str(folder / "en-us"),
+                "dict": str(folder / "cmudict-en-us.dict"),
+                "loglevel": "FATAL",
+                "cmn": "batch",  # "live" would carry the level of one stream's audio over to the next
+                "bestpath": False,  # its lattice search drops a word that ends with the audio
+                "topn": GAUSSIANS,  # "ds", which scores fewer frames, carries something over from call to call
+            }
+        )
         self.added = 0
 
     def sayable(self, form: str) -> str:
         """The dictionary's key for a spoken form; one that is not there is added with a pronunciation by rule."""
         for key in (form, form.strip("'")):
-            if self.search.lookup_word(key) is not None:
+            if self.search.knows(key):
                 return key
-        self.search.add_word(form, " ".join(letters_to_phones(form)), True)
+        self.search.add_word(form, " ".join(letters_to_phones(form)))
         self.added += 1
         return form
 
     def spans(self, samples: NDArray[np.float32], keys: Sequence[str]) -> list[tuple[float, float]]:
         """Start and stop in seconds of each key in order, as far as the search got: maybe fewer than there are keys."""
-        self.search.reinit_feat()  # its front end carries something over from call to call, and ends move by 10 ms
-        self.search.set_align_text(" ".join(keys))
-        self.search.start_utt()
-        try:
-            pcm = (np.clip(np.pad(samples, (0, TAIL_SAMPLES)), -1.0, 1.0) * PEAK).astype("<i2").tobytes()
-            self.search.process_raw(pcm, no_search=False, full_utt=True)
-        finally:
-            self.search.end_utt()
+        pcm = (np.clip(np.pad(samples, (0, TAIL_SAMPLES)), -1.0, 1.0) * PEAK).astype("<i2")
         return [
-            (segment.start_frame * FRAME_SECONDS, (segment.end_frame + 1) * FRAME_SECONDS)
-            for segment in self.search.seg() or ()
+            (segment.first * FRAME_SECONDS, (segment.last + 1) * FRAME_SECONDS)
+            for segment in self.search.align(pcm, " ".join(keys))
             if segment.word[0] not in FILLER_MARKS
         ][: len(keys)]
 
