@@ -161,3 +161,23 @@ def test_a_step_that_is_started_comes_back_when_it_is_asked_for() -> None:
         finish = runner.start(pcm, slots, fresh)
         pcm[:], slots[:], fresh[:] = -1, 0, False
         np.testing.assert_array_equal(finish(), expected)
+
+
+def test_it_says_when_the_inputs_of_a_step_have_been_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also when graphs are captured between two steps, which reads inputs too."""
+    recorder, runner = make()
+    assert runner.has_read_inputs
+    runner.step(*rows(2))
+    assert runner.has_read_inputs
+    late: list[Callable[[], None]] = []
+
+    def capture_late(run: Callable[[], None], *, brief: bool) -> Replay:
+        run()  # as when it is captured
+        return Replay(lambda: late.append(run), lambda: late.pop()())
+
+    monkeypatch.setattr(recorder, "capture", capture_late)
+    for count in (8, 4, 8):
+        finish = runner.start(*rows(count))
+        assert not runner.has_read_inputs
+        np.testing.assert_array_equal(finish()[:, 0], rows(count)[0][:, 0])
+        assert runner.has_read_inputs

@@ -213,8 +213,14 @@ class StepsAhead(Protocol):
     def begin(self, pcm: NDArray[np.float32], slots: NDArray[np.int64], fresh: NDArray[np.bool_]) -> Callable[[], StepOutput]:
         """Start what `Backend.step` does; the call that is returned waits for its output.
 
-        Until then nothing else may be asked of the backend. The arrays are not its own `inputs`, and may be written to at once.
+        Until then nothing else may be asked of the backend but `has_read_inputs`. The arrays may be written to at once; where
+        they are those of `HasInputBuffers`, when `has_read_inputs` says so.
         """
+        ...
+
+    @property
+    def has_read_inputs(self) -> bool:
+        """Whether the step that was begun last needs the backend's own arrays no more."""
         ...
 
 

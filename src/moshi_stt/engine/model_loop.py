@@ -89,7 +89,7 @@ class ModelLoop:
         """Of the last turn."""
         self._under_way: _UnderWay | None = None
         self._ahead = _empty_inputs(loaded) if isinstance(backend, StepsAhead) else None
-        """Where rows are gathered while others are being stepped; None where that cannot be."""
+        """Where rows are gathered while the backend reads its own arrays; None where it does not step ahead."""
         self._warming: WarmsUpInParts | None = None
         """Whose warm-up goes on between steps."""
         begun = time.monotonic()
@@ -168,12 +168,16 @@ class ModelLoop:
             self._scatter(states, output)
         return rows
 
-    def _turn_ahead(self, inputs: StepInputs) -> int:
-        """Begin the next step as soon as the one before is over, and scatter that while the device works."""
+    def _turn_ahead(self, spare: StepInputs) -> int:
+        """Begin the next step as soon as the one before is over, and scatter that while the device works.
+
+        spare: where rows are gathered while the backend's own arrays are being read.
+        """
+        assert isinstance(self._backend, StepsAhead)
+        inputs = self.scheduler.inputs if self._backend.has_read_inputs else spare
         states, before = self.scheduler.gather_ahead(inputs), self._under_way
         stepped, output = self._finish(before) if before is not None else ([], None)
         if states:
-            assert isinstance(self._backend, StepsAhead)
             self.step_started = begun = time.monotonic()
             self._under_way = _UnderWay(states, self._backend.begin(*inputs.rows(0, len(states))), begun)
         if output is not None:

@@ -153,6 +153,10 @@ class GraphRunner:
         self._device_in = torch.empty(len(self._host_in), dtype=torch.uint8, device=device)
         pcm, slots, fresh = self._cut(self._host_in, largest)
         self.inputs = StepInputs(pcm.numpy(), slots.numpy(), fresh.numpy())
+        self._started = 0
+        self._taken = torch.zeros(1, dtype=torch.int64, device=device)
+        """Steps whose inputs have come over, as the device counts them; and on the host."""
+        self._host_taken = graphs.host(8).view(torch.int64).zero_()
         self._captured: dict[int, _Bucket] = {}
         self._usable = buckets
         self._copiers = min(COPY_THREADS, usable_cores())
@@ -227,6 +231,7 @@ class GraphRunner:
         self._put(given)
         self.inputs.slots[rows:size] = self._scratch
         self.inputs.fresh[rows:size] = True
+        self._started += 1
         replay.begin()
 
         def finish() -> NDArray[np.float32]:
@@ -234,6 +239,11 @@ class GraphRunner:
             return output[:rows].copy()
 
         return finish
+
+    @property
+    def has_read_inputs(self) -> bool:
+        """Whether the step that was started last has its inputs on the device, so that `inputs` may be written to."""
+        return int(self._host_taken[0]) >= self._started
 
     def _put(self, given: StepInputs) -> None:
         """Copy what does not lie in the inputs yet."""
@@ -267,13 +277,16 @@ class GraphRunner:
         self.inputs.fresh[:rows] = True
 
         def load() -> Tensor:
-            return pcm.copy_(host_pcm, non_blocking=True)
+            pcm.copy_(host_pcm, non_blocking=True)  # slots and fresh went before it
+            self._host_taken.copy_(self._taken.add_(1), non_blocking=True)
+            return pcm
 
         def run() -> None:
             self._device_in[:header].copy_(self._host_in[:header], non_blocking=True)
             host_out.copy_(self._step_rows(load, slots, fresh), non_blocking=True)
 
         replay = self._graphs.capture(run, brief=rows <= BRIEF_ROWS)
+        self._started = int(self._taken)
         for part, before in zip(parts, kept, strict=True):
             part[:rows] = before
         return _Bucket(host_out.numpy(), replay)

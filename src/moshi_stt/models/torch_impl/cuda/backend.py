@@ -199,6 +199,11 @@ class CudaBackend(SlotBackend):
             finish = self.runner.start(pcm, slots, fresh)
         return lambda: self._unpack(finish(), slots, fresh)
 
+    @property
+    def has_read_inputs(self) -> bool:
+        """See `engine.backend.StepsAhead`."""
+        return self.runner.has_read_inputs
+
     def step_rows(self, load: Callable[[], Tensor], slots: Tensor, fresh: Tensor) -> Tensor:
         """The whole step on the device, of static shape and without synchronisation: see `graphs.StepRows`."""
         state = self.state
