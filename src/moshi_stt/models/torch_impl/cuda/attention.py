@@ -193,14 +193,14 @@ def choose_tiling(rows: int, heads: int, context: int, dim: int, dtype: torch.dt
     if dtype is torch.float32:
         stages = 1 if splits > 1 else 3
     elif dtype is FP8:
-        stages = (2 if splits >= 8 else 3) if splits > 1 else 4 if programs >= 4_096 else 3
+        stages = 2 if splits >= 8 else 3
     else:
         stages = 1 if splits >= 8 else 3
     fitting = limits.stages(stages, 2 * block * dim * dtype.itemsize)
     return Tiling(splits, block, warps, max(fitting, 1))
 
 
-_BLOCKS = {torch.float32: (32, 2), torch.bfloat16: (64, 4), torch.float16: (32, 1), FP8: (64, 2)}
+_BLOCKS = {torch.float32: (32, 2), torch.bfloat16: (64, 4), torch.float16: (32, 1), FP8: (32, 1)}
 """Ring entries and warps by a ring's dtype: whatever the number of rows, since the order of sums depends on them."""
 
 
