@@ -50,6 +50,15 @@ def judge_all(plausibility: Plausibility, words: list[Spoken], start: float = 0.
     return [(judgement.confidence, judgement.left_out) for judgement in judged]
 
 
+def test_what_repeats_is_left_out_where_words_are_doubtful() -> None:
+    """A decoder is sure of what it repeats; people repeat themselves, too, and are heard well."""
+    said = "we have to get used to you"
+    doubtful = judge_all(Plausibility(SETTINGS), [*spoken(said, -0.8), *spoken(said, -0.01)])
+    assert [left_out for _, left_out in doubtful[9:13]] == [True] * 4
+    clear = judge_all(Plausibility(SETTINGS), spoken(f"{said} {said}", -0.05))
+    assert not any(left_out for _, left_out in clear)
+
+
 def test_likely_words_are_trusted_and_unlikely_ones_left_out() -> None:
     likely = judge_all(Plausibility(SETTINGS), spoken("so my fellow americans ask not", -0.05))
     assert all(confidence > 0.95 and not left_out for confidence, left_out in likely)

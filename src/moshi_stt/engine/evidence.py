@@ -43,8 +43,10 @@ class EvidenceSettings:
     fewest_neighbours: int = 3
     passage: float = 0.5
     """In a passage whose words have a mean confidence below this, a word"""
-    passage_left_out: float = 0.9
+    passage_left_out: float = 0.8
     """below this is left out as well."""
+    passage_repeated: float = 0.7
+    """In one whose mean is below this, a word that repeats what has just been said is left out."""
 
 
 @dataclass
@@ -75,14 +77,14 @@ KEPT_WORDS, FOLLOWING_WORDS = 6, 2
 ABSENT_WORDS = 2
 """So many more count as certain, so that a lone word is judged by itself."""
 
-PASSAGE_WORDS, PASSAGE_PRIOR = 10, (4, 0.8)
+PASSAGE_WORDS, PASSAGE_PRIOR = 24, (4, 0.8)
 """A passage is so many words; at its start so many more count, of this confidence."""
 
 FORGET_SECONDS = 5.0
 """Words that ended earlier say nothing about the next."""
 
 LONGEST_REPEAT = 16
-CERTAINTY, OWN, NEIGHBOURS = 6.2, 2.97, 5.41
+CERTAINTY, OWN, NEIGHBOURS = 6.3, 2.97, 5.41
 """Of the logistic regression: constant, and weights of the doubts."""
 
 
@@ -119,11 +121,13 @@ class Plausibility:
         count, prior = PASSAGE_PRIOR
         passage = (sum(self._passage) + count * prior) / (len(self._passage) + count)
         left_out = confidence < settings.left_out and len(around) >= settings.fewest_neighbours
-        left_out |= confidence < settings.passage_left_out and passage < settings.passage
         self._last_stop = stop_seconds
         self._texts.append(bare(word.text))
+        repeated = repeats(list(self._texts))
+        left_out |= confidence < settings.passage_left_out and passage < settings.passage
+        left_out |= repeated and passage < settings.passage_repeated
         self._passage.append(confidence)
-        if not repeats(list(self._texts)):
+        if not repeated:
             self._doubts.append(_doubt(word))
         return Judgement(confidence, left_out)
 
