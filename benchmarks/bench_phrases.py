@@ -5,13 +5,16 @@
 
 CLIPS holds what `training.synthesise` and `training.human` wrote; only held-out clips are played. First one stream alone, then
 all of them at once, the first one among them; each sends 80 ms every 80 ms, at its own moment. A frame is late when its `Step`
-comes back more than 80 ms after its last sample was due. Prints a table and, as its last line, one JSON document.
+comes back more than 80 ms after its last sample was due. The processor time of the server and of this client is given in cores:
+on a machine that is busy otherwise it says more than the lag. Prints a table and, as its last line, one JSON document.
 """
 
 import argparse
 import asyncio
+import os
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -47,6 +50,31 @@ async def live(url: str, rows: Sequence[Row], seed: int) -> list[Session]:
     return await asyncio.gather(*(one(row, float(rng.uniform(0, 1))) for row in rows))
 
 
+def played(url: str, rows: Sequence[Row], seed: int) -> tuple[list[Session], dict[str, float]]:
+    """The sessions of `live`, and the cores that server and client used meanwhile."""
+    begun, server, client = time.monotonic(), server_seconds(), time.process_time()
+    sessions = asyncio.run(live(url, rows, seed))
+    wall = time.monotonic() - begun
+    used = {"server": server_seconds() - server, "client": time.process_time() - client}
+    return sessions, {name: round(seconds / wall, 3) for name, seconds in used.items()}
+
+
+def server_seconds() -> float:
+    """Processor time of the processes that this one started, and of theirs, so far; 0 where there is no /proc."""
+    parents, seconds = {}, {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = path.read_text().rpartition(")")[2].split()
+        except OSError:  # it has ended
+            continue
+        parents[int(path.parent.name)] = int(fields[1])
+        seconds[int(path.parent.name)] = (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    ours = {os.getpid()}
+    while more := {pid for pid, parent in parents.items() if parent in ours} - ours:
+        ours |= more
+    return sum(seconds[pid] for pid in ours - {os.getpid()})
+
+
 def lags(sessions: Sequence[Session]) -> np.ndarray:
     """Milliseconds from when a frame's last sample was due to its `Step`, of all streams."""
     pairs = [(arrived, due) for s in sessions for arrived, due in zip(s.arrived, s.sent, strict=False)]
@@ -54,7 +82,8 @@ def lags(sessions: Sequence[Session]) -> np.ndarray:
     return 1e3 * (arrived - due)
 
 
-def summary(rows: Sequence[Row], sessions: Sequence[Session]) -> dict[str, Any]:
+def summary(rows: Sequence[Row], sessions: Sequence[Session], cores: dict[str, float]) -> dict[str, Any]:
+    """cores: those that were used meanwhile."""
     found = lags(sessions)
     return {
         "streams": len(rows),
@@ -63,6 +92,7 @@ def summary(rows: Sequence[Row], sessions: Sequence[Session]) -> dict[str, Any]:
         "lag_ms": {f"p{share}": round(float(np.percentile(found, share)), 1) for share in (50, 95, 99, 100)},
         "words": sum(len(row.said) for row in rows),
         "word_error": round(word_error(rows, sessions), 4),
+        "cores": cores,
     }
 
 
@@ -71,7 +101,8 @@ def line(name: str, result: dict[str, Any]) -> str:
     return (
         f"{name}: {result['late']} of {result['frames']} frames late; lag {lag['p50']:.0f} ms in the median, "
         f"{lag['p99']:.0f} ms at 99 %, {lag['p100']:.0f} ms at most; "
-        f"{result['word_error']:.1%} errors in {result['words']} words"
+        f"{result['word_error']:.1%} errors in {result['words']} words; "
+        f"the server used {result['cores']['server']:.2f} cores, this client {result['cores']['client']:.2f}"
     )
 
 
@@ -86,14 +117,14 @@ def main() -> None:
     args = parser.parse_args()
     rows = recordings(args.clips, args.streams, args.seconds, args.seed)
     with tempfile.TemporaryDirectory() as folder, our_server(args.config, Path(folder)) as url:
-        alone = asyncio.run(live(url, rows[:1], args.seed))
-        together = asyncio.run(live(url, rows, args.seed))
+        alone, one = played(url, rows[:1], args.seed)
+        together, all_of_them = played(url, rows, args.seed)
     result = {
         "seconds": args.seconds,
         "seconds_sent": round(len(together[0].pauses) / FRAME_RATE, 1),
-        "alone": summary(rows[:1], alone),
-        "the_same_among_all": summary(rows[:1], together[:1]),
-        "all": summary(rows, together),
+        "alone": summary(rows[:1], alone, one),
+        "the_same_among_all": summary(rows[:1], together[:1], all_of_them),
+        "all": summary(rows, together, all_of_them),
         "same_words": together[0].words == alone[0].words,
         "same_pauses": together[0].pauses == alone[0].pauses,
     }
