@@ -14,7 +14,7 @@ from moshi_stt.constants import SAMPLE_RATE
 from moshi_stt.engine import segment
 from moshi_stt.engine.commands import Audio, Finish, Mark, Reset
 from moshi_stt.engine.engine import SilentObserver, StreamOptions
-from moshi_stt.engine.segment import SegmentEngine, measure
+from moshi_stt.engine.segment import SegmentEngine, measure, speech_seconds
 from moshi_stt.engine.segmenter import SegmentSettings
 from moshi_stt.engine.stream import Stream, StreamLimits
 from moshi_stt.errors import CheckpointError, EngineError, EngineFailed, NoFreeSlot
@@ -424,6 +424,13 @@ async def test_info_says_what_the_machine_can_carry() -> None:
         assert "of a core" in served.info.details["cost of a live stream"]
         assert "about" in served.info.details["real-time streams"]
     assert measure(LevelRecogniser(), SegmentSettings()) > 0
+
+
+def test_pauses_of_the_sample_do_not_make_speech_cheap() -> None:
+    """What a stream costs is counted for the speech in the sample, not for its pauses."""
+    samples = np.concatenate([np.full(32_000, 0.5, np.float32), np.zeros(48_000, np.float32)])
+    assert speech_seconds(LevelRecogniser(), samples, SegmentSettings()) == pytest.approx(2.0, abs=0.05)
+    assert speech_seconds(LevelRecogniser(), samples[40_000:], SegmentSettings()) == 0.0
 
 
 # ---- recognition that does not come back ---------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from contextlib import suppress
 from dataclasses import replace
 
 import numpy as np
+from numpy.typing import NDArray
 
 from moshi_stt.audio.resample import StreamingResampler
 from moshi_stt.constants import SAMPLE_RATE
@@ -22,7 +23,7 @@ from moshi_stt.cores import usable_cores
 from moshi_stt.engine.engine import NO_EXTRAS, Engine, EngineInfo, EngineObserver, StreamOptions
 from moshi_stt.engine.heaps import trim_heaps
 from moshi_stt.engine.language import foreign_message
-from moshi_stt.engine.recogniser import RECOGNISER_RATE, Recogniser
+from moshi_stt.engine.recogniser import RECOGNISER_RATE, VAD_FRAME, Recogniser
 from moshi_stt.engine.segment_state import TURN_SAMPLES, SegmentState, TurnQueue
 from moshi_stt.engine.segmenter import Segmenter, SegmentSettings
 from moshi_stt.engine.stream import Delivery, Stream, StreamLimits, deliver_all
@@ -341,7 +342,7 @@ class SegmentEngine(Engine):
 
 
 def measure(recogniser: Recogniser, settings: SegmentSettings) -> float:
-    """Warm the recogniser up and return what a stream of speech costs: seconds of one thread for a second of audio."""
+    """Warm the recogniser up and return what speech without pauses costs: seconds of one thread for a second of it."""
     sample = recogniser.sample()
     recogniser.align(sample, [word.text for word in recogniser.recognise(sample).words])
     resampler = StreamingResampler(RECOGNISER_RATE, SAMPLE_RATE)
@@ -351,4 +352,14 @@ def measure(recogniser: Recogniser, settings: SegmentSettings) -> float:
     for work in (segmenter.feed(pcm), segmenter.flush()):
         for _events in work:
             pass
-    return max((time.thread_time() - begun) / (len(pcm) / SAMPLE_RATE), 1e-6)
+    seconds = time.thread_time() - begun
+    return max(seconds / max(speech_seconds(recogniser, sample, settings), 1.0), 1e-6)
+
+
+def speech_seconds(recogniser: Recogniser, samples: NDArray[np.float32], settings: SegmentSettings) -> float:
+    """How much of samples, float32 (S,) at 16 kHz, is speech: its pauses cost next to nothing."""
+    state, frames = recogniser.vad_start(), 0
+    for start in range(0, len(samples) - VAD_FRAME + 1, VAD_FRAME):
+        probability, state = recogniser.speech_probability(samples[start : start + VAD_FRAME], state)
+        frames += probability >= settings.speech_until
+    return frames * VAD_FRAME / RECOGNISER_RATE
