@@ -394,8 +394,11 @@ async def test_an_observer_sees_everything() -> None:
         await until(stream, lambda e: steps_of(e) == 3)
         stream.close()
         await asyncio.sleep(0)
-    assert observer.seen.count(("lagged", None)) == 3
-    assert [entry for entry in observer.seen if entry[0] != "lagged"] == [
+        assert observer.seen.count(("lagged", None)) == 3
+        seen = list(observer.seen)
+        await transcribe(started, noise(3), live=False)
+    assert observer.seen.count(("lagged", None)) == 3, "nobody waits for a file's words"
+    assert [entry for entry in seen if entry[0] != "lagged"] == [
         ("opened", None),
         ("refused", None),
         *[("stepped", 1)] * 3,

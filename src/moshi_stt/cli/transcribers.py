@@ -37,6 +37,9 @@ from moshi_stt.text.subtitles import TimedWord
 WAITING_FILES = 32
 """Files that are being decoded or wait for a slot, beyond those that have one."""
 
+FILES_SWITCH_SECONDS = 0.0001
+"""The device waits while the model thread waits for the interpreter, and here nobody waits for the event loop."""
+
 MOST_JOBS = 8
 """Of models that take a recording as one stream."""
 
@@ -280,7 +283,7 @@ class InProcess(Transcriber):
         from moshi_stt.audio.decode_pool import DecodePool, decoders_for
         from moshi_stt.server.runtime import tune_interpreter
 
-        tune_interpreter()  # a model thread and an event loop of a thousand streams, as in the server
+        tune_interpreter(FILES_SWITCH_SECONDS)  # a model thread and an event loop of a thousand streams, as in the server
         if decoders := decoders_for(slots):
             self._pool = await self._stack.enter_async_context(DecodePool(decoders, slots, self._options.cut))
 

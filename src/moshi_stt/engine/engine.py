@@ -40,7 +40,7 @@ class EngineObserver(Protocol):
         """One model step (or one recogniser call) of `rows` streams took this wall time."""
 
     def lagged(self, seconds: float) -> None:
-        """Time from the arrival of the last sample an event depends on to the event's delivery."""
+        """Time from the arrival of the last sample that an event of a live stream depends on to the event's delivery."""
 
     def opened(self) -> None:
         """A slot was taken."""

@@ -33,7 +33,7 @@ T = TypeVar("T")
 
 
 class Outcome(NamedTuple):
-    """What came of a step, for the event loop. arrivals: when the audio came that the deliveries depend on."""
+    """What came of a step, for the event loop. arrivals: when the audio came that live deliveries depend on."""
 
     deliveries: list[Delivery]
     arrivals: list[float]
@@ -212,7 +212,8 @@ class Scheduler:
                 self._on_suspect(state)
             if events or state.done:
                 deliveries.append(Delivery(state.stream, events, state.done))
-                arrivals.append(state.arrived)
+                if state.stream.live:
+                    arrivals.append(state.arrived)
         return Outcome(deliveries, arrivals)
 
     def end(self) -> None:

@@ -228,7 +228,7 @@ class SegmentEngine(Engine):
         if failed and not delivery.stream.ended:
             self.observer.failed()
         deliver_all([delivery])
-        if delivery.events and not failed:
+        if delivery.events and delivery.stream.live and not failed:
             self.observer.lagged(time.monotonic() - arrived)
 
     # ---- the workers -------------------------------------------------------------------------------------------------

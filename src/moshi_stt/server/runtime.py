@@ -19,8 +19,10 @@ ARENAS = 2
 """Heaps that all threads share. With one each, as glibc gives them, every thread would keep what its largest file took."""
 
 
-def tune_interpreter() -> None:
+def tune_interpreter(switch_seconds: float = 0.0005) -> None:
     """Set Python up for an event loop and a model thread that make many short-lived objects.
+
+    switch_seconds: how long one thread has the interpreter while another wants it.
 
     The model thread wants the interpreter back several times a step; with Python's 5 ms it would wait as long each time that
     the event loop is busy. The garbage collector, which looks for cycles among all objects every few thousand new ones, took
@@ -29,7 +31,7 @@ def tune_interpreter() -> None:
     if sys.platform == "linux":
         with suppress(OSError, AttributeError):  # another C library
             ctypes.CDLL(None).mallopt(M_ARENA_MAX, ARENAS)
-    sys.setswitchinterval(0.0005)
+    sys.setswitchinterval(switch_seconds)
     gc.collect()
     gc.freeze()
     gc.set_threshold(100_000, 50, 1_000)
