@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Archives on a GPU: benchmarks/gpu_files.sh FOLDER. About ten minutes on an H200; JSON files to FOLDER.
+# Archives on a GPU: benchmarks/gpu_files.sh FOLDER. Some three minutes on an H200; JSON files to FOLDER.
 #
-# 20 hours of compressed audio, made here from the recordings of the package, through `transcribe -r` with random weights of the 1B
+# 40 hours of compressed audio, made here from the recordings of the package, through `transcribe -r` with random weights of the 1B
 # shape and 1,024 slots; some of the recordings one by one; and PyPI `moshi` at batch 64 where it is installed. HOURS, SLOTS and
 # CHECKPOINT change these. PyAV (the `av` wheel) has to be installed: the sound is decoded by it.
 set -uo pipefail
@@ -15,5 +15,5 @@ python3 -c 'import av' || {
 }
 common=(--shape 1b --slots "${SLOTS:-1024}" --checkpoint "${CHECKPOINT:-${TMPDIR:-/tmp}/moshi-stt-random-1b}")
 failed=0
-timeout 540 python3 bench_files.py "${common[@]}" --hours "${HOURS:-20}" --reference --out "$out/files-1b.json" || failed=1
+timeout 540 python3 bench_files.py "${common[@]}" --hours "${HOURS:-40}" --reference --out "$out/files-1b.json" || failed=1
 exit $failed
