@@ -72,7 +72,7 @@ class SegmentSettings:
     """A word with this chance to stay is sent;"""
     followers: int = 4
     """one that so many words follow, far from the audio's end where most changes are, with"""
-    followed_chance: float = 0.5
+    followed_chance: float = 0.8
     """this chance;"""
     most_followers: int = 6
     """and one that so many follow in any case. A second hypothesis in one pause settles everything."""
