@@ -11,7 +11,7 @@ from tests.support.batch import noise
 from tests.support.mute_model import Mute, counted
 from tests.support.scripted_backend import FakeBackend, PseudoModel, spell
 
-from moshi_stt.constants import FRAME_SAMPLES, FRAME_SECONDS
+from moshi_stt.constants import FRAME_SAMPLES, FRAME_SECONDS, SAMPLE_RATE
 from moshi_stt.engine.backend import StepInputs
 from moshi_stt.engine.commands import Audio, Command, Finish, Mark, Reset
 from moshi_stt.engine.marker_copies import MarkerCopies
@@ -328,3 +328,15 @@ async def test_marks_and_the_end_wait_for_the_audio_that_is_heard_again() -> Non
     assert [type(event) for event in events][-1] is Marker
     assert [event.text for event in events if isinstance(event, Word)] == [str(10 + n) for n in range(3, 12)]
     assert state.stream.ended
+
+
+def test_what_a_stream_keeps_to_hear_again_keeps_no_long_message_alive() -> None:
+    message = np.zeros(60 * SAMPLE_RATE, np.float32)
+    for live in (True, False):
+        kept = MuteGuard(MuteSettings(4.0), FRAME_SECONDS, live=live)
+        kept.hear(message[:FRAME_SAMPLES])
+        assert np.shares_memory(kept.take()[0], message) is not live, "a file's sound is there anyway, and is not copied"
+    short = message[: 2 * FRAME_SAMPLES].copy()
+    kept = MuteGuard(MuteSettings(4.0), FRAME_SECONDS)
+    kept.hear(short[:FRAME_SAMPLES])
+    assert np.shares_memory(kept.take()[0], short)

@@ -93,3 +93,13 @@ def test_a_missing_model_is_named(make: Any, tmp_path: Path) -> None:
 def test_without_exported_functions_the_package_serves(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("moshi_stt.models.sphinx.sphinx_library", lambda: None)
     assert isinstance(sphinx_decoder(SETTINGS), PackageDecoder)
+
+
+@pytest.mark.parametrize("kind", [LibraryDecoder, PackageDecoder])
+def test_a_model_below_a_folder_with_letters_of_any_language(kind: type[Any], tmp_path: Path) -> None:
+    folder = tmp_path / "josé-шум-音"
+    folder.symlink_to(Path(SETTINGS["hmm"]).parent)
+    moved = {name: str(folder / Path(value).name) if name in ("hmm", "dict") else value for name, value in SETTINGS.items()}
+    assert moved != SETTINGS
+    decoder: SphinxDecoder = LibraryDecoder(library(), moved) if kind is LibraryDecoder else PackageDecoder(moved)
+    assert decoder.knows("ever")

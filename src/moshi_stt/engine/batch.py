@@ -186,7 +186,7 @@ class BatchEngine(Engine):
         if options.turns:
             meter = PauseMeter(None if loaded.backend.pause_heads else SpeechDetector())
         if self._mute is not None and self._mute.seconds and loaded.backend.pause_heads:
-            guard = MuteGuard(self._mute, loaded.frame_seconds)
+            guard = MuteGuard(self._mute, loaded.frame_seconds, live=stream.live)
         return StreamState(
             stream,
             slot,

@@ -23,6 +23,9 @@ LEAD_SECONDS = 2.0
 SPEECH_BELOW = 0.5
 """A frame is speech where the first pause head, of the shortest horizon, gives less than this."""
 
+LONG_MESSAGE_FRAMES = 12
+"""A message of more frames, a second, is not kept for the sake of one of them."""
+
 SPEECH_SHARE = 0.25
 """Of the frames without a word, so many must be speech: somebody who pauses to think is no stall."""
 
@@ -58,9 +61,10 @@ def hears_speech(samples: NDArray[np.float32]) -> bool:
 class MuteGuard:
     """Of one stream. `hear` and `judge` are called by the model thread, once for each frame of the client's own audio."""
 
-    __slots__ = ("_frames", "_lead", "_limit", "_new", "_speech", "suspected", "verdict")
+    __slots__ = ("_frames", "_lead", "_limit", "_live", "_new", "_speech", "suspected", "verdict")
 
-    def __init__(self, settings: MuteSettings, frame_seconds: float) -> None:
+    def __init__(self, settings: MuteSettings, frame_seconds: float, *, live: bool = True) -> None:
+        self._live = live
         self._limit = math.ceil(settings.seconds / frame_seconds)
         self._lead = math.ceil(LEAD_SECONDS / frame_seconds)
         self.reset()
@@ -77,8 +81,13 @@ class MuteGuard:
         """Whether the suspect is one. Set by any thread; without effect once there is no suspicion any more."""
 
     def hear(self, frame: NDArray[np.float32]) -> None:
-        """The next frame, float32 (frame_samples,); it is kept, not copied."""
-        self._frames.append(frame)
+        """The next frame, float32 (frame_samples,). It is kept; of a live stream's long message it is copied.
+
+        So an idle stream keeps no more than it may hear again, short messages cost nothing, and a file is there anyway.
+        """
+        whole = frame.base if self._live else None
+        is_long = isinstance(whole, np.ndarray) and whole.nbytes > LONG_MESSAGE_FRAMES * frame.nbytes
+        self._frames.append(frame.copy() if is_long else frame)
 
     def judge(self, has_word: bool, pause: Sequence[float]) -> None:
         """What the model said of the frame."""

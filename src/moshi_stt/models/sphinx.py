@@ -8,6 +8,7 @@ functions (Linux, macOS) they are called through ctypes, which lets go of the lo
 import ctypes
 import functools
 import json
+import os
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -92,7 +93,8 @@ class LibraryDecoder:
 
     def __init__(self, library: ctypes.CDLL, settings: Mapping[str, Any]) -> None:
         self._library, self._decoder = library, None
-        config = library.ps_config_parse_json(None, json.dumps(settings).encode())
+        # Its parser takes no escapes, and paths as the file system has them.
+        config = library.ps_config_parse_json(None, os.fsencode(json.dumps(settings, ensure_ascii=False)))
         if config:
             self._decoder = library.ps_init(config)  # keeps a share of the settings
             library.ps_config_free(config)
@@ -106,7 +108,8 @@ class LibraryDecoder:
         return bool(phones)
 
     def add_word(self, word: str, phones: str) -> None:
-        self._library.ps_add_word(self._decoder, word.encode(), phones.encode(), 1)
+        if self._library.ps_add_word(self._decoder, word.encode(), phones.encode(), 1) < 0:
+            raise RuntimeError(f"pocketsphinx does not take the word {word!r} as {phones!r}")
 
     def align(self, pcm: NDArray[np.int16], text: str) -> list[Segment]:
         library, decoder = self._library, self._decoder
@@ -114,9 +117,13 @@ class LibraryDecoder:
         if library.ps_set_align_text(decoder, text.encode()) < 0:
             raise RuntimeError(f"pocketsphinx cannot align the words {text!r}")
         pcm = np.ascontiguousarray(pcm)
-        library.ps_start_utt(decoder)
-        library.ps_process_raw(decoder, pcm.ctypes.data, len(pcm), 0, 1)
-        library.ps_end_utt(decoder)
+        if library.ps_start_utt(decoder) < 0:
+            raise RuntimeError("pocketsphinx cannot begin an utterance")
+        try:
+            if library.ps_process_raw(decoder, pcm.ctypes.data, len(pcm), 0, 1) < 0:
+                raise RuntimeError(f"pocketsphinx cannot search {len(pcm)} samples")
+        finally:
+            library.ps_end_utt(decoder)
         first, last, found = _INT(), _INT(), []
         segment = library.ps_seg_iter(decoder)
         while segment:

@@ -231,8 +231,8 @@ class GraphRunner:
         self._put(given)
         self.inputs.slots[rows:size] = self._scratch
         self.inputs.fresh[rows:size] = True
-        self._started += 1
         replay.begin()
+        self._started += 1
 
         def finish() -> NDArray[np.float32]:
             replay.wait()
@@ -252,7 +252,7 @@ class GraphRunner:
         if size >= LARGE_BYTES and source != target and pcm.flags.c_contiguous:
             each = -(-size // self._copiers)
             parts = [(target + at, source + at, min(each, size - at)) for at in range(0, size, each)]
-            others = [self._pool.submit(memmove, *part) for part in parts[1:]]  # NumPy would hold the GIL
+            others = [self._pool.submit(memmove, *part) for part in parts[1:]]
             memmove(*parts[0])
             for other in others:
                 other.result()

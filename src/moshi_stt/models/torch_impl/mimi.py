@@ -1,9 +1,9 @@
 """Mimi's streaming encoder: 80 ms of sound to its codes (contract section 5.1). Knows nothing of the language model.
 
 Per-slot state, first axis the slot:
-conv   (slots, 11 526) float32          the left contexts of all convolutions, one behind the other
+conv   (slots, 11 526) float32          the left contexts of all convolutions, one after the other
 rings  8 x (slots, 8, 250, 64), K and V  the transformer's last 10 s, uninitialised where not yet written: float32 here, float16
-                                        under `mimi_dtype = "f16"`, a GPU's default
+                                        under `mimi_dtype = "f16"`, the default where our kernels run
 """
 
 import torch
