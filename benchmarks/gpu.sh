@@ -3,12 +3,12 @@
 #
 # Parts, in this order unless some are named:
 #   tests       the kernels and the backend against their plain twins
-#   neighbours  100,000 frames at 1 to 256 rows with joins and leaves: what differs
+#   neighbours  100,000 frames at 1 to 1,024 rows with joins and leaves: what differs
 #   step        a step at each number of rows, beside PyPI `moshi` 0.2.13 where it is installed
 #   step-old    the same of another checkout, whose folder is in OLD: for a table of before and after in one run
 #   pretend     the server with the limits of a card of 24 GB and compute capability 8.9, and its step table
 #   trial-fp8   one trial of the search for the most streams: 2,200 streams, 120 s, 8-bit keys and values
-#   trial-bf16  the same with 1,100 streams and 16-bit ones
+#   trial-bf16  the same with 1,200 streams and 16-bit ones
 #   start       from `worker` to `/ready`, cold and warm, by phases
 #   stall       1,024 streams for eight minutes: the longest turn and its reason
 #   trial-20ms  1,100 streams that send packets of 20 ms
@@ -44,7 +44,7 @@ for part in "${parts[@]}"; do
   case $part in
     tests) (cd .. && timeout 240 python3 -m pytest -q -p no:cacheprovider tests/parity/test_cuda_{kernels,backend,fallbacks}.py) ;;
     neighbours)
-      timeout 240 python3 bench_neighbours.py --shape 1b --rows 256 --kv auto,fp8 --device cuda --out "$out/neighbours-1b.json"
+      timeout 240 python3 bench_neighbours.py --shape 1b --rows 1024 --kv auto,fp8 --device cuda --out "$out/neighbours-1b.json"
       ;;
     step) timeout 300 python3 bench_step.py --rows "$rows" --kv auto,fp8 --steps 25 --out "$out/step-1b.json" ;;
     step-old)
@@ -61,7 +61,7 @@ for part in "${parts[@]}"; do
         timeout 180 python3 bench_server.py --streams 160 --slots 512 --seconds 20 --checkpoint "$checkpoint" --out "$out/server-24gb.json"
       ;;
     trial-fp8) trial trial-fp8-2200 2200 120 --kv fp8 ;;
-    trial-bf16) trial trial-bf16-1100 1100 120 --kv bf16 ;;
+    trial-bf16) trial trial-bf16-1200 1200 120 --kv bf16 ;;
     trial-20ms) trial trial-20ms 1100 60 --kv bf16 --packet-ms 20 ;;
     stall) trial stall-1024 1024 480 --kv bf16 ;;
     start) timeout 240 python3 bench_start.py --checkpoint "$checkpoint" --out "$out/start-1b.json" ;;

@@ -103,7 +103,7 @@ def _text(pieces: Sequence[bytes]) -> str:
 
 
 UNSIGNED_WEIGHTS = {"session.x64quantprecision": "1"}
-"""A setting of onnxruntime: signed weights are made unsigned ones while loading, which gives the same results, later."""
+"""A setting of onnxruntime: signed weights become unsigned while loading. The results are the same, computing takes longer."""
 
 
 def int8_saturates() -> bool:

@@ -145,8 +145,9 @@ def quantise(
 
 
 def choose_tile(rows: int, dim: int, precision: str, limits: Limits) -> Tile:
-    """Never all columns at once: of a loop with one turn the compiler makes none, and puts the sums that follow it into the
-    products, whose order of summation then is another one than that of the other tiles.
+    """Never all columns at once: the compiler removes a loop that runs once, and merges the sums after it into the product.
+
+    The order of summation would then not be that of the other tiles.
 
     Few rows split the books on the way: what they take is reading them, and split they are twice as large.
     """
