@@ -88,8 +88,8 @@ class ModelLoop:
         self._step_seconds = 0.0
         """Of the last turn."""
         self._under_way: _UnderWay | None = None
-        self._ahead = _empty_inputs(loaded) if isinstance(backend, StepsAhead) else None
-        """Where rows are gathered while the backend reads its own arrays; None where it does not step ahead."""
+        self._ahead = (backend, _empty_inputs(loaded)) if isinstance(backend, StepsAhead) else None
+        """The backend, and where rows are gathered while it reads its own arrays; None where it does not step ahead."""
         self._warming: WarmsUpInParts | None = None
         """Whose warm-up goes on between steps."""
         begun = time.monotonic()
@@ -152,7 +152,7 @@ class ModelLoop:
             self._events.deliver(Outcome(answers, []))
         is_shared = server is not None and server.is_shared
         if self._ahead is not None and self._warming is None and not is_shared and scheduler.has_files_only:
-            return self._turn_ahead(self._ahead)
+            return self._turn_ahead(*self._ahead)
         if self._under_way is not None:
             states, output = self._finish(self._under_way)
             self._scatter(states, output)
@@ -168,18 +168,17 @@ class ModelLoop:
             self._scatter(states, output)
         return rows
 
-    def _turn_ahead(self, spare: StepInputs) -> int:
+    def _turn_ahead(self, backend: StepsAhead, spare: StepInputs) -> int:
         """Begin the next step as soon as the one before is over, and scatter that while the device works.
 
         spare: where rows are gathered while the backend's own arrays are being read.
         """
-        assert isinstance(self._backend, StepsAhead)
-        inputs = self.scheduler.inputs if self._backend.has_read_inputs else spare
+        inputs = self.scheduler.inputs if backend.has_read_inputs else spare
         states, before = self.scheduler.gather_ahead(inputs), self._under_way
         stepped, output = self._finish(before) if before is not None else ([], None)
         if states:
             self.step_started = begun = time.monotonic()
-            self._under_way = _UnderWay(states, self._backend.begin(*inputs.rows(0, len(states))), begun)
+            self._under_way = _UnderWay(states, backend.begin(*inputs.rows(0, len(states))), begun)
         if output is not None:
             self._scatter(stepped, output)
         return len(states) + len(stepped)

@@ -208,7 +208,7 @@ class Scheduler:
                 state.last_audio_at = now  # a client that waits for our answer has its time from here
             if state.may_absorb:
                 events += state.absorb(now)
-            if state.guard is not None and state.guard.suspected and state.guard.is_new_suspect():
+            if state.guard is not None and state.guard.is_new_suspect():
                 self._on_suspect(state)
             if events or state.done:
                 deliveries.append(Delivery(state.stream, events, state.done))
